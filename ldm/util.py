@@ -1,0 +1,72 @@
+"""Resolving a config's `target:` strings into objects: the one place that knows public names and where they live now."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+UNCONDITIONAL = "__is_unconditional__"
+FIRST_STAGE = "__is_first_stage__"
+MARKERS = (UNCONDITIONAL, FIRST_STAGE)
+
+# Public `target:` paths whose code has another home here. Configs and old checkpoints keep working unchanged.
+ALIASES: dict[str, str] = {
+    "taming.modules.vqvae.quantize.VectorQuantizer2": "ldm.modules.quantize.VectorQuantizer",
+    "taming.modules.vqvae.quantize.VectorQuantizer": "ldm.modules.quantize.VectorQuantizer",
+    "ldm.modules.attention.MemoryEfficientCrossAttention": "ldm.modules.attention.CrossAttention",
+    "ldm.modules.diffusionmodules.model.MemoryEfficientAttnBlock": "ldm.modules.diffusionmodules.model.AttnBlock",
+    "ldm.modules.diffusionmodules.model.VanillaAttnBlock": "ldm.modules.diffusionmodules.model.AttnBlock",
+}
+
+
+def exists(value: object) -> bool:
+    """True unless `value` is None."""
+    return value is not None
+
+
+def default(value: Any, fallback: Any) -> Any:
+    """`value`, or `fallback` (called if it is a function) when `value` is None."""
+    if value is not None:
+        return value
+    return fallback() if callable(fallback) else fallback
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """The object a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names.
+
+    Raises ImportError, naming the path and what is missing, if there is no such module or attribute.
+    """
+    path = ALIASES.get(string, string)
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ImportError(f"target {string!r} is not a dotted path such as 'package.module.Class'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"target {string!r}: there is no module {error.name!r}") from error
+    if reload:
+        module = importlib.reload(module)
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise ImportError(f"target {string!r}: module {module_name!r} has no {name!r}") from error
+
+
+def instantiate_from_config(config: Any, **extra: Any) -> Any:
+    """Build the object that a `{target: dotted.path, params: {...}}` config describes.
+
+    `extra` keyword arguments are added to `params` and win over them. The markers `__is_unconditional__` and
+    `__is_first_stage__` stand for "nothing to build" and give None.
+
+    Raises ValueError if `config` has no `target`, ImportError if the target does not resolve.
+    """
+    if config in MARKERS:
+        return None
+    if not isinstance(config, Mapping) and not hasattr(config, "get"):
+        raise ValueError(f"a config must be a mapping with a 'target' key, not {config!r}")
+    target = config.get("target")
+    if target is None:
+        raise ValueError(f"a config needs a 'target' key; this one has {sorted(map(str, config))}")
+    params = config.get("params") or {}
+    return get_obj_from_str(target)(**{**params, **extra})
