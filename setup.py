@@ -1,0 +1,32 @@
+"""Installs the `ldm` package, with the ranges it works with; requirements.txt pins what the tests ran with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+INIT = (Path(__file__).parent / "ldm" / "__init__.py").read_text(encoding="utf-8")
+
+setup(
+    name="latent-diffusion",
+    version=re.search(r'__version__ = "(.+?)"', INIT)[1],
+    description="Latent diffusion and Stable Diffusion v1: the CompVis `ldm` system, reimplemented",
+    long_description="See README.md in the repository.",
+    license="MIT",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    package_data={"ldm.modules.encoders": ["data/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.10",  # older releases have known holes in weights_only loading
+        "pytorch-lightning>=2.4",
+        "omegaconf>=2.3",
+        "einops>=0.8",
+        "transformers>=4.40",
+        "tokenizers>=0.19",
+        "safetensors>=0.4.3",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "tqdm>=4.66",
+    ],
+    extras_require={"test": ["pytest>=8", "diffusers>=0.30", "ruff>=0.6"]},
+)
