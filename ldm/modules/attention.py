@@ -1,0 +1,153 @@
+"""Transformer blocks of the conditional UNet (Rombach et al. 2022, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.util import checkpoint, zero_module
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose output is gated by the GELU of its second half (Shazeer 2020)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU, or GEGLU if `glu`, between them."""
+
+    def __init__(
+        self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        inner = int(dim * mult)
+        project = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
+        self.net = nn.Sequential(project, nn.Dropout(dropout), nn.Linear(inner, dim_out or dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, dim) -> (B, N, dim_out)
+        return self.net(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x on `context`, or on itself without one."""
+
+    def __init__(
+        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        inner = dim_head * heads
+        context_dim = context_dim or query_dim
+        self.heads = heads
+        self.scale = dim_head**-0.5
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, query_dim), context (B, M, context_dim), mask (B, M) True where a context token counts."""
+        context = x if context is None else context
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, dim_head)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        if mask is not None:
+            mask = mask.flatten(1)[:, None, None, :].bool()  # broadcast over heads and queries
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, query_dim)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention on the context, feed-forward; each after a layer norm, each residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        gated_ff: bool = True,
+        checkpoint: bool = True,
+        disable_self_attn: bool = False,
+    ) -> None:
+        super().__init__()
+        self.disable_self_attn = disable_self_attn
+        self.attn1 = CrossAttention(dim, context_dim if disable_self_attn else None, n_heads, d_head, dropout)
+        self.ff = FeedForward(dim, glu=gated_ff, dropout=dropout)
+        self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.checkpoint = checkpoint
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
+
+    def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B, N, dim) -> same
+        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the positions of a feature map: project in, blocks, project out, residual.
+
+    use_linear: project by linear layers instead of 1x1 convolutions (Stable Diffusion 2).
+    context_dim: one width for all blocks, or one a block.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | list[int] | None = None,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
+        use_checkpoint: bool = True,
+    ) -> None:
+        super().__init__()
+        inner = n_heads * d_head
+        contexts = list(context_dim) if hasattr(context_dim, "__iter__") else [context_dim] * depth
+        if len(contexts) != depth:
+            raise ValueError(f"context_dim gives {len(contexts)} widths for {depth} transformer blocks")
+        self.use_linear = use_linear
+        self.norm = nn.GroupNorm(math.gcd(32, in_channels), in_channels, eps=1e-6)
+        self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                inner, n_heads, d_head, dropout, width, disable_self_attn=disable_self_attn, checkpoint=use_checkpoint
+            )
+            for width in contexts
+        )
+        self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), context (B, M, context_dim) or None for self-attention only."""
+        _, _, height, width = x.shape
+        h = self.norm(x)
+        if not self.use_linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, HW, C)
+        if self.use_linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.use_linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)
+        if not self.use_linear:
+            h = self.proj_out(h)
+        return x + h

@@ -1,0 +1,357 @@
+"""The denoising UNet (Dhariwal and Nichol 2021) with cross-attention on a context (Rombach et al. 2022, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import (
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
+
+Size = Sequence[int]
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to `size`, or to twice the size, then a convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:  # (B, C, H, W) -> (B, C', *size)
+        h = F.interpolate(x, scale_factor=2, mode="nearest") if size is None else F.interpolate(x, size, mode="nearest")
+        return self.conv(h)
+
+
+class Downsample(nn.Module):
+    """Half the size, by a strided convolution if `use_conv`, else by average pooling."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        out_channels = out_channels or channels
+        if use_conv:
+            self.op = conv_nd(dims, channels, out_channels, 3, stride=2, padding=1)
+        else:
+            self.op = avg_pool_nd(dims, kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:  # (B, C, H, W) -> (B, C', H/2, W/2)
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block modulated by the timestep embedding; with `up` or `down` it also resamples.
+
+    use_scale_shift_norm: the embedding scales and shifts the second norm instead of being added before it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_scale_shift_norm: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        out_channels = out_channels or channels
+        self.use_checkpoint = use_checkpoint
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+        )
+        self.resample: nn.Module | None = None
+        if up or down:
+            self.resample = (Upsample if up else Downsample)(channels, False, dims)
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
+        same = out_channels == channels
+        self.skip_connection = nn.Identity() if same else conv_nd(dims, channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, size: Size | None = None) -> Tensor:
+        """x (B, C, H, W), emb (B, emb_channels) -> (B, C', H', W')."""
+        return checkpoint(self._forward, (x, emb, size), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor, size: Size | None) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h, size), self.resample(x, size)
+        h = conv(h)
+        emb = self.emb_layers(emb).to(h.dtype)
+        emb = emb.reshape(*emb.shape, *(1,) * (h.ndim - 2))  # (B, C', 1, 1)
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, residual.
+
+    use_new_attention_order: the joint projection is ordered [q, k, v] x heads, rather than heads x [q, k, v].
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_head_channels != -1:
+            num_heads = divide(channels, num_head_channels, "channels", "num_head_channels")
+        self.num_heads = num_heads
+        self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, channels * 3, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> same
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x.flatten(2)))  # (B, 3C, N)
+        if self.use_new_attention_order:
+            qkv = qkv.unflatten(1, (3, self.num_heads, -1)).movedim(1, 0)
+        else:
+            qkv = qkv.unflatten(1, (self.num_heads, 3, -1)).movedim(2, 0)
+        q, k, v = qkv.transpose(-1, -2)  # each (B, heads, N, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.transpose(-1, -2).flatten(1, 2)  # (B, C, N)
+        return x + self.proj_out(h).reshape(x.shape)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """Layers in a row, each given what its kind takes: the embedding, the context, the size to resample to."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: Size | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb, size)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """UNet that predicts noise, v or x0 from a noisy latent, its timestep and a condition.
+
+    image_size: kept for public configs; the network takes any size.
+    attention_resolutions: downsampling factors (1, 2, 4 ...) at which blocks have attention.
+    num_res_blocks: residual blocks a level, one number or one a level; num_attention_blocks: how many of them attend.
+    num_heads / num_head_channels: give one; the other follows from the width (`num_heads_upsample` is obsolete).
+    use_spatial_transformer: attend on a context of width `context_dim`, with `transformer_depth` blocks.
+    disable_self_attentions: per level, attend on the context where self-attention would be.
+    num_classes: an int for class labels (B,), "continuous" for scalars (B,), "sequential" for vectors
+        (B, adm_in_channels); the label's embedding is added to the timestep's.
+    legacy, use_fp16: kept for public configs. Heads come out the same either way, and the precision is that of the
+        weights, chosen when a model is loaded.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int] | None,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int | Sequence[int],
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | str | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | Sequence[int] | None = None,
+        legacy: bool = True,
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False,
+        adm_in_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if use_spatial_transformer and context_dim is None:
+            raise ValueError("use_spatial_transformer needs context_dim, the width of the context to attend on")
+        if context_dim is not None and not use_spatial_transformer:
+            raise ValueError(f"context_dim={context_dim} has no effect without use_spatial_transformer: true")
+        if num_heads == -1 and num_head_channels == -1:
+            raise ValueError("give num_heads or num_head_channels")
+        levels = len(channel_mult)
+        blocks = per_level(num_res_blocks, levels, "num_res_blocks")
+        attending = per_level(num_attention_blocks, levels, "num_attention_blocks") if num_attention_blocks else None
+        no_self = per_level(disable_self_attentions or False, levels, "disable_self_attentions")
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.model_channels = model_channels
+        self.num_classes = num_classes
+
+        time_dim = model_channels * 4
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        if num_classes is not None:
+            self.label_emb = make_label_embedding(num_classes, time_dim, adm_in_channels)
+
+        def res(channels: int, out: int, **resample: bool) -> ResBlock:
+            return ResBlock(channels, time_dim, dropout, out, dims, use_checkpoint, use_scale_shift_norm, **resample)
+
+        def attention(channels: int, disable_self_attn: bool) -> nn.Module:
+            heads, width = num_heads, num_head_channels
+            if width == -1:
+                width = divide(channels, heads, "channels", "num_heads")
+            else:
+                heads = divide(channels, width, "channels", "num_head_channels")
+            if not use_spatial_transformer:
+                return AttentionBlock(channels, heads, -1, use_checkpoint, use_new_attention_order)
+            return SpatialTransformer(
+                channels,
+                heads,
+                width,
+                depth=transformer_depth,
+                context_dim=context_dim,
+                disable_self_attn=disable_self_attn,
+                use_linear=use_linear_in_transformer,
+                use_checkpoint=use_checkpoint,
+            )
+
+        def attends(level: int, block: int) -> bool:
+            return 2**level in attention_resolutions and (attending is None or block < attending[level])
+
+        width = model_channels
+        first = conv_nd(dims, in_channels, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
+        skips = [width]
+        for level, mult in enumerate(channel_mult):
+            for i in range(blocks[level]):
+                layers: list[nn.Module] = [res(width, mult * model_channels)]
+                width = mult * model_channels
+                if attends(level, i):
+                    layers.append(attention(width, no_self[level]))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skips.append(width)
+            if level < levels - 1:
+                down = res(width, width, down=True) if resblock_updown else Downsample(width, conv_resample, dims)
+                self.input_blocks.append(TimestepEmbedSequential(down))
+                skips.append(width)
+
+        self.middle_block = TimestepEmbedSequential(
+            res(width, width), attention(width, disable_middle_self_attn), res(width, width)
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(blocks[level] + 1):
+                layers = [res(width + skips.pop(), mult * model_channels)]
+                width = mult * model_channels
+                if attends(level, i):
+                    layers.append(attention(width, no_self[level]))
+                if level > 0 and i == blocks[level]:
+                    up = res(width, width, up=True) if resblock_updown else Upsample(width, conv_resample, dims)
+                    layers.append(up)
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        last = zero_module(conv_nd(dims, width, out_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(width), nn.SiLU(), last)
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:
+        """x (B, in_channels, H, W), timesteps (B,), context (B, M, context_dim), y as `num_classes` says.
+
+        Returns (B, out_channels, H, W). Any H and W work: sizes that do not halve evenly are met again on the way up.
+        """
+        if (y is not None) != (self.num_classes is not None):
+            raise ValueError(
+                "this UNet is class-conditional (num_classes) and needs y"
+                if y is None
+                else "y was given to a UNet without num_classes"
+            )
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, 4 model_channels)
+        if y is not None:
+            emb = emb + self.label_emb(self._label_input(y, dtype))
+        h = x.to(dtype)
+        context = context.to(dtype) if context is not None else None
+        skips: list[Tensor] = []
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, emb, context, skips[-1].shape[2:] if skips else None)
+        return self.out(h).to(x.dtype)
+
+    def _label_input(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.num_classes == "continuous":
+            return y.to(dtype).reshape(-1, 1)
+        return y.to(dtype) if self.num_classes == "sequential" else y
+
+
+def make_label_embedding(num_classes: int | str, time_dim: int, adm_in_channels: int | None) -> nn.Module:
+    """The module that turns a label into something to add to the timestep embedding."""
+    if isinstance(num_classes, int):
+        return nn.Embedding(num_classes, time_dim)
+    if num_classes == "continuous":
+        return nn.Linear(1, time_dim)
+    if num_classes == "sequential":
+        if adm_in_channels is None:
+            raise ValueError('num_classes="sequential" needs adm_in_channels, the width of the vectors')
+        layers = nn.Sequential(nn.Linear(adm_in_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        return nn.Sequential(layers)  # published nested: label_emb.0.0.weight
+    raise ValueError(f'num_classes must be an int, "continuous" or "sequential", not {num_classes!r}')
+
+
+def per_level(value: int | bool | Sequence[int], levels: int, name: str) -> list[int]:
+    """`value` once a level, if it is a single one; else as a list of the right length."""
+    if isinstance(value, int):
+        return [value] * levels
+    if len(value) != levels:
+        raise ValueError(f"{name} has {len(value)} entries for the {levels} levels of channel_mult")
+    return list(value)
+
+
+def divide(number: int, by: int, name: str, by_name: str) -> int:
+    """`number // by`, where they must divide."""
+    if by < 1 or number % by:
+        raise ValueError(f"{name}={number} is not divisible by {by_name}={by}")
+    return number // by

@@ -1,0 +1,162 @@
+"""Schedule maths: betas, the buffers made of them, eps / x0 / v conversions, DDIM timesteps. torch and numpy only.
+
+Notation follows the papers: a_t is the cumulative product `alphas_cumprod[t]`, and
+x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps  (Ho et al. 2020, eq. 4).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PARAMETERIZATIONS = ("eps", "x0", "v")
+
+
+def make_beta_schedule(
+    schedule: str,
+    n_timestep: int,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
+) -> np.ndarray:
+    """Betas (n_timestep,) in float64 of the schedule called "linear", "cosine", "sqrt_linear" or "sqrt".
+
+    The names are the public ones: "linear" is linear in sqrt(beta), and "sqrt_linear" is linear in beta.
+    "cosine" is Nichol and Dhariwal 2021, eq. 17.
+    """
+    if schedule == "linear":
+        return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
+    if schedule == "cosine":
+        steps = np.arange(n_timestep + 1, dtype=np.float64) / n_timestep
+        a = np.cos((steps + cosine_s) / (1 + cosine_s) * np.pi / 2) ** 2
+        return np.clip(1 - a[1:] / a[:-1], 0, 0.999)
+    if schedule == "sqrt_linear":
+        return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64)
+    if schedule == "sqrt":
+        return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64) ** 0.5
+    raise ValueError(f"beta_schedule {schedule!r} is not one of linear, cosine, sqrt_linear, sqrt")
+
+
+def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, Tensor]:
+    """The 12 published float32 buffers of a schedule, on the CPU whatever the default device is.
+
+    They are real even in a model that is built on the meta device, since a checkpoint need not hold them.
+    v_posterior: 0 is the true posterior variance of Ho et al. 2020, eq. 7; 1 is beta_t; between, a mix.
+    """
+    betas = np.asarray(betas, dtype=np.float64)
+    if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+        raise ValueError("betas must be a vector of numbers in (0, 1]")
+    alphas = 1.0 - betas
+    a = np.cumprod(alphas)
+    a_prev = np.append(1.0, a[:-1])
+    variance = (1 - v_posterior) * betas * (1.0 - a_prev) / (1.0 - a) + v_posterior * betas
+    values = {
+        "betas": betas,
+        "alphas_cumprod": a,
+        "alphas_cumprod_prev": a_prev,
+        "sqrt_alphas_cumprod": np.sqrt(a),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - a),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - a),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / a),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / a - 1),
+        "posterior_variance": variance,
+        # The variance is 0 at t = 0, so its logarithm is clipped.
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(a_prev) / (1.0 - a),
+        "posterior_mean_coef2": (1.0 - a_prev) * np.sqrt(alphas) / (1.0 - a),
+    }
+    return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
+
+
+def vlb_weights(buffers: dict[str, Tensor], parameterization: str) -> Tensor:
+    """Weight (T,) of every timestep's squared error in the variational bound (Ho et al. 2020, eq. 12)."""
+    betas, a = buffers["betas"].double(), buffers["alphas_cumprod"].double()
+    if parameterization == "x0":
+        # Published as 2 * 1 - a, not 2 * (1 - a); kept, since losses are compared between code bases.
+        weights = 0.5 * a.sqrt() / (2.0 * 1 - a)
+    elif parameterization == "eps":
+        weights = betas**2 / (2 * buffers["posterior_variance"].double() * (1 - betas) * (1 - a))
+        weights[0] = weights[1] if len(weights) > 1 else 1.0  # the posterior variance at t = 0 is zero
+    elif parameterization == "v":
+        weights = torch.ones_like(betas)
+    else:
+        raise ValueError(f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
+    return weights.float()
+
+
+def extract_into_tensor(values: Tensor, t: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """`values[t]` for t (B,), shaped (B, 1, 1, ...) so that it broadcasts over a tensor of `shape`."""
+    return values.gather(-1, t).reshape(t.shape[0], *(1,) * (len(shape) - 1))
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
+    """Sinusoidal embedding (B, dim) of timesteps (B,), which may be fractional: cosines first, then sines.
+
+    repeat_only: no sinusoids, the timestep itself `dim` times.
+    """
+    if repeat_only:
+        return timesteps[:, None].expand(-1, dim).float()
+    half = dim // 2
+    # Worked out on the CPU, in the public order of operations, so that every device sees the same frequencies.
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
+    angles = timesteps[:, None].float() * frequencies.to(timesteps.device)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return torch.nn.functional.pad(embedding, (0, dim % 2))
+
+
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = False
+) -> np.ndarray:
+    """Ascending int64 timesteps of a shortened schedule, "uniform" or "quad".
+
+    The public spacing, quirks included: "uniform" gives a few more steps than asked where the count does not divide
+    (30 gives 31), and its last entry can be `num_ddpm_timesteps` itself, one past the end. Users of the table clamp
+    that entry (`usable_timesteps`), where the public code crashed.
+    """
+    if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
+        raise ValueError(f"the number of steps must be from 1 to {num_ddpm_timesteps}, not {num_ddim_timesteps}")
+    if ddim_discr_method == "uniform":
+        steps = np.arange(0, num_ddpm_timesteps, num_ddpm_timesteps // num_ddim_timesteps)
+    elif ddim_discr_method == "quad":
+        steps = (np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps) ** 2).astype(np.int64)
+    else:
+        raise ValueError(f"ddim_discretize {ddim_discr_method!r} is not one of uniform, quad")
+    return steps.astype(np.int64) + 1
+
+
+def usable_timesteps(timesteps: np.ndarray, num_ddpm_timesteps: int) -> np.ndarray:
+    """`timesteps` with the entry one past the end of the schedule, where there is one, moved to its last index."""
+    return np.minimum(timesteps, num_ddpm_timesteps - 1)
+
+
+def make_ddim_sampling_parameters(
+    alphacums: np.ndarray, ddim_timesteps: np.ndarray, eta: float, verbose: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sigmas, alphas, alphas_prev) at `ddim_timesteps`, float64 (Song et al. 2021, eq. 16).
+
+    `alphas_prev[0]` is `alphacums[0]`, not 1, as published.
+    """
+    alphacums = np.asarray(alphacums, dtype=np.float64)
+    alphas = alphacums[usable_timesteps(ddim_timesteps, len(alphacums))]
+    alphas_prev = np.append(alphacums[0], alphas[:-1])
+    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
+    return sigmas, alphas, alphas_prev
+
+
+def eps_and_x0(output: Tensor, x: Tensor, a: float | Tensor, parameterization: str) -> tuple[Tensor, Tensor]:
+    """What a network's `output` at noise level `a` (a number, or broadcastable to x) says about x_t = `x`.
+
+    Returns (eps, x0). For v = sqrt(a) eps - sqrt(1 - a) x0 see Salimans and Ho 2022, appendix D.
+    """
+    a = torch.as_tensor(a, dtype=torch.float64) if not isinstance(a, Tensor) else a
+    signal, noise = (float(s) if s.ndim == 0 else s for s in (a.sqrt(), (1 - a).sqrt()))
+    if parameterization == "eps":
+        return output, (x - noise * output) / signal
+    if parameterization == "x0":
+        return (x - signal * output) / noise, output
+    if parameterization == "v":
+        return signal * output + noise * x, signal * x - noise * output
+    raise ValueError(f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
