@@ -1,7 +1,7 @@
 """Deterministic weights, so that two implementations can be compared without shipping any.
 
-`fill(state)` overwrites every floating-point tensor of a state dict in place. A tensor's values depend only on its
-published key, its shape and `seed`: numpy's frozen MT19937 stream seeded with crc32(key) + seed.
+`fill(state)` overwrites every floating-point tensor of a state dict in place. A tensor's values depend only on
+its published key, its shape and `seed`: numpy's frozen MT19937 stream seeded with crc32(key) + seed.
 
     ndim >= 2            N(0, 1) / sqrt(prod(shape[1:]))
     ndim == 1, weight    1 + 0.1 * N(0, 1)
@@ -10,8 +10,8 @@ published key, its shape and `seed`: numpy's frozen MT19937 stream seeded with c
 
 Keys that start with, or whose last part starts with, a word of `SKIP` (schedule buffers, counters, running
 statistics) are left as the model computed them.
-Keys are the *published* ones: a CLIP text tower is `...transformer.text_model.embeddings...` whatever the installed
-transformers calls it.
+Keys are the *published* ones: a CLIP text tower is `...transformer.text_model.embeddings...` whatever the
+installed transformers calls it.
 """
 
 import zlib

@@ -1,0 +1,199 @@
+"""The text tower of CLIP (Radford et al. 2021, arXiv:2103.00020, section 2.4), in published weight names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Size of a text tower, in the names that transformers uses; the defaults are ViT-L/14's, as in v1."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if not 0 <= self.eos_token_id < self.vocab_size:
+            raise ValueError(f"eos_token_id {self.eos_token_id} is outside the vocabulary of {self.vocab_size} ids")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
+        """Build from a config section; names left out keep their defaults. ValueError for an unknown name."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"a text tower has no option {unknown}; the options are {sorted(known)}")
+        return cls(**{str(key): value for key, value in values.items()})
+
+
+class CLIPTextOutput(NamedTuple):
+    """B prompts, L tokens, D channels, N layers."""
+
+    last_hidden_state: Tensor
+    """(B, L, D), after the final norm"""
+    pooler_output: Tensor
+    """(B, D), last_hidden_state at each row's first end token"""
+    hidden_states: tuple[Tensor, ...]
+    """N + 1 of (B, L, D): the embeddings, then every layer's output, all before the final norm"""
+
+
+class CLIPTextModel(nn.Module):
+    """CLIP's causal transformer over token ids.
+
+    Weights are named as in published checkpoints: `text_model.embeddings`, `text_model.encoder.layers.N`, ...
+    Loading also takes files that leave out `text_model.`, or `position_ids`, which is no weight but the numbers
+    0 to L - 1.
+    """
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = _TextTransformer(config)
+        self.register_load_state_dict_pre_hook(_accept_every_layout)
+
+    def forward(self, input_ids: Tensor) -> CLIPTextOutput:
+        """(B, L) token ids to the states of every layer. ValueError if L exceeds max_position_embeddings."""
+        return self.text_model(input_ids)
+
+
+def _accept_every_layout(tower: CLIPTextModel, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Rename, in the state dict about to be loaded, the names of transformers 5; supply position_ids."""
+    inner = prefix + "text_model."
+    for part, _module in tower.text_model.named_children():
+        for key in [key for key in state if key.startswith(f"{prefix}{part}.")]:
+            published = inner + key.removeprefix(prefix)
+            if published not in state:
+                state[published] = state.pop(key)
+    # Merged half-precision files carry rounded position_ids (40.97 for 41), so the file's are never used.
+    state[inner + "embeddings.position_ids"] = _position_ids(tower.config)
+
+
+def _position_ids(config: CLIPTextConfig) -> Tensor:
+    # On the CPU even under torch.device("meta"): no checkpoint need bring it.
+    return torch.arange(config.max_position_embeddings, device="cpu")[None]
+
+
+class _TextTransformer(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        _initialise(self, config)
+
+    def forward(self, input_ids: Tensor) -> CLIPTextOutput:
+        states = [self.embeddings(input_ids)]  # (B, L, D)
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1]))
+        last = self.final_layer_norm(states[-1])
+        end = (input_ids == self.eos_token_id).int().argmax(dim=-1)  # (B,) the first end token: v1 pads with it too
+        pooled = last[torch.arange(len(last), device=last.device), end]
+        return CLIPTextOutput(last, pooled, tuple(states))
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_ids: Tensor
+        self.register_buffer("position_ids", _position_ids(config))  # (1, L), read by other tools only
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length, limit = input_ids.shape[-1], self.position_embedding.num_embeddings
+        if length > limit:
+            raise ValueError(f"{length} tokens, but the text tower reads at most {limit}")
+        return self.token_embedding(input_ids) + self.position_embedding.weight[:length]
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+
+
+class _Layer(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.self_attn = _CausalAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = _MLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _CausalAttention(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, D / heads)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Padding is not masked: v1 was trained that way, and causality keeps it away from the text itself.
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+@torch.no_grad()
+def _initialise(model: _TextTransformer, config: CLIPTextConfig) -> None:
+    """CLIP's start values: what each layer adds shrinks with depth, so that the sum keeps its size."""
+    width = config.hidden_size
+    residual = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
+    stds = {"token_embedding": 0.02, "position_embedding": 0.01, "out_proj": residual, "fc2": residual}
+    stds |= {"q_proj": width**-0.5, "k_proj": width**-0.5, "v_proj": width**-0.5, "fc1": (2 * width) ** -0.5}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=stds[name.rpartition(".")[2]])
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

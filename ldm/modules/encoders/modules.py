@@ -1,0 +1,108 @@
+"""Conditioning encoders: what turns a batch's condition into the context that the UNet attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.modules.encoders.clip_text import CLIPTextConfig, CLIPTextModel
+from ldm.modules.encoders.tokenizer import CLIPTokenizer, Tokenizer
+from ldm.util import instantiate_from_config
+
+VIT_L_14 = "openai/clip-vit-large-patch14"
+
+
+class AbstractEncoder(nn.Module):
+    """Base of the conditioning encoders: `encode` is the name by which latent diffusion models call them."""
+
+    def encode(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The conditioning of one batch: the same as calling the encoder."""
+        return self(*args, **kwargs)
+
+
+class FrozenCLIPEmbedder(AbstractEncoder):
+    """Prompts to CLIP text features: the conditioning of Stable Diffusion v1 (ViT-L/14, 77 tokens of width 768).
+
+    Nothing is downloaded: the tower is built from `config` and gets its weights from the model's checkpoint.
+
+    Args:
+        version: the public name of the tower; only ViT-L/14's is known, and `config` overrides it.
+        device: accepted for old configs and ignored: the encoder works where its weights are.
+        max_length: tokens a prompt is cut or padded to, start and end included.
+        freeze: eval mode and no gradients; False makes the encoder trainable.
+        layer: "last" (after the final norm), "pooled" (the end token's features, as one token) or "hidden".
+        layer_idx: only for "hidden": 0 is the embeddings, n the n-th layer's output without the final norm;
+            negative numbers count from the end.
+        config: None for ViT-L/14, or a mapping of `CLIPTextConfig` options.
+        tokenizer: None for CLIP's own, a `{target, params}` config, or a `Tokenizer`.
+
+    Raises ValueError for options that contradict one another or that the tower cannot serve.
+    """
+
+    LAYERS = ("last", "pooled", "hidden")
+
+    def __init__(
+        self,
+        version: str = VIT_L_14,
+        device: object = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+        layer_idx: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if config is None and version != VIT_L_14:
+            raise ValueError(f"unknown text tower {version!r}: use {VIT_L_14!r}, or give its sizes as `config`")
+        self.tokenizer = _resolve_tokenizer(tokenizer)
+        tower = _tower_config(config or {}, self.tokenizer)
+        if not 2 <= max_length <= tower.max_position_embeddings:
+            raise ValueError(f"this tower takes max_length 2 to {tower.max_position_embeddings}, got {max_length}")
+        _check_layer(layer, layer_idx, tower.num_hidden_layers)
+        self.max_length = max_length
+        self.layer = layer
+        self.layer_idx = layer_idx
+        self.transformer = CLIPTextModel(tower)
+        if freeze:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """Eval mode, and no gradients for the weights."""
+        self.eval().requires_grad_(False)
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        """B prompts to (B, max_length, D), or (B, 1, D) for the pooled layer, on the device of the weights.
+
+        Raises TypeError for anything but a string or a list of them. Prompts too long are cut, with a warning.
+        """
+        tokens = self.tokenizer(text, self.max_length)  # (B, L)
+        output = self.transformer(tokens.to(self.transformer.text_model.final_layer_norm.weight.device))
+        if self.layer == "pooled":
+            return output.pooler_output[:, None]
+        return output.last_hidden_state if self.layer == "last" else output.hidden_states[self.layer_idx]
+
+
+def _resolve_tokenizer(tokenizer: Tokenizer | Mapping[str, Any] | None) -> Tokenizer:
+    if tokenizer is None:
+        return CLIPTokenizer()
+    return tokenizer if isinstance(tokenizer, Tokenizer) else instantiate_from_config(tokenizer)
+
+
+def _tower_config(config: Mapping[str, Any], tokenizer: Tokenizer) -> CLIPTextConfig:
+    """The tower that `config` describes; it must know every id of the tokenizer and the same end token."""
+    vocab_size = config.get("vocab_size", CLIPTextConfig.vocab_size)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the text tower only {vocab_size}")
+    if config.get("eos_token_id", tokenizer.end_id) != tokenizer.end_id:
+        raise ValueError(f"eos_token_id is {config['eos_token_id']}, the tokenizer ends with {tokenizer.end_id}")
+    return CLIPTextConfig.from_mapping({**config, "eos_token_id": tokenizer.end_id})
+
+
+def _check_layer(layer: str, layer_idx: int | None, layers: int) -> None:
+    if layer not in FrozenCLIPEmbedder.LAYERS:
+        raise ValueError(f"layer must be one of {FrozenCLIPEmbedder.LAYERS}, got {layer!r}")
+    if layer == "hidden" and (layer_idx is None or not -layers <= layer_idx <= layers):
+        raise ValueError(f"layer 'hidden' needs a layer_idx from {-layers} to {layers}, got {layer_idx}")
