@@ -1,4 +1,4 @@
-"""Resolving a config's `target:` strings into objects: the one place that knows public names and where they live now."""
+"""Resolving a config's `target:` strings: the one place that knows public names and where they live now."""
 
 from __future__ import annotations
 

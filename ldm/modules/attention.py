@@ -41,7 +41,12 @@ class CrossAttention(nn.Module):
     """Multi-head attention of x on `context`, or on itself without one."""
 
     def __init__(
-        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         inner = dim_head * heads
@@ -128,7 +133,13 @@ class SpatialTransformer(nn.Module):
         self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
-                inner, n_heads, d_head, dropout, width, disable_self_attn=disable_self_attn, checkpoint=use_checkpoint
+                inner,
+                n_heads,
+                d_head,
+                dropout,
+                width,
+                disable_self_attn=disable_self_attn,
+                checkpoint=use_checkpoint,
             )
             for width in contexts
         )

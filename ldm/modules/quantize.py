@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """(B, e_dim, H, W) -> quantised latent of the same shape, loss, (None, None, indices) as the public code has it."""
+        """(B, e_dim, H, W) -> (quantised latent of the same shape, loss, (None, None, indices)), as published."""
         b, _, h, w = z.shape
         flat = z.movedim(1, -1).reshape(-1, self.e_dim)  # (BHW, C)
         codes = self.embedding.weight  # (n_e, C)

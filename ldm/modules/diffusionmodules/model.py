@@ -77,7 +77,11 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
-ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")  # xformers was only another kernel for the same function
+ATTENTION_TYPES = (
+    "vanilla",
+    "vanilla-xformers",
+    "none",
+)  # xformers was only another kernel for the same function
 
 
 def make_attn(channels: int, attn_type: str = "vanilla") -> nn.Module:

@@ -1,4 +1,4 @@
-"""The denoising UNet (Dhariwal and Nichol 2021) with cross-attention on a context (Rombach et al. 2022, section 3.3)."""
+"""The denoising UNet (Dhariwal and Nichol 2021), with cross-attention (Rombach et al. 2022, section 3.3)."""
 
 from __future__ import annotations
 
@@ -292,9 +292,7 @@ class UNetModel(nn.Module):
         last = zero_module(conv_nd(dims, width, out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(width), nn.SiLU(), last)
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W), timesteps (B,), context (B, M, context_dim), y as `num_classes` says.
 
         Returns (B, out_channels, H, W). Any H and W work: sizes that do not halve evenly are met again on the way up.

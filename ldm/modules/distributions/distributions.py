@@ -51,9 +51,7 @@ class DiagonalGaussianDistribution:
         )
 
 
-def normal_kl(
-    mean1: Tensor, logvar1: Tensor, mean2: Tensor | float, logvar2: Tensor | float
-) -> Tensor:
+def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
     """Elementwise KL divergence, in nats, from N(mean2, exp(logvar2)) to N(mean1, exp(logvar1)).
 
     Arguments broadcast; at least one of them must be a tensor.

@@ -1,0 +1,109 @@
+"""DDIM (Song et al. 2021, "Denoising Diffusion Implicit Models")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.models.diffusion.guidance import Condition
+from ldm.models.diffusion.sampler import Run, Sampler
+from ldm.modules.diffusionmodules.util import noise_like
+
+
+def ddim_update(run: Run, eps: Tensor, x0: Tensor, index: int) -> Tensor:
+    """x at the level after step `index` (eq. 12), given eps and x0 (B, ...).
+
+    Noise is drawn even where sigma is 0, as published: the random stream of a whole run depends on it.
+    """
+    a_prev, sigma = float(run.schedule.a_prev[index]), float(run.schedule.sigma[index])
+    direction = math.sqrt(max(1.0 - a_prev - sigma**2, 0.0)) * eps
+    noise = sigma * run.temperature * noise_like(eps.shape, eps.device, run.repeat_noise).to(eps.dtype)
+    if run.noise_dropout > 0.0:
+        noise = F.dropout(noise, p=run.noise_dropout)
+    return math.sqrt(a_prev) * x0 + direction + noise
+
+
+class DDIMSampler(Sampler):
+    """The default sampler; with eta = 1 and every timestep it is ancestral sampling."""
+
+    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """One DDIM update."""
+        eps, x0 = self.predict(run, x, run.schedule.timesteps[index], run.schedule.a[index])
+        return ddim_update(run, eps, x0, index), x0
+
+    @torch.no_grad()
+    def p_sample_ddim(
+        self,
+        x: Tensor,
+        c: Condition,
+        t: Tensor,
+        index: int,
+        repeat_noise: bool = False,
+        use_original_steps: bool = False,
+        quantize_denoised: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(next x, predicted x0) of schedule entry `index`, under the public signature; `t` follows from `index`."""
+        run = self._run(
+            self._select(use_original_steps),
+            c,
+            unconditional_conditioning,
+            unconditional_guidance_scale,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            repeat_noise=repeat_noise,
+            quantize=self._quantize if quantize_denoised else None,
+            correct=self._corrector(score_corrector, c, corrector_kwargs),
+        )
+        return self.step(run, x, index)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x0: Tensor,
+        c: Condition,
+        t_enc: int,
+        use_original_steps: bool = False,
+        return_intermediates: int | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Condition = None,
+        callback: Callable[[int], None] | None = None,
+        verbose: bool = True,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """DDIM inversion: walk x0 (B, C, H, W) up the first `t_enc` steps of the schedule.
+
+        Returns the noisy latent and {"x_encoded", "intermediate_steps", "intermediates"}; the last is filled with
+        about `return_intermediates` latents.
+        """
+        schedule = self._select(use_original_steps)
+        if not 0 <= t_enc <= len(schedule):
+            raise ValueError(f"t_enc must be from 0 to the schedule's {len(schedule)} steps, not {t_enc}")
+        run = self._run(schedule, c, unconditional_conditioning, unconditional_guidance_scale)
+        every = max(t_enc // return_intermediates, 1) if return_intermediates else None
+        x, kept, kept_steps = x0, [], []
+        for i in tqdm(range(t_enc), desc="DDIM inversion", disable=not verbose):
+            a, a_next = float(schedule.a_prev[i]), float(schedule.a[i])
+            eps, _ = self.predict(run, x, self._inversion_timestep(schedule, i), a)
+            x = math.sqrt(a_next / a) * (x - math.sqrt(1 - a) * eps) + math.sqrt(1 - a_next) * eps
+            if every and (i % every == 0 or i >= t_enc - 2):
+                kept.append(x)
+                kept_steps.append(i)
+            if callback:
+                callback(i)
+        out = {"x_encoded": x, "intermediate_steps": kept_steps}
+        return x, out | ({"intermediates": kept} if every else {})
+
+    @staticmethod
+    def _inversion_timestep(schedule: Any, i: int) -> int:
+        return int(schedule.timesteps[i])

@@ -1,0 +1,180 @@
+"""Gaussian diffusion (Ho et al. 2020): the schedule's buffers and every formula that depends on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.modules.diffusionmodules.schedule import (
+    PARAMETERIZATIONS,
+    extract_into_tensor,
+    make_beta_schedule,
+    schedule_buffers,
+    vlb_weights,
+)
+from ldm.modules.diffusionmodules.util import noise_like
+
+Condition = Any  # a tensor, a list of tensors, or a dict of lists: c_concat, c_crossattn, and c_adm as a tensor
+
+
+class GaussianDiffusion(pl.LightningModule):
+    """Owns the schedule. In all methods x is (B, ...), t is (B,) int64 and the answer broadcasts over x."""
+
+    num_timesteps: int
+    parameterization: str
+    v_posterior: float
+    image_size: int | Sequence[int]
+    channels: int
+    log_every_t: int
+    clip_denoised: bool
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
+        """The network's output for x_noisy (B, C, H, W) at timesteps t (B,), which may be fractional."""
+        raise NotImplementedError
+
+    def register_schedule(
+        self,
+        given_betas: Sequence[float] | np.ndarray | None = None,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Compute and register the buffers of a schedule, named or given as betas."""
+        if self.parameterization not in PARAMETERIZATIONS:
+            names = ", ".join(PARAMETERIZATIONS)
+            raise ValueError(f"parameterization {self.parameterization!r} is not one of {names}")
+        if given_betas is None:
+            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        else:
+            betas = np.asarray(given_betas, dtype=np.float64)
+        self.num_timesteps = len(betas)
+        buffers = schedule_buffers(betas, self.v_posterior)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self.register_buffer("lvlb_weights", vlb_weights(buffers, self.parameterization), persistent=False)
+
+    def _at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        return extract_into_tensor(getattr(self, name), t, x.shape)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0)."""
+        mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
+        variance = 1.0 - self._at("alphas_cumprod", t, x_start)
+        return mean, variance, self._at("log_one_minus_alphas_cumprod", t, x_start)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A draw from q(x_t | x_0), with the given or new noise (eq. 4)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        signal = self._at("sqrt_alphas_cumprod", t, x_start)
+        return signal * x_start + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_0 from x_t and eps."""
+        return (
+            self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+            - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * noise
+        )
+
+    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022)."""
+        return self._at("sqrt_alphas_cumprod", t, x) * noise - self._at("sqrt_one_minus_alphas_cumprod", t, x) * x
+
+    def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """x_0 from x_t and v."""
+        return self._at("sqrt_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * v
+
+    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """eps from x_t and v."""
+        return self._at("sqrt_alphas_cumprod", t, x_t) * v + self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * x_t
+
+    def predict_start(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """x_0 from x_t and what the network said, whatever it predicts."""
+        if self.parameterization == "eps":
+            return self.predict_start_from_noise(x_t, t, output)
+        if self.parameterization == "v":
+            return self.predict_start_from_z_and_v(x_t, t, output)
+        return output
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7)."""
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+        return (
+            mean,
+            self._at("posterior_variance", t, x_t),
+            self._at("posterior_log_variance_clipped", t, x_t),
+        )
+
+    # ---- ancestral sampling ----
+
+    def p_mean_variance(self, x: Tensor, c: Condition, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of p(x_{t-1} | x_t), with the network's x_0 clipped to [-1, 1] if asked."""
+        x0 = self.predict_start(x, t, self.apply_model(x, t, c))
+        return self.q_posterior(x0.clamp(-1.0, 1.0) if clip_denoised else x0, x, t)
+
+    @torch.no_grad()
+    def p_sample(
+        self, x: Tensor, c: Condition, t: Tensor, clip_denoised: bool = False, repeat_noise: bool = False
+    ) -> Tensor:
+        """A draw from p(x_{t-1} | x_t); at t = 0 its mean."""
+        mean, _, log_variance = self.p_mean_variance(x, c, t, clip_denoised)
+        noise = noise_like(x.shape, x.device, repeat_noise)
+        keep = (t != 0).float().reshape(-1, *(1,) * (x.ndim - 1))
+        return mean + keep * (0.5 * log_variance).exp() * noise
+
+    @torch.no_grad()
+    def p_sample_loop(
+        self,
+        cond: Condition,
+        shape: Sequence[int],
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        timesteps: int | None = None,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        start_T: int | None = None,
+        log_every_t: int | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Ancestral sampling (Ho et al. 2020, algorithm 2) of a latent of `shape` (B, C, H, W).
+
+        timesteps, start_T: start this far up instead of at the schedule's end. mask, x0: keep x0 where mask is 1.
+        """
+        if mask is not None and (x0 is None or x0.shape[2:] != mask.shape[2:]):
+            raise ValueError("mask needs x0, of the same height and width")
+        x = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
+        log_every_t = log_every_t or self.log_every_t
+        steps = min(n for n in (timesteps, start_T, self.num_timesteps) if n is not None)
+        intermediates = [x]
+        for i in tqdm(reversed(range(steps)), desc="Sampling t", total=steps, disable=not verbose):
+            t = torch.full((shape[0],), i, device=self.device, dtype=torch.long)
+            x = self.p_sample(x, cond, t, clip_denoised=self.clip_denoised)
+            if mask is not None:
+                x = self.q_sample(x0, t) * mask + (1.0 - mask) * x
+            if i % log_every_t == 0 or i == steps - 1:
+                intermediates.append(x)
+            if callback:
+                callback(i)
+            if img_callback:
+                img_callback(x, i)
+        return (x, intermediates) if return_intermediates else x
+
+    @torch.no_grad()
+    def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Unconditional samples of the model's own size."""
+        shape = (batch_size, self.channels, *square(self.image_size))
+        return self.p_sample_loop(None, shape, return_intermediates)
+
+
+def square(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a config's `image_size`, which is one number or two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
