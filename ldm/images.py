@@ -1,0 +1,211 @@
+"""Pictures at the edges of the system: files to tensors, tensors to pictures, grids, PNG files and their metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """The picture in a file as RGB, turned the way its EXIF orientation says, transparent parts on white.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is a folder, not a picture, damaged, or larger
+    than Pillow's limit against decompression bombs.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a picture")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no picture {path}")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at half the size that it refuses at; photos of that size are common.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that Pillow can read: convert it to PNG or JPEG") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} has too many pixels ({error}): make it smaller first") from None
+    except PermissionError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on broken data
+        raise ValueError(f"{path} is cut short or damaged: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut 16-bit values off at 255 instead of scaling them
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit_to_multiple(
+    image: Image.Image, multiple: int, height: int | None = None, width: int | None = None
+) -> Image.Image:
+    """`image` resized (Lanczos) to `height` x `width` pixels, both floored to a multiple of `multiple`.
+
+    With one side given the other follows the picture's shape; with neither the picture keeps its size but for the
+    flooring. Raises ValueError if a side comes out below one multiple.
+    """
+    if height is None and width is None:
+        height, width = image.height, image.width
+    elif height is None:
+        height = round(width * image.height / image.width)
+    elif width is None:
+        width = round(height * image.width / image.height)
+    if min(height, width) < multiple:
+        raise ValueError(
+            f"a picture of {width}x{height} pixels is too small: each side needs at least {multiple}; "
+            f"give a larger picture or a larger size"
+        )
+    return image.resize(
+        (width - width % multiple, height - height % multiple), resample=Image.Resampling.LANCZOS
+    )
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as float32 (1, 3, H, W) from -1 to 1."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
+    return 2.0 * torch.from_numpy(rearrange(pixels, "h w c -> 1 c h w").copy()) - 1.0
+
+
+def tensor_to_images(x: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) with values from -1 to 1, cut off beyond, as B pictures.
+
+    Levels are truncated, not rounded, as in the public scripts. Raises ValueError for any other shape.
+    """
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"pictures have the shape (B, 3, H, W), not {tuple(x.shape)}")
+    pixels = torch.clamp((x.detach().float() + 1.0) / 2.0, min=0.0, max=1.0).cpu().numpy()
+    return [Image.fromarray((255.0 * rearrange(p, "c h w -> h w c")).astype(np.uint8)) for p in pixels]
+
+
+def make_grid(images: Sequence[Image.Image], nrow: int = 8, padding: int = 2) -> Image.Image:
+    """RGB pictures of one size in rows of `nrow`, on black, `padding` pixels around each.
+
+    Laid out as torchvision.utils.make_grid does it: a row is never longer than there are pictures, and a single
+    picture is returned without padding. Raises ValueError for no pictures, unequal sizes or nrow < 1.
+    """
+    if not images or nrow < 1:
+        raise ValueError(
+            f"a grid needs pictures and at least one a row, got {len(images)} pictures and nrow={nrow}"
+        )
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ValueError(f"the pictures of a grid need one size, got {sizes}")
+    if len(images) == 1:
+        return images[0].copy()
+    width, height = (side + padding for side in sizes[0])
+    columns = min(nrow, len(images))
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (width * columns + padding, height * rows + padding))
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        grid.paste(image, (column * width + padding, row * height + padding))
+    return grid
+
+
+def next_free_index(folder: str | Path, pattern: str) -> int:
+    """One more than the highest number among the files of `folder` that `pattern`, such as "{:05}.png", names."""
+    before, after = re.split(r"\{.*?\}", pattern)
+    number = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+    matches = (number.fullmatch(name) for name in os.listdir(folder))
+    return max((int(match[1]) for match in matches if match), default=-1) + 1
+
+
+def save_png(
+    image: Image.Image, folder: str | Path, pattern: str, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write `image` to `folder` under the next free name of `pattern`, such as "{:05}.png"; returns its path.
+
+    `metadata` goes into PNG text chunks. A file that exists is never replaced, even when several processes write to
+    the folder at once, and no name ever belongs to a half-written file. Raises OSError if the folder is not writable.
+    """
+    folder = Path(folder)
+    text = PngInfo()
+    for key, value in (metadata or {}).items():
+        text.add_text(key, value)
+    complete = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with open(complete, "xb") as file:
+            image.save(file, format="PNG", pnginfo=text)
+        index = next_free_index(folder, pattern)
+        while True:
+            path = folder / pattern.format(index)
+            try:
+                _rename_to_new(complete, path)
+                return path
+            except FileExistsError:  # another process took the name
+                index += 1
+    finally:
+        complete.unlink(missing_ok=True)
+
+
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Give `source` the name `target`, atomically; FileExistsError if that is taken."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: reserve the name, then replace the empty file
+        open(target, "xb").close()
+        os.replace(source, target)
+
+
+# Our names of settings, and what the A1111 web UI calls them. The order is the order of the text.
+_PARAMETER_NAMES = {
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "scale": "CFG scale",
+    "eta": "Eta",
+    "seed": "Seed",
+    "size": "Size",
+    "model": "Model",
+    "strength": "Denoising strength",
+    "batch_size": "Batch size",
+    "index": "Image index",
+    "version": "Version",
+}
+_SAMPLER_NAMES = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
+
+
+def parameters_text(settings: Mapping[str, Any]) -> str:
+    """How a picture was made, in the text form of the A1111 web UI, which other tools read too.
+
+    Lines for `prompt` and, if it is not empty, `negative_prompt`, then one line of "Name: value" for the rest.
+    """
+    lines = [settings["prompt"]]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    values = {name: settings[key] for key, name in _PARAMETER_NAMES.items() if settings.get(key) is not None}
+    if "Sampler" in values:
+        values["Sampler"] = _SAMPLER_NAMES.get(values["Sampler"], values["Sampler"])
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
+
+
+def png_metadata(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The text chunks for a picture made with `settings`: A1111's `parameters`, and all of it as JSON under `ldm`."""
+    return {"parameters": parameters_text(settings), "ldm": json.dumps(dict(settings), ensure_ascii=False)}

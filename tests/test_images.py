@@ -1,0 +1,277 @@
+"""ldm/images.py against hand-made pixels and files that Pillow writes."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import images
+
+COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_load_turns_by_exif(tmp_path):
+    image = Image.new("RGB", (16, 8), "blue")
+    image.paste("red", (0, 0, 8, 8))  # red left, blue right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    image.save(tmp_path / "phone.png", exif=exif)
+    loaded = images.load_image(tmp_path / "phone.png")
+    assert loaded.size == (8, 16)
+    assert loaded.getpixel((4, 2)) == COLOURS["red"] and loaded.getpixel((4, 13)) == COLOURS["blue"]
+
+
+def test_load_puts_transparency_on_white(tmp_path):
+    rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    rgba.putpixel((1, 0), (0, 0, 255, 255))
+    rgba.save(tmp_path / "a.png")
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([0, 255, 0])
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert pixels(images.load_image(tmp_path / "a.png")).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    assert pixels(images.load_image(tmp_path / "p.png")).tolist() == [[[255, 255, 255]]]
+
+
+def test_load_scales_16_bit_grey(tmp_path):
+    Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert pixels(images.load_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "1", "YCbCr"])
+def test_load_gives_rgb(tmp_path, mode):
+    Image.new("RGB", (3, 2), "white").convert(mode).save(tmp_path / "x.tif")
+    assert pixels(images.load_image(tmp_path / "x.tif")).min() >= 254
+
+
+def test_load_errors(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="there is no picture .*nothing.png"):
+        images.load_image(tmp_path / "nothing.png")
+    with pytest.raises(ValueError, match="is a folder"):
+        images.load_image(tmp_path)
+    (tmp_path / "text.png").write_text("<html>")
+    with pytest.raises(ValueError, match="text.png is not a picture"):
+        images.load_image(tmp_path / "text.png")
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut.png is cut short or damaged"):
+        images.load_image(tmp_path / "cut.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="whole.png has too many pixels"):
+        images.load_image(whole)
+
+
+@pytest.mark.filterwarnings("error")
+def test_load_is_silent_about_large_photos(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # warns from 1000 pixels on, refuses from 2000 on
+    assert images.load_image(tmp_path / "large.png").size == (40, 40)
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "height", "width", "expected"),
+    [
+        ((100, 70), None, None, (96, 64)),
+        ((64, 32), None, None, (64, 32)),
+        ((100, 70), 130, 33, (32, 128)),
+        ((400, 300), None, 128, (128, 96)),
+        ((400, 300), 96, None, (128, 96)),
+    ],
+)
+def test_fit_to_multiple(given, height, width, expected):
+    assert images.fit_to_multiple(Image.new("RGB", given), 32, height, width).size == expected
+
+
+def test_fit_to_multiple_resizes_with_lanczos():
+    image = Image.effect_noise((70, 70), 80).convert("RGB")
+    expected = image.resize((64, 64), resample=Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels(images.fit_to_multiple(image, 64)), pixels(expected))
+    assert np.array_equal(pixels(images.fit_to_multiple(expected, 64)), pixels(expected))
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "width"), [((31, 64), None, None), ((64, 64), 8, 64), ((999, 33), None, 64)]
+)
+def test_fit_to_multiple_refuses_tiny_sizes(size, height, width):
+    with pytest.raises(ValueError, match="too small: each side needs at least 32"):
+        images.fit_to_multiple(Image.new("RGB", size), 32, height, width)
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+def test_image_to_tensor():
+    image = Image.new("RGB", (3, 2), (0, 51, 255))
+    x = images.image_to_tensor(image)
+    assert x.shape == (1, 3, 2, 3) and x.dtype == torch.float32
+    assert torch.allclose(x[0, :, 1, 2], torch.tensor([-1.0, -0.6, 1.0]), atol=1e-6)
+
+
+def test_tensor_to_images_truncates_and_clamps():
+    levels = torch.tensor([-1.5, -1.0, 0.0, 0.999, 1.0, 7.0])  # 0, 0, 127.5, 254.87, 255, 255
+    x = levels.view(1, 1, 1, 6).expand(2, 3, 1, 6)
+    first, second = images.tensor_to_images(x)
+    assert pixels(first)[0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+    assert np.array_equal(pixels(first), pixels(second))
+    assert np.array_equal(pixels(images.tensor_to_images(x.to(torch.bfloat16))[0])[0, :3, 1], [0, 0, 127])
+
+
+def test_tensor_to_images_keeps_channels_in_place():
+    image = Image.effect_noise((5, 4), 50).convert("RGB")
+    image.putpixel((4, 0), (10, 20, 30))
+    back = images.tensor_to_images(images.image_to_tensor(image))[0]
+    assert np.abs(pixels(back) - pixels(image)).max() <= 1  # truncation may lose one level
+    assert back.size == (5, 4)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8)])
+def test_tensor_to_images_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        images.tensor_to_images(torch.zeros(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------- grid
+
+
+def test_grid_layout():
+    tiles = [Image.new("RGB", (2, 1), colour) for colour in ("red", "lime", "blue")]
+    grid = images.make_grid(tiles, nrow=2, padding=2)
+    expected = np.zeros((8, 10, 3), dtype=int)  # rows 2 * (1 + 2) + 2, columns 2 * (2 + 2) + 2
+    expected[2, 2:4] = COLOURS["red"]
+    expected[2, 6:8] = COLOURS["lime"]
+    expected[5, 2:4] = COLOURS["blue"]
+    assert np.array_equal(pixels(grid), expected)
+
+
+def test_grid_sizes_of_the_public_scripts():
+    tiles = [Image.new("RGB", (512, 512))] * 3
+    assert images.make_grid(tiles, nrow=3).size == (1544, 516)
+    assert images.make_grid(tiles, nrow=8).size == (1544, 516)  # no longer than there are pictures
+    assert images.make_grid(tiles, nrow=1).size == (516, 1544)
+    assert images.make_grid(tiles[:1], nrow=3).size == (512, 512)  # one picture is left alone
+
+
+def test_grid_errors():
+    with pytest.raises(ValueError, match="needs pictures"):
+        images.make_grid([])
+    with pytest.raises(ValueError, match="nrow=0"):
+        images.make_grid([Image.new("RGB", (2, 2))], nrow=0)
+    with pytest.raises(ValueError, match="one size"):
+        images.make_grid([Image.new("RGB", (2, 2)), Image.new("RGB", (3, 2))])
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_next_free_index_is_after_the_highest(tmp_path):
+    assert images.next_free_index(tmp_path, "{:05}.png") == 0
+    for name in ("00003.png", "00007.png", "100000.png.bak", "notes.txt", "grid-0041.png", "x00099.png"):
+        (tmp_path / name).touch()
+    assert images.next_free_index(tmp_path, "{:05}.png") == 8
+    assert images.next_free_index(tmp_path, "grid-{:04}.png") == 42
+    (tmp_path / "123456.png").touch()
+    assert images.next_free_index(tmp_path, "{:05}.png") == 123457
+
+
+def test_save_png(tmp_path):
+    image = Image.effect_noise((9, 5), 50).convert("RGB")
+    metadata = {"parameters": "a cat\nSteps: 3", "ldm": "Katze, 猫, 🐈"}
+    path = images.save_png(image, tmp_path, "{:05}.png", metadata)
+    assert path == tmp_path / "00000.png"
+    with Image.open(path) as saved:
+        assert saved.format == "PNG" and saved.text == metadata
+        assert np.array_equal(pixels(saved), pixels(image))
+    assert images.save_png(image, tmp_path, "{:05}.png") == tmp_path / "00001.png"
+    with Image.open(tmp_path / "00001.png") as saved:
+        assert saved.text == {}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.png", "00001.png"]
+
+
+def _refuse_links(*args):
+    raise PermissionError("no hard links here")
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_writers_at_once_never_overwrite(tmp_path, monkeypatch, hard_links):
+    if not hard_links:
+        monkeypatch.setattr(images.os, "link", _refuse_links)
+
+    def write(level: int) -> None:
+        images.save_png(Image.new("RGB", (4, 4), (level, 0, 0)), tmp_path, "{:05}.png")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    levels = {pixels(Image.open(path))[0, 0, 0] for path in tmp_path.glob("*.png")}
+    assert levels == set(range(40))
+    assert len(list(tmp_path.iterdir())) == 40
+
+
+def test_a_name_taken_meanwhile_is_skipped(tmp_path, monkeypatch):
+    (tmp_path / "00000.png").write_text("someone else's")
+    monkeypatch.setattr(images, "next_free_index", lambda *args: 0)  # as seen before the other process wrote
+    assert images.save_png(Image.new("RGB", (4, 4)), tmp_path, "{:05}.png").name == "00001.png"
+    assert (tmp_path / "00000.png").read_text() == "someone else's"
+
+
+def test_a_broken_write_leaves_nothing(tmp_path, monkeypatch):
+    def half(self, file, **kwargs):
+        file.write(b"\x89PNG half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        images.save_png(Image.new("RGB", (4, 4)), tmp_path, "{:05}.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ metadata
+
+
+def test_parameters_text_is_what_other_tools_read():
+    settings = {
+        "prompt": "a cat, sitting",
+        "negative_prompt": "dogs",
+        "steps": 20,
+        "sampler": "dpm_solver",
+        "scale": 7.5,
+        "seed": 42,
+        "size": "512x512",
+        "model": "cats: v1, pruned",
+        "strength": 0.75,
+        "index": 0,
+        "version": "ldm 1.0",
+    }
+    assert images.parameters_text(settings) == (
+        "a cat, sitting\n"
+        "Negative prompt: dogs\n"
+        'Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 42, Size: 512x512, Model: "cats: v1, pruned", '
+        "Denoising strength: 0.75, Image index: 0, Version: ldm 1.0"
+    )
+
+
+def test_parameters_text_leaves_out_what_is_not_there():
+    settings = {"prompt": "", "negative_prompt": "", "steps": 5, "sampler": "ddim", "eta": 0.0, "seed": 0}
+    assert images.parameters_text(settings) == "\nSteps: 5, Sampler: DDIM, Eta: 0, Seed: 0"
+
+
+def test_png_metadata_holds_everything_as_json():
+    settings = {"prompt": "猫", "steps": 5, "init_image": "photo.jpg"}
+    metadata = images.png_metadata(settings)
+    assert json.loads(metadata["ldm"]) == settings
+    assert metadata["parameters"] == "猫\nSteps: 5"
