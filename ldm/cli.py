@@ -1,0 +1,384 @@
+"""What the scripts share: options, the choice of device and precision, saving, and the reporting of errors.
+
+Nothing heavy is imported until it is needed, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ldm import __version__
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PRECISIONS = ("full", "autocast", "fp16", "bf16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PROMPT = "a painting of a virus monster playing guitar"
+FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."
+MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_everything allowed
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that takes "-" and "_" in option names as the same, and reports errors in one line."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._spelling(arg) for arg in args], namespace)
+
+    def _spelling(self, arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        known = {option.replace("-", "_"): option for option in self._option_string_actions}
+        return known.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else arg
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse `type` for a finite number of `kind` (int or float) from `low` to `high`."""
+    span = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
+    wanted = ("a whole number" if kind is int else "a number") + span
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value in (math.inf, -math.inf):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:
+    """A parser with the options that txt2img and img2img share, under the names of the public scripts.
+
+    `defaults` are those in which the scripts differ: outdir, n_iter, n_samples, scale.
+    """
+    parser = ArgumentParser(description=description)
+    count = number(int, 1)
+
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--prompt", default=PROMPT, help="what the picture shows (%(default)s)")
+    what.add_argument("--negative_prompt", default="", help="what the picture should not show")
+    what.add_argument("--from-file", metavar="FILE", help="read prompts from a text file, one per line")
+    what.add_argument("--repeat", type=count, default=1, help="use each line of --from-file this often (%(default)s)")
+    what.add_argument("--n_samples", type=count, help="pictures in a batch (%(default)s)")
+    what.add_argument("--n_iter", type=count, help="how often to go through all prompts (%(default)s)")
+    what.add_argument("--H", type=count, metavar="PIXELS", help="height of the pictures")
+    what.add_argument("--W", type=count, metavar="PIXELS", help="width of the pictures")
+    what.add_argument(
+        "--seed", type=number(int, 0, MAX_SEED), default=42, help="start of the random numbers (%(default)s)"
+    )
+
+    how = parser.add_argument_group("how to sample")
+    how.add_argument(
+        "--ddim_steps",
+        "--steps",
+        type=number(int, 1, 1000),
+        default=50,
+        help="steps of any sampler (%(default)s)",
+    )
+    how.add_argument("--plms", action="store_true", help="use the PLMS sampler instead of DDIM")
+    how.add_argument("--dpm_solver", "--dpm", action="store_true", help="use DPM-Solver++ (2M); wins over --plms")
+    how.add_argument(
+        "--ddim_eta",
+        type=number(float, 0),
+        default=0.0,
+        help="noise of each DDIM step, 0 for none (%(default)s)",
+    )
+    how.add_argument("--scale", type=number(float), help="guidance scale, 1 for no guidance (%(default)s)")
+    how.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise (txt2img)")
+
+    model = parser.add_argument_group("the model")
+    model.add_argument(
+        "--ckpt",
+        metavar="FILE",
+        help=".ckpt or .safetensors (Stable Diffusion v1 if present, else the bundled model)",
+    )
+    model.add_argument("--config", metavar="FILE", help="YAML file of the model (default: found from the checkpoint)")
+    model.add_argument("--C", type=count, metavar="CHANNELS", help="latent channels, if you want them checked")
+    model.add_argument("--f", type=count, metavar="FACTOR", help="downsampling factor, if you want it checked")
+    model.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+    model.add_argument(
+        "--precision", choices=PRECISIONS, default="autocast", help="(%(default)s; on a CPU that is full)"
+    )
+    model.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="same as --precision bf16")
+
+    output = parser.add_argument_group("the output")
+    output.add_argument("--outdir", metavar="FOLDER", help="where to write (%(default)s)")
+    output.add_argument("--skip_save", action="store_true", help="do not write the single pictures")
+    output.add_argument("--skip_grid", action="store_true", help="do not write the grid of all pictures")
+    output.add_argument(
+        "--n_rows", type=number(int, 0), default=0, help="pictures in a row of the grid (as --n_samples)"
+    )
+    output.add_argument("--no_metadata", action="store_true", help="leave prompt and settings out of the PNG files")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options in `argv` (None: the command line), and the `sampler` that they choose.
+
+    Exits as argparse does on options that it refuses. Raises ValueError for options that do not go together.
+    """
+    args = parser.parse_args(argv)
+    args.sampler = _sampler(args)
+    return args
+
+
+def _sampler(args: argparse.Namespace) -> str:
+    if args.dpm_solver:
+        if args.plms:
+            logger.warning("--dpm_solver and --plms are both given: using DPM-Solver")
+        return "dpm_solver"
+    if args.plms and args.ddim_eta != 0:
+        raise ValueError(f"--plms needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
+    return "plms" if args.plms else "ddim"
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that `ldm.inference.txt2img` and `img2img` both take, as keyword arguments for them."""
+    return {
+        "negative_prompt": args.negative_prompt,
+        "steps": args.ddim_steps,
+        "sampler": args.sampler,
+        "eta": args.ddim_eta,
+        "scale": args.scale,
+    }
+
+
+def prompt_batches(args: argparse.Namespace) -> list[list[str]]:
+    """The prompts of one iteration in batches of `n_samples`: the prompt repeated, or the lines of --from-file.
+
+    The last batch of a file may be smaller. Raises FileNotFoundError or ValueError if the file has no prompts to give.
+    """
+    if args.from_file is None:
+        batches = [[args.prompt] * args.n_samples]
+    else:
+        lines = [line for line in _read_lines(Path(args.from_file)) for _ in range(args.repeat)]
+        batches = [lines[i : i + args.n_samples] for i in range(0, len(lines), args.n_samples)]
+    for text in (args.negative_prompt, *sum(batches, [])):
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"the prompt {text!r} is not valid text: check the terminal's encoding (UTF-8)")
+    return batches
+
+
+def _read_lines(path: Path) -> list[str]:
+    if path.is_dir():
+        raise ValueError(f"--from-file {path} is a folder, not a text file")
+    if not path.exists():
+        raise FileNotFoundError(f"--from-file {path}: there is no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--from-file {path} is not UTF-8 text: save it as UTF-8") from None
+    if not lines:
+        raise ValueError(f"--from-file {path} holds no prompts")
+    return lines
+
+
+def public_path(path: str) -> Path | None:
+    """Where a file of the public layout, such as "configs/x.yaml", is: in the current folder or the repository."""
+    return next((place / path for place in (Path(), REPOSITORY) if (place / path).is_file()), None)
+
+
+# --------------------------------------------------------------------------------------------- device, precision, model
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes CUDA if there is one, then MPS, then the CPU.
+
+    Raises ValueError if the device is unknown or this machine, or this build of torch, does not have it.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, present in available.items() if present))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not one of {', '.join(DEVICES)}") from None
+    if not available.get(device.type, False):
+        raise ValueError(
+            f"device {name!r} is not available with this machine and torch {torch.__version__}: use 'cpu' or 'auto'"
+        )
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision to use on `device` when `name` (one of PRECISIONS) is asked for: on a CPU, autocast means full.
+
+    Raises ValueError if the name is unknown, and for fp16 on a CPU, where many operations lack it.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
+    if device.type == "cpu":
+        if name == "autocast":
+            return "full"
+        if name == "fp16":
+            raise ValueError("precision fp16 does not work on a CPU: use full, or bf16 for less memory")
+        if name == "bf16":
+            logger.warning("bf16 on a CPU saves memory but is usually slower than --precision full")
+    return name
+
+
+def load_model(args: argparse.Namespace) -> LatentDiffusion:
+    """The model that the options name. Raises ValueError if --C or --f contradict it, and what loading raises."""
+    from ldm import inference
+
+    model = inference.load_model(args.config, args.ckpt, device=args.device, precision=args.precision)
+    size = inference.default_size(model)
+    factor = size // model.latent_size(size, size)[0]
+    for flag, given, actual in (("--C", args.C, model.channels), ("--f", args.f, factor)):
+        if given not in (None, actual):
+            raise ValueError(f"{flag} {given} does not fit this model, which has {actual}: leave {flag} out")
+    return model
+
+
+def model_name(model: LatentDiffusion) -> str:
+    """What to call a loaded model: its file, or the folder of a file with the public name model.ckpt or last.ckpt."""
+    path = Path(model.checkpoint_path)
+    return path.parent.name if path.stem in ("model", "last") else path.stem
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after the finished pictures were written; the message says how many."""
+
+
+class SampleWriter:
+    """Writes a run's pictures as they come, and their grid when the `with` block ends, however it ends.
+
+    Files are `<outdir>/samples/00000.png` ... and `<outdir>/grid-0000.png` ...; numbers go on after the highest there.
+    `settings` go into the metadata of every picture.
+    """
+
+    def __init__(self, args: argparse.Namespace, **settings: Any) -> None:
+        self.outdir = Path(args.outdir)
+        self.samples = self.outdir / "samples"
+        for folder in (self.outdir, self.samples):
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file, not a folder: choose another --outdir")
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.written = 0
+        self._args = args
+        self._settings = settings
+        self._index = 0
+        self._for_grid: list[Image.Image] = []
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._for_grid:
+            from ldm.images import make_grid, save_png
+
+            grid = make_grid(self._for_grid, nrow=self._args.n_rows or self._args.n_samples)
+            save_png(grid, self.outdir, "grid-{:04}.png")
+        if kind is KeyboardInterrupt:
+            raise Interrupted(f"interrupted; {self.written} images written to {self.samples}")
+
+    def save(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+        """Write a batch, one prompt per picture, unless --skip_save; keep it for the grid, unless --skip_grid."""
+        from ldm.images import save_png
+
+        for image, prompt in zip(images, prompts, strict=True):
+            if not self._args.skip_save:
+                save_png(image, self.samples, "{:05}.png", self._metadata(image, prompt))
+                self.written += 1
+            self._index += 1
+        if not self._args.skip_grid:
+            self._for_grid.extend(images)
+
+    def _metadata(self, image: Image.Image, prompt: str) -> dict[str, str]:
+        from ldm.images import png_metadata
+
+        args = self._args
+        if args.no_metadata:
+            return {}
+        settings = sampling_options(args) | self._settings
+        if args.sampler != "ddim":
+            del settings["eta"]  # no other sampler has it
+        size = f"{image.width}x{image.height}"
+        run = {"seed": args.seed, "size": size, "batch_size": args.n_samples, "index": self._index}
+        return png_metadata({"prompt": prompt, **settings, **run, "version": f"ldm {__version__}"})
+
+
+# ----------------------------------------------------------------------------------------------------------- reporting
+
+
+class _Console(logging.Handler):
+    """Messages as plain lines on stdout, as the public scripts print them; warnings and errors on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        prefix = f"{record.levelname.lower()}: " if warning else ""
+        stream = sys.stderr if warning else sys.stdout
+        stream.write(f"{prefix}{record.getMessage()}\n")
+        stream.flush()
+
+
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Call a script's `main` and return its exit code, with what went wrong as one line on stderr.
+
+    0: all well. 2: the user can mend it (files, options). 1: it failed while running (memory). 130: Ctrl-C.
+    Other exceptions are bugs and keep their traceback; `python -X dev` shows it for every error.
+    """
+    library = logging.getLogger("ldm")
+    console = _Console()
+    library.addHandler(console)
+    library.setLevel(logging.INFO)
+    try:
+        main(argv)
+        return 0
+    except KeyboardInterrupt as error:
+        return _fail(130, str(error) or "interrupted; nothing written")
+    except ModuleNotFoundError as error:
+        return _fail(2, f"error: {error}: install the requirements first (pip install -r requirements.txt)")
+    except (ValueError, ImportError, OSError) as error:
+        return _fail(2, f"error: {_one_line(error)}")
+    except (RuntimeError, ArithmeticError, MemoryError) as error:
+        return _fail(1, f"error: {_one_line(error)}")
+    finally:
+        library.removeHandler(console)
+
+
+def _fail(code: int, message: str) -> int:
+    if sys.flags.dev_mode and code != 130:
+        raise  # the exception that the caller is handling
+    sys.stderr.write(message + "\n")
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        cause = text.split(". ")[0]
+        return f"{cause}. Try --n_samples 1, a smaller --H and --W, or (on a GPU) --precision fp16"
+    return text

@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""Redraw a picture as a text says, with a latent diffusion model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
+
+from ldm import cli
+
+
+def parser() -> cli.ArgumentParser:
+    options = cli.sampling_parser(__doc__, outdir="outputs/img2img-samples", n_iter=1, n_samples=2, scale=5.0)
+    options.add_argument("--init-img", required=True, metavar="FILE", help="the picture to start from")
+    options.add_argument(
+        "--strength",
+        type=cli.number(float, 0, 1),
+        default=0.75,
+        help="how much to change the picture: 0 keeps it, 1 keeps nothing of it (%(default)s)",
+    )
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse(parser(), argv)
+    batches = cli.prompt_batches(args)
+
+    from ldm.images import load_image
+
+    init_image = load_image(args.init_img)
+
+    from ldm import inference
+
+    model = cli.load_model(args)
+    settings = {"strength": args.strength, "init_image": Path(args.init_img).name}
+    with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
+        inference.seed_everything(args.seed)
+        for prompts in batches * args.n_iter:
+            images = inference.img2img(
+                model,
+                prompts,
+                init_image,
+                strength=args.strength,
+                height=args.H,
+                width=args.W,
+                **cli.sampling_options(args),
+            )
+            writer.save(images, prompts)
+    print(cli.FAREWELL.format(args.outdir))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

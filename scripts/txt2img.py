@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Draw pictures from text with a latent diffusion model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
+
+from ldm import cli
+
+LAION400M_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
+LAION400M_CKPT = "models/ldm/text2img-large/model.ckpt"
+
+
+def parser() -> cli.ArgumentParser:
+    options = cli.sampling_parser(__doc__, outdir="outputs/txt2img-samples", n_iter=2, n_samples=3, scale=7.5)
+    options.add_argument("--laion400m", action="store_true", help="use the LAION-400M model of the public layout")
+    return options
+
+
+def use_laion400m(args) -> None:
+    """Point `args` to the LAION-400M model, as the public script does. Raises FileNotFoundError if it is not there."""
+    args.config, args.ckpt = cli.public_path(LAION400M_CONFIG), cli.public_path(LAION400M_CKPT)
+    args.outdir = "outputs/txt2img-samples-laion400m"
+    for name, path in ((LAION400M_CONFIG, args.config), (LAION400M_CKPT, args.ckpt)):
+        if path is None:
+            raise FileNotFoundError(f"--laion400m needs {name}, which is not there: add it, or leave --laion400m out")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse(parser(), argv)
+    if args.laion400m:
+        use_laion400m(args)
+    batches = cli.prompt_batches(args)
+
+    from ldm import inference
+
+    model = cli.load_model(args)
+    height, width = inference.resolve_size(model, args.H, args.W)
+    with cli.SampleWriter(args, model=cli.model_name(model)) as writer:
+        inference.seed_everything(args.seed)
+        start = inference.start_latent(model, args.n_samples, height, width) if args.fixed_code else None
+        for prompts in batches * args.n_iter:
+            images = inference.txt2img(
+                model,
+                prompts,
+                height=height,
+                width=width,
+                **cli.sampling_options(args),
+                start_code=None if start is None else start[: len(prompts)],
+            )
+            writer.save(images, prompts)
+    print(cli.FAREWELL.format(args.outdir))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,216 @@
+"""Options, choices and reports that the scripts share."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+
+import pytest
+import torch
+
+from ldm import cli
+
+
+def parser() -> cli.ArgumentParser:
+    return cli.sampling_parser("test", outdir="out", n_iter=1, n_samples=2, scale=5.0)
+
+
+def parse(*argv: str) -> Namespace:
+    return cli.parse(parser(), argv)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--ddim_steps", "7"], {"ddim_steps": 7}),
+        (["--steps", "1000"], {"ddim_steps": 1000}),
+        (["--ddim-steps=1"], {"ddim_steps": 1}),
+        (["--from-file", "a-b_c"], {"from_file": "a-b_c"}),
+        (["--from_file=a-b_c"], {"from_file": "a-b_c"}),
+        (["--negative-prompt", "--bad_start"], None),
+        (["--negative-prompt=-bad_start"], {"negative_prompt": "-bad_start"}),
+        (["--prompt", "two-part_words"], {"prompt": "two-part_words"}),
+        (["--skip-grid", "--no-metadata"], {"skip_grid": True, "no_metadata": True}),
+        (["--n_sam", "4"], {"n_samples": 4}),
+        (["--bf16"], {"precision": "bf16"}),
+        ([], {"precision": "autocast", "device": "auto", "sampler": "ddim", "seed": 42, "n_rows": 0, "H": None}),
+        (["--seed", "4294967295", "--scale", "-1.5"], {"seed": 2**32 - 1, "scale": -1.5}),
+    ],
+)
+def test_spellings(argv, expected):
+    if expected is None:
+        with pytest.raises(SystemExit):
+            parse(*argv)
+    else:
+        options = vars(parse(*argv))
+        assert options | expected == options
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--n_samples", "0"], "'0' is not a whole number of at least 1"),
+        (["--n_iter", "x"], "'x' is not a whole number of at least 1"),
+        (["--steps", "1001"], "'1001' is not a whole number from 1 to 1000"),
+        (["--ddim_steps", "0"], "'0' is not a whole number from 1 to 1000"),
+        (["--seed", "4294967296"], "is not a whole number from 0 to 4294967295"),
+        (["--scale", "inf"], "'inf' is not a number"),
+        (["--scale", "nan"], "'nan' is not a number"),
+        (["--ddim_eta", "-0.1"], "'-0.1' is not a number of at least 0"),
+        (["--H", "-64"], "is not a whole number of at least 1"),
+        (["--n_rows", "-1"], "is not a whole number of at least 0"),
+        (["--precision", "fp8"], "invalid choice"),
+        (["--prompt"], "expected one argument"),
+        (["--prompt", "a", "cat"], "unrecognized arguments: cat"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(capsys, argv, message):
+    with pytest.raises(SystemExit) as end:
+        parse(*argv)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_sampler_precedence(caplog):
+    assert parse("--plms", "--ddim_eta", "0").sampler == "plms"
+    assert parse("--plms", "--dpm_solver").sampler == "dpm_solver"
+    assert "using DPM-Solver" in caplog.text
+    with pytest.raises(ValueError, match="--plms needs --ddim_eta 0"):
+        parse("--plms", "--ddim_eta", "0.2")
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_prompt_is_repeated():
+    assert cli.prompt_batches(parse("--prompt", "cat", "--n_samples", "3")) == [["cat"] * 3]
+    assert cli.prompt_batches(parse("--prompt", "")) == [["", ""]]
+
+
+def test_prompts_from_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat, sitting\r\n\r\nein Kätzchen 🐈\r\n\r\n \n".encode())
+    assert cli.prompt_batches(parse("--from-file", str(file))) == [["a cat, sitting", ""], ["ein Kätzchen 🐈"]]
+    batches = cli.prompt_batches(parse("--from-file", str(file), "--repeat", "2", "--n_samples", "5"))
+    assert batches == [["a cat, sitting"] * 2 + [""] * 2 + ["ein Kätzchen 🐈"], ["ein Kätzchen 🐈"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b" \n\n", "holds no prompts"), (b"\xff\xfe\x00", "is not UTF-8 text")]
+)
+def test_files_without_prompts(tmp_path, content, message):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        cli.prompt_batches(parse("--from-file", str(tmp_path / "p.txt")))
+    with pytest.raises(ValueError, match="is a folder"):
+        cli.prompt_batches(parse("--from-file", str(tmp_path)))
+
+
+def test_broken_terminal_encoding_is_found_before_sampling():
+    with pytest.raises(ValueError, match="not valid text"):
+        cli.prompt_batches(parse("--prompt", "caf\udce9"))
+
+
+def test_public_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.public_path("setup.py") == cli.REPOSITORY / "setup.py"
+    assert cli.public_path("no/such.file") is None
+    (tmp_path / "setup.py").touch()
+    assert cli.public_path("setup.py").resolve() == tmp_path / "setup.py"
+
+
+# ------------------------------------------------------------------------------------------------ device and precision
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, False, "cuda")],
+)
+def test_auto_device(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert cli.choose_device("auto").type == expected
+    assert cli.choose_device("cpu").type == "cpu"
+
+
+def test_absent_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' is not available .* use 'cpu' or 'auto'"):
+        cli.choose_device("cuda")
+    with pytest.raises(ValueError, match="'abacus' is not one of auto, cpu"):
+        cli.choose_device("abacus")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.choose_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_precision(caplog):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [cli.choose_precision(name, cuda) for name in cli.PRECISIONS] == list(cli.PRECISIONS)
+    assert cli.choose_precision("autocast", cpu) == cli.choose_precision("full", cpu) == "full"
+    assert not caplog.records
+    assert cli.choose_precision("bf16", cpu) == "bf16" and "slower" in caplog.text
+    with pytest.raises(ValueError, match="fp16 does not work on a CPU: use full"):
+        cli.choose_precision("fp16", cpu)
+    with pytest.raises(ValueError, match="precision 'half' is not one of"):
+        cli.choose_precision("half", cpu)
+
+
+# ----------------------------------------------------------------------------------------------------------- reporting
+
+
+def raising(error: BaseException):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("a bad\n  value"), 2, "error: a bad value"),
+        (FileNotFoundError("there is no model x"), 2, "error: there is no model x"),
+        (FileNotFoundError(2, "No such file or directory", "x.ckpt"), 2, "error: x.ckpt: No such file or directory"),
+        (PermissionError(13, "Permission denied", "out"), 2, "error: out: Permission denied"),
+        (ModuleNotFoundError("No module named 'torch'"), 2, "error: No module named 'torch': install the requirements"),
+        (ImportError("target 'a.B': there is no module 'a'"), 2, "error: target 'a.B': there is no module 'a'"),
+        (RuntimeError("the picture is not finite"), 1, "error: the picture is not finite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "error: CUDA out of memory. Try --n_samples 1"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1, "error: DefaultCPUAllocator: can't"),
+        (MemoryError(), 1, "error: MemoryError. Try --n_samples 1"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing written"),
+        (cli.Interrupted("interrupted; 3 images"), 130, "interrupted; 3 images"),
+    ],
+)
+def test_errors_become_one_line_and_a_code(capsys, error, code, message):
+    assert cli.run(raising(error)) == code
+    written = capsys.readouterr().err
+    assert written.startswith(message) and written.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback():
+    with pytest.raises(KeyError):
+        cli.run(raising(KeyError("oops")))
+
+
+def test_messages_of_the_library(capsys):
+    def main(argv):
+        logging.getLogger("ldm.inference").info("Loading model from %s", "x.ckpt")
+        logging.getLogger("ldm.inference").warning("the prompt is cut")
+        logging.getLogger("ldm.inference").debug("unseen")
+
+    assert cli.run(main) == 0
+    assert cli.run(main) == 0  # a second run does not print everything twice
+    output = capsys.readouterr()
+    assert output.out == "Loading model from x.ckpt\n" * 2
+    assert output.err == "warning: the prompt is cut\n" * 2
+
+
+def test_outdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, not a folder"):
+        cli.SampleWriter(Namespace(outdir=tmp_path / "file"))
