@@ -23,6 +23,7 @@ setup(
         "einops>=0.8",
         "transformers>=4.40",
         "tokenizers>=0.19",
+        "ftfy>=6.1",
         "safetensors>=0.4.3",
         "numpy>=1.26",
         "pillow>=10.3",

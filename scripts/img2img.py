@@ -38,16 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"strength": args.strength, "init_image": Path(args.init_img).name}
     with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
         inference.seed_everything(args.seed)
+        latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
         for prompts in batches * args.n_iter:
-            images = inference.img2img(
-                model,
-                prompts,
-                init_image,
-                strength=args.strength,
-                height=args.H,
-                width=args.W,
-                **cli.sampling_options(args),
-            )
+            options = {"strength": args.strength, **cli.sampling_options(args)}
+            images = inference.img2img(model, prompts, latents[: len(prompts)], **options)
             writer.save(images, prompts)
     print(cli.FAREWELL.format(args.outdir))
 

@@ -63,10 +63,14 @@ class FakeInference(ModuleType):
     def txt2img(self, model, prompts, *, height, width, **arguments):
         return self._draw("txt2img", prompts, (width, height), {"height": height, "width": width, **arguments})
 
-    def img2img(self, model, prompts, init_image, *, height, width, **arguments):
-        size = (width or init_image.width, height or init_image.height)
-        arguments = {"init_image": init_image, "height": height, "width": width, **arguments}
-        return self._draw("img2img", prompts, size, arguments)
+    def encode_image(self, model, image, batch, height, width):
+        self.calls.append(("encode_image", {"image": image, "batch": batch, "height": height, "width": width}))
+        shape = (batch, 4, (height or image.height) // 8, (width or image.width) // 8)
+        return torch.arange(batch).view(batch, 1, 1, 1).expand(shape)
+
+    def img2img(self, model, prompts, init, **arguments):
+        height, width = init.shape[2] * 8, init.shape[3] * 8
+        return self._draw("img2img", prompts, (width, height), {"init": init, **arguments})
 
 
 @pytest.fixture

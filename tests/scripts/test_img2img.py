@@ -18,15 +18,16 @@ def photo(inference) -> Image.Image:
 
 def test_defaults_are_those_of_the_public_script(script, inference, photo, capsys):
     assert script("--init-img", "photo.png") == 0
-    assert [name for name, _ in inference.calls] == ["load_model", "seed_everything", "img2img"]
+    assert [name for name, _ in inference.calls] == ["load_model", "seed_everything", "encode_image", "img2img"]
+    (encoded,) = inference.named("encode_image")
+    assert encoded.pop("image").tobytes() == photo.tobytes()
+    assert encoded == {"batch": 2, "height": None, "width": None}  # as large as the picture
     (call,) = inference.named("img2img")
-    assert call.pop("init_image").tobytes() == photo.tobytes()
+    assert call.pop("init").shape == (2, 4, 3, 5)
     assert call == {
         "prompts": ["a painting of a virus monster playing guitar"] * 2,
         "negative_prompt": "",
         "strength": 0.75,
-        "height": None,  # as the picture
-        "width": None,
         "steps": 50,
         "sampler": "ddim",
         "eta": 0.0,
@@ -44,7 +45,6 @@ def test_defaults_are_those_of_the_public_script(script, inference, photo, capsy
         (["--dpm_solver"], {"sampler": "dpm_solver"}),
         (["--strength", "0"], {"strength": 0.0}),
         (["--strength", "1"], {"strength": 1.0}),
-        (["--H", "64", "--W", "128"], {"height": 64, "width": 128}),
         (
             ["--negative-prompt", "dog", "--steps", "3", "--scale", "1"],
             {"negative_prompt": "dog", "steps": 3, "scale": 1},
@@ -58,10 +58,20 @@ def test_flags_arrive(script, inference, flags, expected):
     assert call | expected == call
 
 
-def test_ragged_file_of_prompts(script, inference):
+def test_size_flags(script, inference):
+    assert script("--init-img", "photo.png", "--H", 64, "--W", 128) == 0
+    (encoded,) = inference.named("encode_image")
+    assert (encoded["height"], encoded["width"]) == (64, 128)
+    assert Image.open("outputs/img2img-samples/samples/00000.png").size == (128, 64)
+
+
+def test_ragged_file_starts_from_one_encoding(script, inference):
     Path("p.txt").write_text("a\nb\nc\n")
     assert script("--init-img", "photo.png", "--from-file", "p.txt", "--n_iter", 2) == 0
-    assert [call["prompts"] for call in inference.named("img2img")] == [["a", "b"], ["c"]] * 2
+    calls = inference.named("img2img")
+    assert [call["prompts"] for call in calls] == [["a", "b"], ["c"]] * 2
+    assert [call["init"][:, 0, 0, 0].tolist() for call in calls] == [[0, 1], [0]] * 2
+    assert len(inference.named("encode_image")) == 1
 
 
 def test_metadata(script):
