@@ -1,0 +1,28 @@
+"""The only reader and writer of checkpoints (`.ckpt`, `.safetensors`).
+
+reading    a file becomes a `Checkpoint`: tensors under their published names, memory-mapped
+pickles    what a pickled file may ask for, and what it gets (nothing that can act)
+families   what a file looks like, by its keys and shapes: which config, or why none
+filling    models on the meta device, filled by assignment
+saving     published names, written whole or not at all
+"""
+
+from ldm.checkpoint.families import config_for, describe, detect_config, ema_name
+from ldm.checkpoint.filling import LoadReport, build_on_meta, fill_model, init_from_checkpoint
+from ldm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint
+from ldm.checkpoint.saving import save_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "LoadReport",
+    "build_on_meta",
+    "config_for",
+    "describe",
+    "detect_config",
+    "ema_name",
+    "fill_model",
+    "init_from_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+]

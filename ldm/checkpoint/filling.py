@@ -1,0 +1,273 @@
+"""Models without weights, and their filling: every check first, then one assignment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.families import describe, detect_config, ema_name, family_of, not_a_model
+from ldm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint
+from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+# The noise schedule follows from the config; files carry it, pruned ones rounded to half precision.
+SCHEDULE_BUFFERS = frozenset(
+    (
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "lvlb_weights",
+    )
+)
+EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
+
+# What files carry beside a model's weights and a model may well do without. Anything else is reported.
+HARMLESS_EXTRAS = (
+    r"model_ema\.",  # running averages, of no use to a model without `use_ema`
+    r"(first_stage_model\.)?(loss|model_ema)\.",  # a first stage's losses and averages
+    r"(.*\.)?(" + "|".join(sorted(SCHEDULE_BUFFERS)) + ")$",
+    r"logvar$",  # learnt loss weights, a training matter
+    r"denoiser\.",  # k-diffusion's schedule, saved by programs that wrap a model in it
+    # the picture half and the heads of CLIP, where a whole CLIPModel was saved as the text tower
+    r"cond_stage_model\.(transformer\.)?(vision_model|visual_projection|text_projection|logit_scale)\b",
+)
+_HARMLESS = re.compile("|".join(HARMLESS_EXTRAS))
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file's tensors in a model."""
+
+    filled: int  # tensors of the model that came from the file
+    own: tuple[str, ...]  # absent from the file, kept as the model made them: schedule, position_ids, counters
+    ignored: tuple[str, ...]  # in the file, not needed, known to be harmless
+    unexpected: tuple[str, ...]  # in the file, not in the model, of unknown meaning
+    ema: str  # which of the two sets of UNet weights serves, in words; "" if the matter does not arise
+    notes: tuple[str, ...] = ()  # everything else that was logged
+
+
+def build_on_meta(model_config: Any) -> nn.Module:
+    """The model that a `{target, params}` config describes, without memory: nothing is initialised.
+
+    What a model computes from its config (schedules, position ids) it makes on the CPU and holds already.
+    """
+    with torch.device("meta"):
+        return instantiate_from_config(model_config)
+
+
+@torch.no_grad()
+def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> LoadReport:
+    """Give `model` the checkpoint's tensors by assignment; those of the right dtype stay memory-mapped.
+
+    Weights and their EMA copies become `dtype`; buffers keep the dtype that the model declares. A file with only
+    one of weights and EMA copies serves a model that has both, or only the other.
+
+    Everything is checked before the model is touched. Raises CheckpointError if a weight is missing or has another
+    shape, RuntimeError if the model holds something on the meta device that no file can fill.
+    """
+    own = model.state_dict()
+    _check_fillable(model, own)
+    source, ema = _match_ema(own, checkpoint)
+    kept = {key for key in own if _keeps_own(key, own[key], checkpoint.state.get(source[key]))}
+    _check_fit(own, source, kept, checkpoint)
+    notes = _check_schedule(own, kept, checkpoint)
+
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors: dict[str, Tensor] = {}
+    taken: set[str] = set()
+    for key, tensor in own.items():
+        if key in kept:
+            tensors[key] = tensor
+            continue
+        given = checkpoint.state[source[key]]
+        weight = tensor.is_floating_point() and (key in parameters or _is_ema_copy(key))
+        value = given.to(dtype if weight else tensor.dtype)
+        # training changes weights in place, so a weight and its average may not share memory
+        tensors[key] = value.clone() if value is given and source[key] in taken else value
+        taken.add(source[key])
+    model.load_state_dict(tensors, strict=True, assign=True)
+    _check_none_on_meta(model)
+
+    extras = [key for key in checkpoint.state if key not in taken and key not in own]
+    ignored = tuple(key for key in extras if _is_harmless(key, own))
+    unexpected = tuple(key for key in extras if not _is_harmless(key, own))
+    if unexpected:
+        notes.append(f"{checkpoint.path}: {len(unexpected)} tensors have no place in the model: {_few(unexpected)}")
+    for note in notes:
+        logger.warning(note)
+    if ema:
+        logger.info("%s: %s", checkpoint.path, ema)
+    return LoadReport(len(own) - len(kept), tuple(sorted(kept)), ignored, unexpected, ema, tuple(notes))
+
+
+def init_from_checkpoint(
+    module: nn.Module, path: str | os.PathLike[str], ignore_keys: Sequence[str] = (), prefix: str = ""
+) -> None:
+    """Start a module from a file that may hold more or less than it: what fits is copied, the rest is logged.
+
+    Only keys that start with `prefix` count, without it; those that start with one of `ignore_keys` are left out. A
+    module on the meta device is left alone, for `fill_model` will bring all of its weights.
+
+    Raises CheckpointError if a weight has another shape than the module's, or if nothing fits.
+    """
+    own = module.state_dict()
+    if all(parameter.is_meta for parameter in module.parameters()):
+        logger.debug("%s is not read: the model is filled later", path)
+        return
+    checkpoint = read_checkpoint(path)
+    given = {
+        key.removeprefix(prefix): value
+        for key, value in checkpoint.state.items()
+        if key.startswith(prefix) and not key.startswith(tuple(ignore_keys))
+    }
+    unlike = [key for key, value in given.items() if key in own and value.shape != own[key].shape]
+    if unlike:
+        raise CheckpointError(
+            f"{path} does not fit: {len(unlike)} weights have another shape ({_few(unlike)}); "
+            "name them in ignore_keys to leave them as they are"
+        )
+    fitting = {key: value for key, value in given.items() if key in own}
+    if not fitting:
+        raise CheckpointError(f"nothing in {path} fits: it looks like {describe(checkpoint.shapes)}")
+    module.load_state_dict(fitting, strict=False)
+    missing, extra = own.keys() - fitting.keys(), given.keys() - own.keys()
+    logger.info("%s: %d weights restored", path, len(fitting))
+    for names, what in ((missing, "not in the file"), (extra, "not in the model")):
+        if names:
+            logger.warning("%s: %d weights are %s: %s", path, len(names), what, _few(sorted(names)))
+
+
+# --- which tensor of the file goes where ----------------------------------------------------------
+
+
+def _is_ema_copy(key: str) -> bool:
+    return key.startswith("model_ema.") and key not in EMA_COUNTERS
+
+
+def _match_ema(own: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[dict[str, str], str]:
+    """For each key of the model the key of the file that fills it; in words, which set of weights that is."""
+    state = checkpoint.state
+    source = {key: key for key in own}
+    averaged = [key for key in own if ema_name(key) in own or ema_name(key) in state]
+    model_has_ema = any(_is_ema_copy(key) for key in own)
+    file_has_ema = any(ema_name(key) in state for key in averaged)
+    file_has_plain = any(key in state for key in averaged)
+    if file_has_ema and not file_has_plain:
+        source |= {key: ema_name(key) for key in averaged}
+        return source, "holds only the EMA weights, which are used"
+    if model_has_ema and file_has_plain and not file_has_ema:
+        source |= {ema_name(key): key for key in averaged}
+        return source, "holds no EMA weights; the plain ones serve as their averages"
+    if model_has_ema and file_has_ema:
+        return source, "holds plain and EMA weights; sampling uses the EMA weights"
+    if file_has_ema:
+        return source, "holds plain and EMA weights; the plain ones are used (use_ema is off)"
+    return source, ""
+
+
+def _keeps_own(key: str, own: Tensor, given: Tensor | None) -> bool:
+    """Whether the model's own value serves: it is real, and the file has none or only a rounded one."""
+    if own.is_meta:
+        return False
+    name = key.rpartition(".")[2]
+    if name in SCHEDULE_BUFFERS:
+        return given is None or given.dtype not in (torch.float32, torch.float64)
+    return given is None and (name == "position_ids" or key in EMA_COUNTERS)
+
+
+def _is_harmless(key: str, own: Mapping[str, Tensor]) -> bool:
+    if key.startswith("model_ema.") and any(_is_ema_copy(name) for name in own):
+        return False  # the model averages its weights, and does not know this one
+    return _HARMLESS.match(key) is not None
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _check_fillable(model: nn.Module, own: Mapping[str, Tensor]) -> None:
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in own]
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} non-persistent buffers are on the meta device and in no checkpoint ({_few(lost)}): "
+            "the model must create them on the CPU"
+        )
+
+
+def _check_none_on_meta(model: nn.Module) -> None:
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise RuntimeError(f"{len(left)} tensors of the model are still without values: {_few(left)}")
+
+
+def _check_fit(own: Mapping[str, Tensor], source: Mapping[str, str], kept: set[str], checkpoint: Checkpoint) -> None:
+    """Missing weights and other shapes, all in one sentence with what the file looks like."""
+    needed = [key for key in own if key not in kept]
+    missing = [key for key in needed if source[key] not in checkpoint.state]
+    shapes = checkpoint.shapes
+    unlike = [key for key in own if source[key] in shapes and shapes[source[key]] != tuple(own[key].shape)]
+    if not missing and not unlike:
+        return
+    if len(missing) == len(needed) and family_of(shapes) is None:
+        raise CheckpointError(not_a_model(checkpoint))
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} of {len(own)} weights are missing, e.g. {_few(missing)}")
+        absent = _absent_parts(own, missing, shapes)
+        faults += [f"there is nothing of {', '.join(absent)}"] if absent else []
+    if unlike:
+        key = unlike[0]
+        faults.append(
+            f"{len(unlike)} weights have another shape, e.g. {key} is {_shape(shapes[source[key]])} in the file "
+            f"and {_shape(own[key].shape)} in the config"
+        )
+    hint = ": use its config, or leave out --config" if unlike and detect_config(shapes) else ""
+    raise CheckpointError(
+        f"{checkpoint.path} does not fit the config: {'; '.join(faults)}; the file looks like {describe(shapes)}{hint}"
+    )
+
+
+def _absent_parts(own: Iterable[str], missing: Iterable[str], shapes: Iterable[str]) -> list[str]:
+    """Top-level parts of the model (`cond_stage_model`, ...) of which the file has not a single weight."""
+    absent = {key.partition(".")[0] for key in missing} - {key.partition(".")[0] for key in shapes}
+    return sorted(absent & {key.partition(".")[0] for key in own if "." in key})
+
+
+def _check_schedule(own: Mapping[str, Tensor], kept: set[str], checkpoint: Checkpoint) -> list[str]:
+    """A note if the file was made with another noise schedule than the config's."""
+    key = "alphas_cumprod"
+    if key not in own or key not in checkpoint.state or own[key].is_meta:
+        return []
+    ours, theirs = own[key].float(), checkpoint.state[key].float()
+    if torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4):
+        return []
+    used = "the config's is used, for the file's is rounded" if key in kept else "the file's is used"
+    return [
+        f"{checkpoint.path} was made with another noise schedule than the config's (alphas_cumprod ends at "
+        f"{theirs[-1]:.3g}, in the config at {ours[-1]:.3g}); {used}"
+    ]
+
+
+def _few(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(str(size) for size in shape) or "a scalar"
