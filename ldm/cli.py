@@ -56,7 +56,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     span = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
     wanted = ("a whole number" if kind is int else "a number") + span
 
-    def parse(text: str) -> Any:
+    def _parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
@@ -65,7 +65,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
 
-    return parse
+    return _parse
 
 
 def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:

@@ -75,9 +75,7 @@ def fit_to_multiple(
             f"a picture of {width}x{height} pixels is too small: each side needs at least {multiple}; "
             f"give a larger picture or a larger size"
         )
-    return image.resize(
-        (width - width % multiple, height - height % multiple), resample=Image.Resampling.LANCZOS
-    )
+    return image.resize((width - width % multiple, height - height % multiple), resample=Image.Resampling.LANCZOS)
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
@@ -104,9 +102,7 @@ def make_grid(images: Sequence[Image.Image], nrow: int = 8, padding: int = 2) ->
     picture is returned without padding. Raises ValueError for no pictures, unequal sizes or nrow < 1.
     """
     if not images or nrow < 1:
-        raise ValueError(
-            f"a grid needs pictures and at least one a row, got {len(images)} pictures and nrow={nrow}"
-        )
+        raise ValueError(f"a grid needs pictures and at least one a row, got {len(images)} pictures and nrow={nrow}")
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise ValueError(f"the pictures of a grid need one size, got {sizes}")
@@ -130,9 +126,7 @@ def next_free_index(folder: str | Path, pattern: str) -> int:
     return max((int(match[1]) for match in matches if match), default=-1) + 1
 
 
-def save_png(
-    image: Image.Image, folder: str | Path, pattern: str, metadata: Mapping[str, str] | None = None
-) -> Path:
+def save_png(image: Image.Image, folder: str | Path, pattern: str, metadata: Mapping[str, str] | None = None) -> Path:
     """Write `image` to `folder` under the next free name of `pattern`, such as "{:05}.png"; returns its path.
 
     `metadata` goes into PNG text chunks. A file that exists is never replaced, even when several processes write to
