@@ -45,7 +45,9 @@ def _pretend(objects: Mapping[str, Any]) -> Iterator[None]:
         module, _, name = path.rpartition(".")
         parts = module.split(".")
         for i in range(1, len(parts) + 1):
-            modules.setdefault(".".join(parts[:i]), sys.modules.get(".".join(parts[:i]), types.ModuleType(parts[i - 1])))
+            modules.setdefault(
+                ".".join(parts[:i]), sys.modules.get(".".join(parts[:i]), types.ModuleType(parts[i - 1]))
+            )
         modules[module] = types.ModuleType(module)
         setattr(modules[module], name, thing)
     with mock.patch.dict(sys.modules, modules):

@@ -44,7 +44,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.bin", "a.safetensors", "a"])
 def test_pickled_files_by_content(tmp_path, state, zipped, name):
-    torch.save({"state_dict": state, "global_step": 7, "epoch": 2}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": state, "global_step": 7, "epoch": 2}, tmp_path / name, _use_new_zipfile_serialization=zipped
+    )
     found = read_checkpoint(tmp_path / name)
     assert_same(found.state, state)
     assert (found.global_step, found.epoch, found.path) == (7, 2, tmp_path / name)
@@ -181,7 +183,10 @@ def test_three_layouts_of_the_text_tower(tmp_path):
 
 
 def test_other_names_stay(tmp_path):
-    names = ["cond_stage_model.transformer.token_emb.weight", "cond_stage_model.model.transformer.resblocks.0.ln_1.bias"]
+    names = [
+        "cond_stage_model.transformer.token_emb.weight",
+        "cond_stage_model.model.transformer.resblocks.0.ln_1.bias",
+    ]
     names += ["first_stage_model.encoder.conv_in.weight", "cond_stage_model.encoder.x", "embeddings.x", "module.x"]
     torch.save(dict.fromkeys(names, torch.ones(1)), tmp_path / "a.ckpt")
     assert list(read_checkpoint(tmp_path / "a.ckpt").state) == names
@@ -222,6 +227,7 @@ def test_every_unknown_name_is_listed(tmp_path, state):
         read_checkpoint(tmp_path / "a.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_plain_pickles_run_nothing(tmp_path):
     for protocol in range(6):
         (tmp_path / "a.ckpt").write_bytes(pickle.dumps(Attack((os.system, (f"touch {tmp_path}/ran",))), protocol))
@@ -278,6 +284,7 @@ def test_strangers(tmp_path, content, expected):
     assert re.search(expected, sentence(path))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_other_zip_files(tmp_path, state):
     with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
         archive.writestr("model.ckpt", b"x")
