@@ -12,6 +12,7 @@ MARKERS = (UNCONDITIONAL, FIRST_STAGE)
 
 # Public `target:` paths whose code has another home here. Configs and old checkpoints keep working unchanged.
 ALIASES: dict[str, str] = {
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": "ldm.models.diffusion.inpainting.LatentInpaintDiffusion",
     "taming.modules.vqvae.quantize.VectorQuantizer2": "ldm.modules.quantize.VectorQuantizer",
     "taming.modules.vqvae.quantize.VectorQuantizer": "ldm.modules.quantize.VectorQuantizer",
     "ldm.modules.attention.MemoryEfficientCrossAttention": "ldm.modules.attention.CrossAttention",

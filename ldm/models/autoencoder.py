@@ -20,6 +20,11 @@ class FirstStage(pl.LightningModule):
 
     image_key: str
 
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels a side of one latent position."""
+        return 2 ** (len(self.encoder.down) - 1)
+
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
         """Images (B, H, W, C) or (B, H, W) of a batch as (B, C, H, W) float32."""
         x = batch[k]
@@ -33,7 +38,7 @@ class FirstStage(pl.LightningModule):
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Load weights from a checkpoint file, leaving out keys that start with one of `ignore_keys`."""
-        from ldm.checkpoint import init_from_checkpoint
+        from ldm.checkpoint.partial import init_from_checkpoint
 
         init_from_checkpoint(self, path, ignore_keys=ignore_keys)
 
@@ -157,6 +162,8 @@ class VQModelInterface(VQModel):
 
 class IdentityFirstStage(nn.Module):
     """No first stage: pixels are the latents."""
+
+    downsampling_factor = 1
 
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any) -> None:
         super().__init__()

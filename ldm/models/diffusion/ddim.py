@@ -80,8 +80,12 @@ class DDIMSampler(Sampler):
         unconditional_conditioning: Condition = None,
         callback: Callable[[int], None] | None = None,
         verbose: bool = True,
+        schedule_timesteps: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """DDIM inversion: walk x0 (B, C, H, W) up the first `t_enc` steps of the schedule.
+
+        schedule_timesteps: ask the network at the timesteps of the schedule. The published code asks at 0, 1, 2 ...,
+        the indices of the steps; that is the default here only so that its published numbers come out.
 
         Returns the noisy latent and {"x_encoded", "intermediate_steps", "intermediates"}; the last is filled with
         about `return_intermediates` latents.
@@ -94,7 +98,7 @@ class DDIMSampler(Sampler):
         x, kept, kept_steps = x0, [], []
         for i in tqdm(range(t_enc), desc="DDIM inversion", disable=not verbose):
             a, a_next = float(schedule.a_prev[i]), float(schedule.a[i])
-            eps, _ = self.predict(run, x, self._inversion_timestep(schedule, i), a)
+            eps, _ = self.predict(run, x, schedule.timesteps[i] if schedule_timesteps else i, a)
             x = math.sqrt(a_next / a) * (x - math.sqrt(1 - a) * eps) + math.sqrt(1 - a_next) * eps
             if every and (i % every == 0 or i >= t_enc - 2):
                 kept.append(x)
@@ -103,7 +107,3 @@ class DDIMSampler(Sampler):
                 callback(i)
         out = {"x_encoded": x, "intermediate_steps": kept_steps}
         return x, out | ({"intermediates": kept} if every else {})
-
-    @staticmethod
-    def _inversion_timestep(schedule: Any, i: int) -> int:
-        return int(schedule.timesteps[i])

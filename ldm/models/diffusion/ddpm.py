@@ -142,7 +142,7 @@ class DDPM(GaussianDiffusion):
 
         only_model: load the network alone.
         """
-        from ldm.checkpoint import init_from_checkpoint
+        from ldm.checkpoint.partial import init_from_checkpoint
 
         init_from_checkpoint(
             self.model if only_model else self, path, ignore_keys, prefix="model." if only_model else ""
@@ -309,6 +309,16 @@ class LatentDiffusion(DDPM):
         return self
 
     # ---- first stage and condition ----
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the latent of a picture; ValueError, naming the nearest sizes, if there is none."""
+        f = self.first_stage_model.downsampling_factor
+        for name, size in (("height", height), ("width", width)):
+            if size < f or size % f:
+                below, above = max(size // f, 1) * f, (size // f + 1) * f
+                near = f"{below} or {above}" if size > f else str(f)
+                raise ValueError(f"{name} {size} is not a multiple of {f}, which this model needs: use {near}")
+        return height // f, width // f
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:

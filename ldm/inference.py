@@ -1,0 +1,299 @@
+"""From prompts to pictures: load a model, then `txt2img` or `img2img`.
+
+from ldm.inference import load_model, txt2img
+
+model = load_model()
+for image in txt2img(model, ["a red circle"], seed=42):
+    image.save("circle.png")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from yaml import YAMLError
+
+from ldm.checkpoint import Checkpoint, build_on_meta, config_for, detect_config, fill_model, read_checkpoint
+from ldm.cli import REPOSITORY, choose_device, choose_precision, public_path
+from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import Sampler
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
+BUNDLED_CKPT = REPOSITORY / "models/ldm/shapes64/model.ckpt"
+BUNDLED_CONFIG = REPOSITORY / "models/ldm/shapes64/config.yaml"
+
+SAMPLERS = ("ddim", "plms", "dpm_solver")
+DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# ---- loading ----
+
+
+def load_model(
+    config: str | Path | None = None,
+    ckpt: str | Path | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "autocast",
+) -> LatentDiffusion:
+    """A model ready to sample from, on `device` ("auto": CUDA, else MPS, else the CPU).
+
+    ckpt: a .ckpt or .safetensors file; None is Stable Diffusion v1 at its public place, or else the bundled model.
+    config: a YAML file; None is what the checkpoint's keys and shapes tell, or a config.yaml beside it.
+    precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
+
+    Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
+    """
+    where = choose_device(device)
+    precision = choose_precision(precision, where)
+    path = Path(ckpt) if ckpt is not None else _default_checkpoint()
+    logger.info("Loading model from %s", path)
+    checkpoint = read_checkpoint(path)
+    if checkpoint.global_step is not None:
+        logger.info("Global Step: %d", checkpoint.global_step)
+    model = build_on_meta(read_config(config or _config_beside(checkpoint))["model"])
+    fill_model(model, checkpoint, dtype=DTYPES[precision])
+    model.checkpoint_path = str(path)
+    model.autocast_dtype = torch.float16 if precision == "autocast" else None
+    return model.to(where).eval()
+
+
+def read_config(path: str | Path) -> DictConfig:
+    """A model's YAML config. Raises FileNotFoundError or ValueError if it is none."""
+    place = Path(path) if Path(path).is_file() else public_path(str(path))
+    if place is None:
+        raise FileNotFoundError(f"config {path}: there is no such file")
+    try:
+        config = OmegaConf.load(place)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(config, DictConfig) or "model" not in config:
+        raise ValueError(f"config {path} has no `model:` section, so it does not describe a model")
+    return config
+
+
+def _default_checkpoint() -> Path:
+    public = public_path(DEFAULT_CKPT)
+    if public is not None:
+        return public
+    logger.info("No --ckpt and no %s: using the small bundled model, which draws shapes at 64x64", DEFAULT_CKPT)
+    return BUNDLED_CKPT
+
+
+def _config_beside(checkpoint: Checkpoint) -> str | Path:
+    beside = Path(checkpoint.path).with_name("config.yaml")
+    if detect_config(checkpoint.shapes) is None and beside.is_file():
+        return beside
+    return config_for(checkpoint)
+
+
+def seed_everything(seed: int) -> None:
+    """Start all random numbers (Python's, numpy's, torch's on every device) at `seed`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ---- sizes ----
+
+
+def default_size(model: LatentDiffusion) -> int:
+    """The side in pixels that a model was made for."""
+    side = model.image_size if isinstance(model.image_size, int) else model.image_size[0]
+    return side * model.first_stage_model.downsampling_factor
+
+
+def resolve_size(model: LatentDiffusion, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """(height, width) with the model's own where None; ValueError, naming the nearest sizes, if it cannot take them."""
+    side = default_size(model)
+    size = (side if height is None else height, side if width is None else width)
+    model.latent_size(*size)
+    return size
+
+
+def _fit(model: LatentDiffusion, image: Image.Image, height: int | None, width: int | None) -> Image.Image:
+    """`image` at a size that the model can take: the one asked for, or its own, floored to a multiple of 32.
+
+    The bundled model only knows its own scale, so pictures are brought to that.
+    """
+    if height is not None or width is not None:
+        height, width = height or image.height, width or image.width
+        model.latent_size(height, width)
+        return fit_to_multiple(image, 1, height=height, width=width)
+    multiple = math.lcm(32, model.first_stage_model.downsampling_factor)
+    if Path(model.checkpoint_path) == BUNDLED_CKPT:
+        ratio = default_size(model) / min(image.size)
+        image = image.resize((round(image.width * ratio), round(image.height * ratio)))
+    return fit_to_multiple(image, multiple)
+
+
+# ---- drawing ----
+
+
+@torch.no_grad()
+def txt2img(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    steps: int = 50,
+    sampler: str = "ddim",
+    eta: float = 0.0,
+    scale: float = 7.5,
+    seed: int | None = None,
+    start_code: Tensor | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """One picture a prompt, as one batch.
+
+    height, width: pixels, by default the model's own. sampler: "ddim", "plms" or "dpm_solver". eta: noise of a DDIM
+    step. scale: guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`. seed: start of the
+    random numbers; None goes on where they are. start_code: the latents to start from (see `start_latent`).
+
+    Raises ValueError for what the model cannot do, ArithmeticError if the picture is not finite.
+    """
+    height, width = resolve_size(model, height, width)
+    solver = _sampler(model, sampler)
+    if seed is not None:
+        seed_everything(seed)
+    with _precision(model), model.ema_scope():
+        guidance = _conditions(model, prompts, negative_prompt, scale)
+        latents, _ = solver.sample(
+            S=steps,
+            batch_size=len(prompts),
+            shape=(model.channels, *model.latent_size(height, width)),
+            conditioning=guidance.pop("cond"),
+            eta=eta,
+            x_T=start_code,
+            verbose=progress,
+            **guidance,
+        )
+        return _decode(model, latents)
+
+
+@torch.no_grad()
+def img2img(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    init: Image.Image | Tensor,
+    *,
+    strength: float = 0.75,
+    negative_prompt: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    steps: int = 50,
+    sampler: str = "ddim",
+    eta: float = 0.0,
+    scale: float = 5.0,
+    seed: int | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """One picture a prompt, made from `init`: a picture, or its latents (B, C, h, w) from `encode_image`.
+
+    strength: how much of the schedule to go through: 0 gives the picture back as the first stage sees it, 1 keeps
+    nothing of it. height, width: resize to these; by default the picture's own size, floored to a multiple of 32.
+    The rest as in `txt2img` (SDEdit, Meng et al. 2022).
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength must be from 0 to 1, not {strength}")
+    solver = _sampler(model, sampler)
+    solver.make_schedule(steps, ddim_eta=eta, verbose=False)
+    if seed is not None:
+        seed_everything(seed)
+    latents = init if isinstance(init, Tensor) else encode_image(model, init, len(prompts), height, width)
+    count = int(strength * steps)
+    with _precision(model), model.ema_scope():
+        guidance = _conditions(model, prompts, negative_prompt, scale)
+        if count > 0:
+            latents = solver.stochastic_encode(latents, count)
+            latents = solver.decode(latents, guidance.pop("cond"), count, verbose=progress, **guidance)
+        return _decode(model, latents)
+
+
+@torch.no_grad()
+def encode_image(
+    model: LatentDiffusion, image: Image.Image, batch: int = 1, height: int | None = None, width: int | None = None
+) -> Tensor:
+    """`batch` latents (batch, C, h, w) of one picture, each a draw of its own from the first stage's posterior."""
+    image = _fit(model, image, height, width)
+    logger.info("Picture size: %dx%d", image.width, image.height)
+    weight = next(model.first_stage_model.parameters())
+    pixels = image_to_tensor(image).to(weight).expand(batch, -1, -1, -1)
+    return model.get_first_stage_encoding(model.encode_first_stage(pixels)).float()
+
+
+def start_latent(model: LatentDiffusion, batch: int, height: int, width: int) -> Tensor:
+    """Noise (batch, C, h, w) to start several batches from, for pictures of height x width pixels."""
+    return torch.randn((batch, model.channels, *model.latent_size(height, width)), device=model.device)
+
+
+def _sampler(model: LatentDiffusion, name: str) -> Sampler:
+    if name == "ddim":
+        return DDIMSampler(model)
+    if name == "plms":
+        return PLMSSampler(model, convert_v=True)
+    if name == "dpm_solver":
+        return DPMSolverSampler(model)
+    raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
+
+
+def _conditions(model: LatentDiffusion, prompts: Sequence[str], negative_prompt: str, scale: float) -> dict[str, Any]:
+    """The prompts' condition and what guidance needs beside it."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts must be a list of at least one text")
+    key = model.model.conditioning_key
+    if key != "crossattn" or model.cond_stage_model is None:
+        raise ValueError(f"this model is conditioned by {key!r}, not by a prompt alone: it cannot draw from text only")
+    uncond = None
+    if scale != 1.0:
+        uncond = model.get_learned_conditioning([negative_prompt]).expand(len(prompts), -1, -1)
+    cond = model.get_learned_conditioning(list(prompts))
+    return {"unconditional_conditioning": uncond, "cond": cond, "unconditional_guidance_scale": scale}
+
+
+def _precision(model: LatentDiffusion) -> AbstractContextManager[Any]:
+    dtype = getattr(model, "autocast_dtype", None)
+    return torch.autocast(model.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+def _decode(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:
+    """Pictures of latents (B, C, h, w), decoded one by one, since that is where memory peaks."""
+    _check_finite(latents, "the latents")
+    weight = next(model.first_stage_model.parameters())
+    images: list[Image.Image] = []
+    for latent in latents.to(weight.dtype).split(1):
+        pixels = model.decode_first_stage(latent).float()  # (1, 3, H, W)
+        _check_finite(pixels, "the picture")
+        images += tensor_to_images(pixels)
+    return images
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not torch.isfinite(x).all():
+        raise ArithmeticError(
+            f"{what} came out as NaN or infinite, and would be black: try --precision full, or another checkpoint"
+        )
