@@ -226,6 +226,12 @@ def test_harmless_extras_are_kept_apart_from_unknown_ones(caplog):
     assert "3 tensors have no place in the model: control_model.x, " in caplog.text
 
 
+def test_an_average_of_nothing_is_unknown_to_a_model_with_ema():
+    extra = {"model_ema.diffusion_modelextraweight": torch.ones(1)}
+    assert fill_model(tiny(use_ema=True), checkpoint(ema=True, **extra)).unexpected == tuple(extra)
+    assert tuple(extra)[0] in fill_model(tiny(), checkpoint(ema=True, **extra)).ignored
+
+
 # ---- refusals ----
 
 
