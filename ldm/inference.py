@@ -138,15 +138,14 @@ def _fit(model: LatentDiffusion, image: Image.Image, height: int | None, width: 
 
     The bundled model only knows its own scale, so pictures are brought to that.
     """
+    factor = model.first_stage_model.downsampling_factor
     if height is not None or width is not None:
-        height, width = height or image.height, width or image.width
-        model.latent_size(height, width)
-        return fit_to_multiple(image, 1, height=height, width=width)
-    multiple = math.lcm(32, model.first_stage_model.downsampling_factor)
+        model.latent_size(height or factor, width or factor)
+        return fit_to_multiple(image, factor, height=height, width=width)
     if Path(model.checkpoint_path) == BUNDLED_CKPT:
         ratio = default_size(model) / min(image.size)
         image = image.resize((round(image.width * ratio), round(image.height * ratio)))
-    return fit_to_multiple(image, multiple)
+    return fit_to_multiple(image, math.lcm(32, factor))  # 32 as in the public script
 
 
 # ---- drawing ----

@@ -1,0 +1,47 @@
+"""A model of the v1 structure small enough for tests, as a config and as files."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ldm.checkpoint import save_checkpoint
+from ldm.util import instantiate_from_config
+from tests.golden import filled, golden_configs
+
+TEXT = {
+    "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "params": {
+        "max_length": 12,
+        "tokenizer": {
+            "target": "ldm.modules.encoders.tokenizer.WordTokenizer",
+            "params": {"words": ["a", "red", "blue", "circle", "square"]},
+        },
+        "config": {
+            "vocab_size": 16,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "max_position_embeddings": 12,
+        },
+    },
+}
+
+
+def tiny_config(**changes: Any) -> dict[str, Any]:
+    """`model:` section of the small golden model (latents 16x16x4, f = 2) with a text encoder."""
+    params = copy.deepcopy(golden_configs("diffusion")["model"]) | {"cond_stage_config": TEXT} | changes
+    return {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
+
+
+def write_tiny(folder: Path, name: str = "model.ckpt", **changes: Any) -> Path:
+    """A filled checkpoint of it in `folder`, with its config.yaml beside it."""
+    config = tiny_config(**changes)
+    OmegaConf.save({"model": config}, folder / "config.yaml")
+    path = folder / name
+    save_checkpoint(path, filled(instantiate_from_config(config)).state_dict(), global_step=7)
+    return path
