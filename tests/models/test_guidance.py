@@ -1,0 +1,53 @@
+"""Guidance on hand-made conditions and a network that says what it was given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.models.diffusion.guidance import classifier_free, condition_batch_size, join_conditions
+
+A, B = torch.zeros(2, 3), torch.ones(2, 3)
+
+
+def test_joining_keeps_order_and_structure():
+    joined = join_conditions({"c_crossattn": [A], "c_adm": B}, {"c_crossattn": [B], "c_adm": A})
+    assert joined["c_crossattn"][0].equal(torch.cat([A, B])) and joined["c_adm"].equal(torch.cat([B, A]))
+    assert join_conditions([A], [B])[0].equal(torch.cat([A, B]))
+
+
+MISFITS = [
+    (A, torch.ones(2, 4), "differ in shape"),
+    ([A], [A, A], "differ in length"),
+    ({"c_adm": A}, {"c_concat": A}, "differ in their entries"),
+    (A, [A], "types Tensor and list"),
+]
+
+
+@pytest.mark.parametrize("first, second, message", MISFITS)
+def test_misfits_are_named(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        join_conditions(first, second)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 7.5])
+def test_formula_and_number_of_calls(scale):
+    calls = []
+
+    def network(x, t, c):
+        calls.append(x.shape[0])
+        return c[:, :1] * t[:, None] + x
+
+    x, t = torch.randn(2, 1), torch.tensor([3.0, 4.0])
+    out = classifier_free(network, B, A, scale)(x, t)
+    torch.testing.assert_close(out, x + scale * t[:, None])  # the unconditional answer is x, the other x + t
+    assert calls == ([2] if scale == 1.0 else [4])  # one batch of both, or the conditional half alone
+
+
+def test_without_unconditional_condition():
+    assert classifier_free(lambda x, t, c: c, B, None, 7.5)(A, None) is B
+
+
+def test_batch_size():
+    assert condition_batch_size({"c_concat": [], "c_crossattn": [torch.zeros(5, 1)]}) == 5
+    assert condition_batch_size(None) is None and condition_batch_size(torch.zeros(3)) == 3

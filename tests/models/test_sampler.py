@@ -1,0 +1,125 @@
+"""The shared loop: callbacks, intermediates, masks, and the public single-step and full-schedule calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.diffusionmodules.schedule import make_beta_schedule, schedule_buffers
+from tests.golden import golden_configs, latent_diffusion, tensor
+
+SAMPLERS = [DDIMSampler, PLMSSampler, DPMSolverSampler]
+SHAPE = (4, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return latent_diffusion(golden_configs("diffusion")["model"])
+
+
+@pytest.fixture(scope="module")
+def c():
+    return tensor("c", 2, 5, 24)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_callbacks_and_intermediates(model, c, sampler):
+    steps, shown = [], []
+    x, kept = sampler(model).sample(
+        5,
+        2,
+        SHAPE,
+        c,
+        callback=steps.append,
+        img_callback=lambda x0, i: shown.append((i, x0.shape)),
+        log_every_t=2,
+        verbose=False,
+    )
+    assert steps == [0, 1, 2, 3, 4]
+    assert shown == [(i, x.shape) for i in range(5)]
+    assert len(kept["x_inter"]) == len(kept["pred_x0"]) == 1 + 3  # the start, and entries 4, 2, 0
+    assert kept["x_inter"][-1].equal(x)
+
+
+class IdealForNoise:
+    """Duck of a model whose data are themselves standard normal, so that the best eps is sqrt(1 - a) x."""
+
+    num_timesteps, parameterization, device = 1000, "eps", torch.device("cpu")
+    alphas_cumprod = schedule_buffers(make_beta_schedule("linear", 1000, 0.00085, 0.012))["alphas_cumprod"]
+
+    def apply_model(self, x, t, cond):
+        return (1 - self.alphas_cumprod[t.long()]).sqrt().reshape(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_masks_keep_what_they_must(sampler):
+    """Where the mask is 1 the result is x0, but for the noise of the last level; elsewhere it is free."""
+    x0 = 3.0 * torch.ones(2, *SHAPE)
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[..., :8] = 1.0
+    x, _ = sampler(IdealForNoise()).sample(20, 2, SHAPE, mask=mask, x0=x0, verbose=False)
+    error = (x - x0).abs()
+    assert error[..., :8].mean() < 0.3 < 2.0 < error[..., 8:].mean()
+    with pytest.raises(ValueError, match="mask needs x0"):
+        sampler(IdealForNoise()).sample(2, 2, SHAPE, mask=mask, verbose=False)
+
+
+def test_one_step_by_hand_is_one_step_of_the_loop(model, c):
+    sampler = DDIMSampler(model)
+    x = tensor("x_T", 2, *SHAPE)
+    kept = sampler.sample(5, 2, SHAPE, c, x_T=x, log_every_t=1, verbose=False)[1]["x_inter"]
+    index = len(sampler.ddim_timesteps) - 1
+    step, _ = sampler.p_sample_ddim(x, c, torch.full((2,), int(sampler.ddim_timesteps[index])), index)
+    torch.testing.assert_close(step, kept[1])
+
+
+def test_original_steps_end_at_the_data(model, c):
+    """Inverting and decoding along every timestep returns, and the full schedule is available before any other."""
+    sampler = DDIMSampler(model)
+    x0 = tensor("x0", 2, *SHAPE)
+    encoded, out = sampler.encode(
+        x0, c, 40, use_original_steps=True, return_intermediates=4, schedule_timesteps=True, verbose=False
+    )
+    assert out["x_encoded"] is encoded and len(out["intermediates"]) == len(out["intermediate_steps"]) >= 4
+    back = sampler.decode(encoded, c, 40, use_original_steps=True, verbose=False)
+    assert (back - x0).norm() / x0.norm() < 0.02
+
+
+def test_quantised_predictions(model, c):
+    """quantize_x0 sends every predicted x0 through the first stage's codebook."""
+    model.first_stage_model.quantize = lambda x0: (x0.round(), None, None)
+    try:
+        _, kept = DDIMSampler(model).sample(3, 2, SHAPE, c, quantize_x0=True, log_every_t=1, verbose=False)
+    finally:
+        del model.first_stage_model.quantize
+    assert all(x0.equal(x0.round()) for x0 in kept["pred_x0"][1:])
+
+
+def test_score_corrector(model, c):
+    class Halve:
+        def modify_score(self, model, eps, x, t, cond, factor):
+            return factor * eps
+
+    x_T = tensor("x_T", 2, *SHAPE)
+    plain, _ = DDIMSampler(model).sample(1, 2, SHAPE, c, x_T=x_T, verbose=False)
+    unchanged, corrected = (
+        DDIMSampler(model).sample(
+            1, 2, SHAPE, c, x_T=x_T, score_corrector=Halve(), corrector_kwargs={"factor": factor}, verbose=False
+        )[0]
+        for factor in (1.0, 0.5)
+    )
+    assert unchanged.equal(plain) and not corrected.equal(plain)
+
+
+def test_mistakes_are_named(model, c):
+    with pytest.raises(ValueError, match="3 scales for 5 steps"):
+        DDIMSampler(model).sample(5, 2, SHAPE, c, ucg_schedule=[1, 2, 3], verbose=False)
+    with pytest.raises(ValueError, match="make_schedule"):
+        DDIMSampler(model).decode(torch.zeros(1, *SHAPE), c, 3)
+    with pytest.raises(ValueError, match="t_enc must be from 0 to"):
+        sampler = DDIMSampler(model)
+        sampler.make_schedule(5, verbose=False)
+        sampler.encode(torch.zeros(2, *SHAPE), c, 6)
