@@ -59,6 +59,7 @@ class Run:
     noise_dropout: float = 0.0
     repeat_noise: bool = False
     quantize: Callable[[Tensor], Tensor] | None = None
+    keep: Callable[[Tensor], Tensor] | None = None  # puts the known data under the mask into a predicted x0
     correct: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     history: list[Tensor] = field(default_factory=list)
 
@@ -185,6 +186,7 @@ class Sampler:
             temperature=temperature,
             noise_dropout=noise_dropout,
             quantize=self._quantize if quantize_x0 else None,
+            keep=None if mask is None else lambda x: mask * x0 + (1.0 - mask) * x,
             correct=self._corrector(score_corrector, conditioning, corrector_kwargs),
         )
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}

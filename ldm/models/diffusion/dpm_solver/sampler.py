@@ -47,6 +47,8 @@ class DPMSolverSampler(Sampler):
         """One DPM-Solver++ update (algorithm 2); `run.history` holds the x0 of the step before."""
         s = run.schedule
         _, x0 = self.predict(run, x, s.timesteps[index], s.a[index])
+        if run.keep:  # fresh noise under a mask would otherwise be extrapolated from step to step
+            x0 = run.keep(x0)
         target = x0
         first_order = not run.history or (index == 0 and len(s) < FEW_STEPS)
         lambda_now, lambda_next = log_snr(s.a[index]), log_snr(s.a_prev[index])
