@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import init_from_checkpoint
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.quantize import VectorQuantizer
@@ -38,8 +39,6 @@ class FirstStage(pl.LightningModule):
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Load weights from a checkpoint file, leaving out keys that start with one of `ignore_keys`."""
-        from ldm.checkpoint.partial import init_from_checkpoint
-
         init_from_checkpoint(self, path, ignore_keys=ignore_keys)
 
 

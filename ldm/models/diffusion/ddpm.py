@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoint import init_from_checkpoint
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.gaussian import Condition, GaussianDiffusion, square
@@ -142,8 +143,6 @@ class DDPM(GaussianDiffusion):
 
         only_model: load the network alone.
         """
-        from ldm.checkpoint.partial import init_from_checkpoint
-
         init_from_checkpoint(
             self.model if only_model else self, path, ignore_keys, prefix="model." if only_model else ""
         )

@@ -1,0 +1,136 @@
+"""The parts of training that are here already: batches, what is trained, a few steps under Lightning."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from ldm.checkpoint import save_checkpoint
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
+from ldm.util import instantiate_from_config
+from tests.golden import golden_configs
+from tests.tiny import tiny_config
+
+KL = golden_configs("diffusion")["kl"]
+NO_LOSS = {"target": "torch.nn.Identity"}
+
+
+def batch(size: int = 2) -> dict:
+    return {"jpg": torch.rand(size, 32, 32, 3) * 2 - 1, "txt": ["a red circle", "a blue square"][:size]}
+
+
+def build(**changes) -> LatentDiffusion:
+    torch.manual_seed(0)
+    model = instantiate_from_config(tiny_config(**changes))
+    model.learning_rate = 1e-3
+    return model
+
+
+def test_only_what_is_to_be_trained_is(tmp_path):
+    model = build(cond_stage_trainable=True, use_ema=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, torch.utils.data.DataLoader([batch(2)] * 2, batch_size=None))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("first_stage_model") for name in moved)
+    assert any(name.startswith("model.diffusion_model") for name in moved)
+    assert any(name.startswith("model_ema") for name in moved) and model.model_ema.num_updates == 2
+
+
+def test_frozen_stages_stay_in_evaluation_mode():
+    model = build().train()
+    assert model.model.training and not model.first_stage_model.training and not model.cond_stage_model.training
+    assert not any(p.requires_grad for p in model.cond_stage_model.parameters())
+    assert build(cond_stage_trainable=True).train().cond_stage_model.training
+
+
+def test_a_batch_becomes_latents_and_condition():
+    model = build()
+    z, c = model.get_input(batch(), "jpg")
+    assert z.shape == (2, 4, 16, 16) and c.shape == (2, 12, 24)
+    trainable = build(cond_stage_trainable=True)
+    assert trainable.get_input(batch(), "jpg", bs=1)[1] == ["a red circle"]
+    loss, parts = model.shared_step(batch())
+    assert loss.ndim == 0 and torch.isfinite(loss) and "train/loss_simple" in parts
+
+
+def test_learning_rate_schedule_of_the_config():
+    schedule = {
+        "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+        "params": {
+            "warm_up_steps": [10],
+            "cycle_lengths": [10**13],
+            "f_start": [1e-6],
+            "f_max": [1.0],
+            "f_min": [1.0],
+        },
+    }
+    (optimizer,), (entry,) = build(scheduler_config=schedule).configure_optimizers()
+    scheduler = entry["scheduler"]
+    assert entry["interval"] == "step"
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr()[0] == pytest.approx(0.5e-3, rel=1e-4)
+
+
+def test_scale_factor_is_kept_where_it_is_measured():
+    assert "scale_factor" not in build().state_dict()
+    assert build(scale_by_std=True).state_dict()["scale_factor"] == pytest.approx(0.18215)
+
+
+def test_inpainting_sees_mask_and_masked_picture():
+    config = tiny_config(conditioning_key="hybrid")
+    config["params"]["unet_config"]["params"]["in_channels"] = 9
+    model = LatentInpaintDiffusion(**config["params"])
+    mask = torch.zeros(2, 32, 32, 1)
+    mask[:, :16] = 1
+    images = batch() | {"mask": mask, "masked_image": batch()["jpg"] * (1 - mask)}
+    _, cond = model.get_input(images, "jpg")
+    (concat,) = cond["c_concat"]
+    assert concat.shape == (2, 5, 16, 16) and concat[0, 0, :8].eq(1).all() and concat[0, 0, 8:].eq(0).all()
+    assert torch.isfinite(model.shared_step(images)[0])
+
+
+def test_starting_from_a_checkpoint(tmp_path, caplog):
+    first = AutoencoderKL(KL, NO_LOSS, embed_dim=4)
+    path = save_checkpoint(tmp_path / "kl.ckpt", first.state_dict())
+    second = AutoencoderKL(KL, NO_LOSS, embed_dim=4, ckpt_path=str(path), ignore_keys=["decoder"])
+    assert torch.equal(second.encoder.conv_in.weight, first.encoder.conv_in.weight)
+    assert not torch.equal(second.decoder.conv_in.weight, first.decoder.conv_in.weight)
+    assert "not in the file" in caplog.text
+
+
+def test_identity_first_stage():
+    config = tiny_config(first_stage_config={"target": "ldm.models.autoencoder.IdentityFirstStage"}, scale_factor=2.0)
+    model = instantiate_from_config(config)
+    x = torch.randn(1, 4, 8, 8)
+    z = model.get_first_stage_encoding(model.encode_first_stage(x))
+    assert torch.equal(model.decode_first_stage(z), x) and model.latent_size(7, 9) == (7, 9)
+    assert IdentityFirstStage(vq_interface=True).quantize(x)[0] is x
+
+
+MISTAKES = [
+    ({"conditioning_key": "crossatn"}, "'crossatn' is not one of"),
+    ({"parameterization": "e"}, "'e' is not one of eps, x0, v"),
+    ({"loss_type": "huber"}, "'huber' is not one of l1, l2"),
+    ({"num_timesteps_cond": 5}, "num_timesteps_cond=5"),
+    ({"given_betas": [0.1, 2.0]}, "betas must be"),
+]
+
+
+@pytest.mark.parametrize("change, message", MISTAKES)
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        build(**change)
