@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
-from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.model import Decoder, Encoder, regroup
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.quantize import VectorQuantizer
 from ldm.util import instantiate_from_config
@@ -45,7 +45,8 @@ class FirstStage(pl.LightningModule):
 class AutoencoderKL(FirstStage):
     """KL-regularised autoencoder (Rombach et al. 2022, section 3.1): `encode` gives a distribution, `decode` an image.
 
-    ddconfig: arguments of `Encoder` and `Decoder`. embed_dim: channels of the latent.
+    ddconfig: arguments of `Encoder` and `Decoder`. embed_dim: channels of the latent. channels_per_group: size of the
+    norms' groups in a network narrower than the published ones (see `regroup`).
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class AutoencoderKL(FirstStage):
         image_key: str = "image",
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
+        channels_per_group: int | None = None,
     ) -> None:
         super().__init__()
         if not ddconfig["double_z"]:
@@ -72,6 +74,8 @@ class AutoencoderKL(FirstStage):
         if colorize_nlabels is not None:
             # Random projection that shows segmentation maps as colours.
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
+        if channels_per_group is not None:
+            regroup(self, channels_per_group)
         if monitor is not None:
             self.monitor = monitor
         if ckpt_path is not None:

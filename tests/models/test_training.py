@@ -121,6 +121,17 @@ def test_identity_first_stage():
     assert IdentityFirstStage(vq_interface=True).quantize(x)[0] is x
 
 
+def test_groups_of_narrow_networks():
+    groups = {
+        norm.num_channels // norm.num_groups
+        for norm in AutoencoderKL(KL, NO_LOSS, embed_dim=4, channels_per_group=8).modules()
+        if isinstance(norm, torch.nn.GroupNorm)
+    }
+    assert groups == {8}
+    with pytest.raises(ValueError, match="channels_per_group=5"):
+        AutoencoderKL(KL, NO_LOSS, embed_dim=4, channels_per_group=5)
+
+
 MISTAKES = [
     ({"conditioning_key": "crossatn"}, "'crossatn' is not one of"),
     ({"parameterization": "e"}, "'e' is not one of eps, x0, v"),

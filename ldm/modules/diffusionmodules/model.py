@@ -15,6 +15,21 @@ def Normalize(channels: int, num_groups: int = 32) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(num_groups, channels), channels, eps=1e-6)
 
 
+def regroup(module: nn.Module, channels_per_group: int) -> None:
+    """Give every group norm in `module` groups of this many channels, in place of 32 groups.
+
+    In a narrow network 32 groups are of one or two channels. Each map then loses its own mean, which says how bright
+    a plain area is, and colours are learnt late.
+    """
+    for name, norm in module.named_modules():
+        if isinstance(norm, nn.GroupNorm):
+            if norm.num_channels % channels_per_group:
+                raise ValueError(
+                    f"channels_per_group={channels_per_group} does not divide {name}'s {norm.num_channels}"
+                )
+            norm.num_groups = norm.num_channels // channels_per_group
+
+
 class Upsample(nn.Module):
     """Twice the size by nearest neighbour, then a 3x3 convolution if `with_conv`."""
 
