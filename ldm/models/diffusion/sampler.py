@@ -69,7 +69,7 @@ class Sampler:
 
     deterministic = False  # True: the update rule cannot add noise, so eta must be 0
 
-    def __init__(self, model: Any, schedule: str = "linear", **_: Any) -> None:
+    def __init__(self, model: Any, schedule: str = "linear") -> None:
         self.model = model
         self.parameterization = model.parameterization
         self.ddpm_num_timesteps = int(model.num_timesteps)
@@ -156,7 +156,6 @@ class Sampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Condition = None,
         ucg_schedule: Sequence[float] | None = None,
-        **_: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Draw `batch_size` latents of `shape` (C, H, W) in S steps.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -216,10 +216,6 @@ class UNetModel(nn.Module):
             raise ValueError(f"context_dim={context_dim} has no effect without use_spatial_transformer: true")
         if num_heads == -1 and num_head_channels == -1:
             raise ValueError("give num_heads or num_head_channels")
-        levels = len(channel_mult)
-        blocks = per_level(num_res_blocks, levels, "num_res_blocks")
-        attending = per_level(num_attention_blocks, levels, "num_attention_blocks") if num_attention_blocks else None
-        no_self = per_level(disable_self_attentions or False, levels, "disable_self_attentions")
         self.image_size = image_size
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -231,15 +227,15 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = make_label_embedding(num_classes, time_dim, adm_in_channels)
 
+        levels = len(channel_mult)
+        no_self_attention = per_level(disable_self_attentions or False, levels, "disable_self_attentions")
+        limits = per_level(num_attention_blocks or 2**30, levels, "num_attention_blocks")
+
         def res(channels: int, out: int, **resample: bool) -> ResBlock:
             return ResBlock(channels, time_dim, dropout, out, dims, use_checkpoint, use_scale_shift_norm, **resample)
 
-        def attention(channels: int, disable_self_attn: bool) -> nn.Module:
-            heads, width = num_heads, num_head_channels
-            if width == -1:
-                width = divide(channels, heads, "channels", "num_heads")
-            else:
-                heads = divide(channels, width, "channels", "num_head_channels")
+        def attention(channels: int, level: int | None) -> nn.Module:
+            heads, width = split_heads(channels, num_heads, num_head_channels)
             if not use_spatial_transformer:
                 return AttentionBlock(channels, heads, -1, use_checkpoint, use_new_attention_order)
             return SpatialTransformer(
@@ -248,49 +244,63 @@ class UNetModel(nn.Module):
                 width,
                 depth=transformer_depth,
                 context_dim=context_dim,
-                disable_self_attn=disable_self_attn,
+                disable_self_attn=disable_middle_self_attn if level is None else no_self_attention[level],
                 use_linear=use_linear_in_transformer,
                 use_checkpoint=use_checkpoint,
             )
 
-        def attends(level: int, block: int) -> bool:
-            return 2**level in attention_resolutions and (attending is None or block < attending[level])
+        def resample(channels: int, up: bool) -> nn.Module:
+            if resblock_updown:
+                return res(channels, channels, up=up, down=not up)
+            return (Upsample if up else Downsample)(channels, conv_resample, dims)
 
-        width = model_channels
-        first = conv_nd(dims, in_channels, width, 3, padding=1)
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(first)])
-        skips = [width]
-        for level, mult in enumerate(channel_mult):
-            for i in range(blocks[level]):
-                layers: list[nn.Module] = [res(width, mult * model_channels)]
-                width = mult * model_channels
-                if attends(level, i):
-                    layers.append(attention(width, no_self[level]))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                skips.append(width)
-            if level < levels - 1:
-                down = res(width, width, down=True) if resblock_updown else Downsample(width, conv_resample, dims)
-                self.input_blocks.append(TimestepEmbedSequential(down))
-                skips.append(width)
-
-        self.middle_block = TimestepEmbedSequential(
-            res(width, width), attention(width, disable_middle_self_attn), res(width, width)
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(conv_nd(dims, in_channels, model_channels, 3, padding=1))]
         )
-
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(blocks[level] + 1):
-                layers = [res(width + skips.pop(), mult * model_channels)]
-                width = mult * model_channels
-                if attends(level, i):
-                    layers.append(attention(width, no_self[level]))
-                if level > 0 and i == blocks[level]:
-                    up = res(width, width, up=True) if resblock_updown else Upsample(width, conv_resample, dims)
-                    layers.append(up)
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
-
+        self._build_levels(
+            widths=[mult * model_channels for mult in channel_mult],
+            blocks=per_level(num_res_blocks, levels, "num_res_blocks"),
+            attending=[limits[level] if 2**level in attention_resolutions else 0 for level in range(levels)],
+            res=res,
+            attention=attention,
+            resample=resample,
+        )
+        width = channel_mult[0] * model_channels
         last = zero_module(conv_nd(dims, width, out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(width), nn.SiLU(), last)
+
+    def _build_levels(
+        self,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        attending: Sequence[int],
+        res: Callable[..., nn.Module],
+        attention: Callable[[int, int | None], nn.Module],
+        resample: Callable[..., nn.Module],
+    ) -> None:
+        """Lay out the levels by three makers of parts: their widths, residual blocks, and how many of those attend."""
+        width = self.model_channels
+        skips = [width]
+        for level, out in enumerate(widths):
+            for i in range(blocks[level]):
+                layers = [res(width, out)] + ([attention(out, level)] if i < attending[level] else [])
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                width = out
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(resample(width, up=False)))
+                skips.append(width)
+
+        self.middle_block = TimestepEmbedSequential(res(width, width), attention(width, None), res(width, width))
+
+        self.output_blocks = nn.ModuleList()
+        for level, out in reversed(list(enumerate(widths))):
+            for i in range(blocks[level] + 1):
+                layers = [res(width + skips.pop(), out)] + ([attention(out, level)] if i < attending[level] else [])
+                if level > 0 and i == blocks[level]:
+                    layers.append(resample(out, up=True))
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+                width = out
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W), timesteps (B,), context (B, M, context_dim), y as `num_classes` says.
@@ -346,6 +356,13 @@ def per_level(value: int | bool | Sequence[int], levels: int, name: str) -> list
     if len(value) != levels:
         raise ValueError(f"{name} has {len(value)} entries for the {levels} levels of channel_mult")
     return list(value)
+
+
+def split_heads(channels: int, num_heads: int, num_head_channels: int) -> tuple[int, int]:
+    """(heads, their width) of an attention over `channels`, given one of the two; -1 for the other."""
+    if num_head_channels == -1:
+        return num_heads, divide(channels, num_heads, "channels", "num_heads")
+    return divide(channels, num_head_channels, "channels", "num_head_channels"), num_head_channels
 
 
 def divide(number: int, by: int, name: str, by_name: str) -> int:
