@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.golden import agreement
+
 _LOCAL = ("localhost", "127.0.0.1", "::1", "", None)
 _MANY_THREADS = 4  # small tensors get slower, not faster, beyond a few threads
 
@@ -47,3 +49,11 @@ def _few_threads() -> None:
 @pytest.fixture(autouse=True)
 def _same_random_state() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How closely the numbers agree with the references, by test module: what the README's table quotes."""
+    if agreement:
+        terminalreporter.section("largest difference from the reference")
+        for module, found in sorted(agreement.items()):
+            terminalreporter.write_line(f"{found:.1e}  {module}")
