@@ -88,6 +88,14 @@ def test_original_steps_end_at_the_data(model, c):
     assert (back - x0).norm() / x0.norm() < 0.02
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_rule_walks_the_original_steps(sampler):
+    """Standard normal data stay what they are along the whole schedule, and to its very end."""
+    solver = sampler(IdealForNoise())
+    x = solver.decode(tensor("x_T", 2, *SHAPE), None, 1000, use_original_steps=True, verbose=False)
+    torch.testing.assert_close(x, tensor("x_T", 2, *SHAPE), atol=0.1, rtol=0.1)
+
+
 def test_quantised_predictions(model, c):
     """quantize_x0 sends every predicted x0 through the first stage's codebook."""
     model.first_stage_model.quantize = lambda x0: (x0.round(), None, None)

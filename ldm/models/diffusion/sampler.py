@@ -65,7 +65,7 @@ class Run:
 
 
 class Sampler:
-    """Base of all samplers. A subclass supplies `step`, and may widen what `make_schedule` offers."""
+    """Base of all samplers. A subclass supplies `step`, and `_lay_out` if its steps lie elsewhere than DDIM's."""
 
     deterministic = False  # True: the update rule cannot add noise, so eta must be 0
 
@@ -86,12 +86,16 @@ class Sampler:
         """Lay out `ddim_num_steps` steps ("uniform" or "quad") with noise `ddim_eta` (0: none, 1: as much as DDPM)."""
         if self.deterministic and ddim_eta != 0:
             raise ValueError(f"{type(self).__name__} is deterministic: eta must be 0, not {ddim_eta}")
-        total = self.ddpm_num_timesteps
-        timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total)
-        alphas_cumprod = self._alphas_cumprod()
-        sigma, a, a_prev = make_ddim_sampling_parameters(alphas_cumprod, timesteps, ddim_eta)
-        self.schedule = Schedule(usable_timesteps(timesteps, total), a, a_prev, sigma)
+        if not 1 <= ddim_num_steps <= self.ddpm_num_timesteps:
+            raise ValueError(f"the number of steps must be from 1 to {self.ddpm_num_timesteps}, not {ddim_num_steps}")
+        self.schedule = self._lay_out(ddim_num_steps, ddim_discretize, ddim_eta)
         self.ddim_eta = ddim_eta
+
+    def _lay_out(self, steps: int, discretize: str, eta: float) -> Schedule:
+        alphas_cumprod = self._alphas_cumprod()
+        timesteps = make_ddim_timesteps(discretize, steps, len(alphas_cumprod))
+        sigma, a, a_prev = make_ddim_sampling_parameters(alphas_cumprod, timesteps, eta)
+        return Schedule(usable_timesteps(timesteps, len(alphas_cumprod)), a, a_prev, sigma)
 
     def _alphas_cumprod(self) -> np.ndarray:
         return self.model.alphas_cumprod.detach().double().cpu().numpy()

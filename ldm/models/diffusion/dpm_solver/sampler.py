@@ -24,24 +24,11 @@ class DPMSolverSampler(Sampler):
 
     deterministic = True
 
-    def make_schedule(
-        self,
-        ddim_num_steps: int,
-        ddim_discretize: str = "uniform",
-        ddim_eta: float = 0.0,
-        verbose: bool = True,
-    ) -> None:
-        """Lay out `ddim_num_steps` steps, evenly in time."""
-        if ddim_eta != 0:
-            raise ValueError(f"{type(self).__name__} is deterministic: eta must be 0, not {ddim_eta}")
-        if not 1 <= ddim_num_steps <= self.ddpm_num_timesteps:
-            raise ValueError(f"the number of steps must be from 1 to {self.ddpm_num_timesteps}, not {ddim_num_steps}")
-        nodes = np.linspace(0, self.ddpm_num_timesteps - 1, ddim_num_steps + 1)
+    def _lay_out(self, steps: int, discretize: str, eta: float) -> Schedule:
+        nodes = np.linspace(0, self.ddpm_num_timesteps - 1, steps + 1)
         # Between timesteps log alpha is linear.
-        log_a = np.interp(nodes, np.arange(self.ddpm_num_timesteps), np.log(self._alphas_cumprod()))
-        a = np.exp(log_a)
-        self.schedule = Schedule(nodes[1:], a[1:], a[:-1], np.zeros(ddim_num_steps))
-        self.ddim_eta = 0.0
+        a = np.exp(np.interp(nodes, np.arange(self.ddpm_num_timesteps), np.log(self._alphas_cumprod())))
+        return Schedule(nodes[1:], a[1:], a[:-1], sigma=np.zeros(steps))
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One DPM-Solver++ update (algorithm 2); `run.history` holds the x0 of the step before."""
@@ -49,6 +36,8 @@ class DPMSolverSampler(Sampler):
         _, x0 = self.predict(run, x, s.timesteps[index], s.a[index])
         if run.keep:  # fresh noise under a mask would otherwise be extrapolated from step to step
             x0 = run.keep(x0)
+        if s.a_prev[index] >= 1:  # all of the model's timesteps end at the data itself
+            return x0, x0
         target = x0
         first_order = not run.history or (index == 0 and len(s) < FEW_STEPS)
         lambda_now, lambda_next = log_snr(s.a[index]), log_snr(s.a_prev[index])
