@@ -1,0 +1,244 @@
+"""Drawn scenes with captions: the data that the bundled small model is trained on.
+
+A scene is a plain background with one to three objects, each with a shape, a colour and a size. Scenes are drawn
+with antialiasing, described by a small grammar, and fixed by their index and a seed. The pairs in `HELD_OUT` are
+never drawn by default, so that a model can be asked for combinations that it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 64
+_SUPERSAMPLE = 4
+
+# Near the corners of the RGB cube: the farther apart the colours, the less a small first stage confuses them.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (230, 20, 25),
+    "green": (20, 170, 35),
+    "blue": (25, 50, 235),
+    "yellow": (255, 225, 10),
+    "cyan": (20, 215, 235),
+    "magenta": (235, 30, 215),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "gray": (122, 122, 130),
+    "tan": (215, 170, 110),
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
+SIZES: dict[str, tuple[float, float]] = {"small": (8.0, 9.5), "large": (13.5, 15.5)}  # radius in pixels
+RELATIONS: dict[str, tuple[int, int]] = {  # the direction from the second object to the first
+    "to the left of": (-1, 0),
+    "to the right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+# One pair for each shape and each colour.
+HELD_OUT: frozenset[tuple[str, str]] = frozenset(
+    zip(SHAPES, ("green", "blue", "magenta", "red", "cyan", "yellow", "black", "white"))
+)
+
+# Every word of the grammar: the vocabulary of the bundled text encoder.
+WORDS: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        ("a", "and", "on", "background", *SIZES, *COLOURS, *BACKGROUNDS, *SHAPES)
+        + tuple(word for relation in RELATIONS for word in relation.split())
+    )
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object: `x`, `y` its centre and `radius` half its extent, in pixels of the 64x64 picture."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background name, the objects, and the relation of the first object to the second (None for one object)."""
+
+    background: str
+    items: tuple[Item, ...]
+    relation: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------- drawing
+
+
+@cache
+def outline(shape: str) -> np.ndarray:
+    """The polygon of `shape`, (N, 2), y downwards, filling the square from -1 to 1 as far as the shape allows."""
+    turn = np.linspace(0, 2 * np.pi, 65)[:-1]
+    if shape in ("circle", "ring"):
+        points = np.stack([np.cos(turn), np.sin(turn)], 1)
+    elif shape == "square":
+        points = 0.88 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+    elif shape == "triangle":
+        points = np.array([(0, -0.95), (1, 0.85), (-1, 0.85)])
+    elif shape == "star":
+        angle = np.arange(10) * np.pi / 5 - np.pi / 2
+        points = np.where(np.arange(10) % 2, 0.45, 1.08)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+        points[:, 1] += 0.1
+    elif shape == "diamond":
+        points = np.array([(0, -1), (0.8, 0), (0, 1), (-0.8, 0)])
+    elif shape == "cross":
+        arm = 0.32
+        points = np.array(
+            [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
+            + [(arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)]
+        )
+    elif shape == "heart":
+        x = np.sin(turn) ** 3
+        y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)) / 16
+        points = np.stack([x, y - 0.1], 1)
+    else:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    return points
+
+
+def coverage(shape: str, x: float, y: float, radius: float, side: int = SIDE) -> np.ndarray:
+    """How much of each pixel a shape covers: (side, side) float32 in 0..1, from 4x4 samples a pixel."""
+    canvas = Image.new("L", (side * _SUPERSAMPLE, side * _SUPERSAMPLE), 0)
+    draw = ImageDraw.Draw(canvas)
+    centre = np.array([x, y])
+    # Pillow puts whole coordinates on pixel centres, hence the half sample.
+    draw.polygon([tuple(p) for p in (centre + radius * outline(shape)) * _SUPERSAMPLE - 0.5], fill=255)
+    if shape == "ring":
+        draw.polygon([tuple(p) for p in (centre + 0.5 * radius * outline(shape)) * _SUPERSAMPLE - 0.5], fill=0)
+    small = canvas.reduce(_SUPERSAMPLE)
+    return np.asarray(small, dtype=np.float32) / 255
+
+
+def draw(scene: Scene) -> np.ndarray:
+    """The picture of a scene: (64, 64, 3) uint8."""
+    picture = np.empty((SIDE, SIDE, 3), np.float32)
+    picture[:] = BACKGROUNDS[scene.background]
+    for item in scene.items:
+        alpha = coverage(item.shape, item.x, item.y, item.radius)[..., None]
+        picture += alpha * (np.array(COLOURS[item.colour], np.float32) - picture)
+    return np.rint(picture).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------- scenes
+
+
+def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[rng.integers(len(options))]
+
+
+def _place(rng: np.random.Generator, radii: Sequence[float], relation: str | None) -> np.ndarray | None:
+    """Centres (N, 2) with the objects inside the picture and apart, or None when this draw does not fit."""
+    radii = np.asarray(radii)
+    centres = rng.uniform(radii[:, None] + 1, SIDE - radii[:, None] - 1, (len(radii), 2))
+    for i in range(len(radii)):
+        for j in range(i):
+            if np.abs(centres[i] - centres[j]).max() < radii[i] + radii[j] + 2:
+                return None
+    if relation is not None:
+        along = np.array(RELATIONS[relation])
+        step = centres[0] - centres[1]
+        if step @ along < 1.3 * np.abs(step).min() or step @ along < np.abs(step).max():
+            return None
+    return centres
+
+
+def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = False) -> Scene:
+    """A random scene of 1 to 3 objects, without the `HELD_OUT` pairs, or (`held_out`) with only those."""
+    if objects not in (1, 2, 3):
+        raise ValueError(f"a scene has 1, 2 or 3 objects, not {objects}")
+    background = _choose(rng, tuple(BACKGROUNDS))
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < objects:
+        pair = (_choose(rng, SHAPES), _choose(rng, tuple(COLOURS)))
+        if (pair in HELD_OUT) == held_out and pair[1] != background and pair not in pairs:
+            pairs.append(pair)
+    relation = _choose(rng, tuple(RELATIONS)) if objects > 1 else None
+    while True:  # three large objects do not fit, so sizes are drawn anew as well
+        sizes = [_choose(rng, tuple(SIZES)) for _ in pairs]
+        radii = [rng.uniform(*SIZES[size]) for size in sizes]
+        for _ in range(200):
+            centres = _place(rng, radii, relation)
+            if centres is not None:
+                items = zip(pairs, sizes, centres, radii)
+                return Scene(
+                    background,
+                    tuple(
+                        Item(*p, s, round(float(c[0]), 2), round(float(c[1]), 2), round(r, 2)) for p, s, c, r in items
+                    ),
+                    relation,
+                )
+
+
+def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """A caption of a scene: with everything said, or with attributes left out at random when `rng` is given."""
+
+    def said(chance: float) -> bool:
+        return rng is None or rng.random() < chance
+
+    def phrase(item: Item) -> str:
+        words = [item.size] if said(0.5) else []
+        words += [item.colour] if said(0.9) else []
+        return " ".join(["a", *words, item.shape])
+
+    phrases = [phrase(item) for item in scene.items]
+    text = phrases[0]
+    if len(phrases) > 1:
+        text += f" {scene.relation} {phrases[1]}" if said(0.7) else f" and {phrases[1]}"
+    for more in phrases[2:]:
+        text += f" and {more}"
+    return f"{text} on a {scene.background} background" if said(0.5) else text
+
+
+class ShapesDataset:
+    """Scenes by index, all fixed by `seed`: item `i` is {"image": (64, 64, 3) float32 in -1..1, "caption": str}.
+
+    `object_weights` are the shares of scenes with one, two and three objects; `held_out=True` draws only the pairs
+    that training never sees.
+    """
+
+    def __init__(
+        self,
+        size: int = 40_000,
+        seed: int = 0,
+        object_weights: Sequence[float] = (0.6, 0.4),
+        held_out: bool = False,
+    ) -> None:
+        if not 1 <= len(object_weights) <= 3 or min(object_weights) < 0 or sum(object_weights) <= 0:
+            raise ValueError(f"object_weights must be 1 to 3 numbers >= 0 that are not all 0, got {object_weights}")
+        self.size = size
+        self.seed = seed
+        self.shares = np.asarray(object_weights, float) / sum(object_weights)
+        self.held_out = held_out
+
+    def __len__(self) -> int:
+        return self.size
+
+    def scene(self, index: int) -> Scene:
+        """The scene at `index`."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} is outside 0..{self.size - 1}")
+        rng = np.random.default_rng((self.seed, index))
+        return random_scene(rng, 1 + int(rng.choice(len(self.shares), p=self.shares)), self.held_out)
+
+    def caption(self, index: int, epoch: int = 0) -> str:
+        """A caption of scene `index`; each epoch leaves out other attributes."""
+        return describe(self.scene(index), np.random.default_rng((self.seed, index, epoch + 1)))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
+        image = draw(self.scene(index)).astype(np.float32) / 127.5 - 1
+        return {"image": image, "caption": self.caption(index)}

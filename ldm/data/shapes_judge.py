@@ -1,0 +1,181 @@
+"""An automatic judge of drawn scenes: which objects, of which shape, colour, size and place, does a picture show?
+
+Pixels unlike the background form connected parts; a part's colour is the palette colour most of its pixels are
+nearest to, its shape the one whose drawing overlaps it best.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldm.data.shapes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIDE, SIZES, Item, Scene, coverage, outline
+
+_MIN_PIXELS = 20  # a smaller part is debris, not an object
+_MIN_IOU = 0.65  # true drawings reach 0.9, blots stay below
+UNKNOWN = "unknown"  # the shape of a part that looks like none: it spoils a picture
+_SIZE_LIMIT = (SIZES["small"][1] + SIZES["large"][0]) / 2
+_COLOUR_NAMES = tuple(COLOURS)
+_COLOUR_VALUES = np.array(list(COLOURS.values()), np.float32)
+_BACKGROUND_NAMES = tuple(BACKGROUNDS)
+_BACKGROUND_VALUES = np.array(list(BACKGROUNDS.values()), np.float32)
+
+
+def _nearest(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Index of the nearest palette colour of each pixel: (..., 3) and (P, 3) to (...)."""
+    return ((pixels[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
+
+
+def _parts(mask: np.ndarray) -> list[np.ndarray]:
+    """The connected parts (eight neighbours) of a mask (H, W), each as a mask."""
+    height, width = mask.shape
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:  # the largest label of a part spreads over it
+        padded = np.pad(labels, 1)
+        spread = np.max([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+        spread = np.where(mask, spread, 0)
+        if (spread == labels).all():
+            break
+        labels = spread
+    return [labels == label for label in np.unique(labels[labels > 0])]
+
+
+def _fit(alpha: np.ndarray) -> tuple[float, str, float, float, float]:
+    """The best (IoU, shape, x, y, radius) for a coverage map (64, 64)."""
+    rows, columns = (np.flatnonzero((alpha > 0.5).any(axis)) for axis in (1, 0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    best = (0.0, "", 0.0, 0.0, 0.0)
+    for shape in SHAPES:
+        low, high = outline(shape).min(0), outline(shape).max(0)
+        radius = ((right - left) + (bottom - top)) / (high - low).sum()
+        x = (left + right) / 2 - radius * (low + high)[0] / 2
+        y = (top + bottom) / 2 - radius * (low + high)[1] / 2
+        drawn = coverage(shape, x, y, radius)
+        iou = float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum())
+        best = max(best, (iou, shape, x, y, radius))
+    return best
+
+
+def read_scene(picture: np.ndarray) -> Scene:
+    """What a picture (64, 64, 3) uint8 shows; objects sorted by x, `UNKNOWN` where no shape fits."""
+    if picture.shape != (SIDE, SIDE, 3):
+        raise ValueError(f"the judge reads pictures of {SIDE}x{SIDE}x3, not {'x'.join(map(str, picture.shape))}")
+    pixels = picture.astype(np.float32)
+    edge = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
+    edge = np.concatenate([edge, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    back = int(np.bincount(_nearest(edge, _BACKGROUND_VALUES)).argmax())
+    ground = _BACKGROUND_VALUES[back]
+    # Halfway on the line to the nearest object colour counts as object: antialiased edges stay in place.
+    far = np.sqrt(((pixels - ground) ** 2).sum(-1))
+    items = []
+    for part in _parts(far > 45):
+        solid = part & (far > 0.7 * np.median(far[part]))
+        if solid.sum() < _MIN_PIXELS:
+            continue
+        # A pixel that lies inside, with all four neighbours, is free of antialiasing.
+        inner = solid & np.roll(solid, 1, 0) & np.roll(solid, -1, 0) & np.roll(solid, 1, 1) & np.roll(solid, -1, 1)
+        sample = pixels[inner] if inner.sum() >= 5 else pixels[solid]
+        colour = int(np.bincount(_nearest(sample, _COLOUR_VALUES)).argmax())
+        line = np.median(sample, 0) - ground
+        alpha = np.clip((pixels - ground) @ line / max(float(line @ line), 1.0), 0, 1) * _grow(part)
+        iou, shape, x, y, radius = _fit(alpha) if (alpha > 0.5).any() else (0.0, "", 0.0, 0.0, 0.0)
+        size = "small" if radius < _SIZE_LIMIT else "large"
+        items.append(Item(shape if iou >= _MIN_IOU else UNKNOWN, _COLOUR_NAMES[colour], size, x, y, radius))
+    return Scene(_BACKGROUND_NAMES[back], tuple(sorted(items, key=lambda item: item.x)))
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """A mask and its eight neighbours: the faint rim of an antialiased part included."""
+    padded = np.pad(mask, 1)
+    return np.max([padded[y : y + mask.shape[0], x : x + mask.shape[1]] for y in range(3) for x in range(3)], axis=0)
+
+
+# ------------------------------------------------------------------------------------------------- against a prompt
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One object of a prompt; None where the prompt leaves the attribute open."""
+
+    shape: str
+    colour: str | None = None
+    size: str | None = None
+
+    def matches(self, item: Item) -> bool:
+        """Whether an object found in a picture is this one."""
+        return item.shape == self.shape and self.colour in (None, item.colour) and self.size in (None, item.size)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What of a prompt a picture shows. `objects`: exactly the objects asked for, by shape and colour."""
+
+    objects: bool
+    sizes: bool
+    background: bool
+    relation: bool
+
+    @property
+    def all(self) -> bool:
+        """Everything that the prompt says."""
+        return self.objects and self.sizes and self.background and self.relation
+
+
+def parse(prompt: str) -> tuple[list[Wanted], str | None, str | None]:
+    """The objects, the relation and the background of a prompt in the captions' grammar.
+
+    Raises ValueError for a prompt outside the grammar.
+    """
+    text, _, ground = prompt.strip().partition(" on a ")
+    background = ground.removesuffix(" background") or None
+    if background not in (None, *BACKGROUNDS):
+        raise ValueError(f"{prompt!r} names no known background ({', '.join(BACKGROUNDS)})")
+    joints = "|".join(f" {name} " for name in (*RELATIONS, "and"))
+    phrases = re.split(joints, text)
+    relation = next((name for name in RELATIONS if f" {name} " in text), None)
+    wanted = []
+    for phrase in phrases:
+        words = phrase.split()
+        if not words or words[0] != "a" or words[-1] not in SHAPES:
+            raise ValueError(f"{prompt!r}: {phrase!r} is not of the form 'a [size] [colour] shape'")
+        size = next((word for word in words[1:-1] if word in SIZES), None)
+        colour = next((word for word in words[1:-1] if word in COLOURS), None)
+        if len(words) != 2 + (size is not None) + (colour is not None):
+            raise ValueError(f"{prompt!r}: {phrase!r} has words that are no size and no colour")
+        wanted.append(Wanted(words[-1], colour, size))
+    return wanted, relation, background
+
+
+def _pairing(wanted: list[Wanted], found: list[Item]) -> list[Item] | None:
+    """The found objects in the order of the wanted ones, or None if they are not the same."""
+    if not wanted:
+        return [] if not found else None
+    for i, item in enumerate(found):
+        if wanted[0].matches(item):
+            rest = _pairing(wanted[1:], found[:i] + found[i + 1 :])
+            if rest is not None:
+                return [item, *rest]
+    return None
+
+
+def judge(picture: np.ndarray, prompt: str) -> Verdict:
+    """Does a picture (64, 64, 3) uint8 show what a prompt of the captions' grammar says, and nothing else?"""
+    wanted, relation, background = parse(prompt)
+    scene = read_scene(picture)
+    found = list(scene.items)
+    exact = _pairing(wanted, found)
+    loose = exact or _pairing([Wanted(w.shape, w.colour) for w in wanted], found)
+    placed = relation is None
+    if loose and relation is not None:
+        dx, dy = RELATIONS[relation]
+        step = (loose[0].x - loose[1].x, loose[0].y - loose[1].y)
+        along = step[0] * dx + step[1] * dy
+        placed = along > 0 and along >= max(abs(step[0]), abs(step[1])) - 1
+    return Verdict(
+        objects=loose is not None,
+        sizes=exact is not None,
+        background=background in (None, scene.background),
+        relation=placed,
+    )

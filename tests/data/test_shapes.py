@@ -1,0 +1,163 @@
+"""The drawn scenes, their captions, and the judge that scores pictures of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ldm.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    RELATIONS,
+    SHAPES,
+    WORDS,
+    Item,
+    Scene,
+    ShapesDataset,
+    coverage,
+    describe,
+    draw,
+    random_scene,
+)
+from ldm.data.shapes_judge import UNKNOWN, judge, parse, read_scene
+
+
+def picture(shape: str = "circle", colour: str = "red", ground: str = "white", radius: float = 14.0) -> np.ndarray:
+    """One object in the middle."""
+    return draw(Scene(ground, (Item(shape, colour, "large", 32, 32, radius),)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "area"),
+    [
+        ("circle", np.pi),
+        ("ring", np.pi * 0.75),
+        ("square", 1.76**2),
+        ("diamond", 1.6),
+        ("triangle", 1.8),
+        ("cross", 4 - 4 * 0.68**2),
+    ],
+)
+def test_shapes_cover_the_area_that_geometry_gives(shape: str, area: float) -> None:
+    assert coverage(shape, 32, 32, 20).sum() == pytest.approx(area * 400, rel=0.05)
+
+
+def test_drawing_is_antialiased_and_centred() -> None:
+    drawn = coverage("circle", 32, 32, 10)
+    assert np.abs(drawn - drawn[::-1]).max() <= 0.26  # one subsample of rounding
+    assert 40 < ((drawn > 0) & (drawn < 1)).sum() < 120
+    assert tuple(picture()[32, 32]) == COLOURS["red"]
+    assert tuple(picture(ground="tan")[0, 0]) == BACKGROUNDS["tan"]
+
+
+def test_unknown_shape_is_named() -> None:
+    with pytest.raises(ValueError, match="hexagon"):
+        coverage("hexagon", 32, 32, 10)
+
+
+def test_scenes_depend_on_seed_and_index_alone() -> None:
+    one, two = ShapesDataset(50, seed=3), ShapesDataset(80, seed=3)
+    assert [one.scene(i) for i in range(20)] == [two.scene(i) for i in range(20)]
+    assert one.scene(0) != ShapesDataset(50, seed=4).scene(0)
+    assert one.caption(5) == two.caption(5)
+    assert len({one.caption(5, epoch) for epoch in range(20)}) > 3
+    with pytest.raises(IndexError):
+        one.scene(50)
+
+
+def test_items_are_what_training_expects() -> None:
+    item = ShapesDataset(3)[1]
+    assert item["image"].shape == (64, 64, 3) and item["image"].dtype == np.float32
+    assert item["image"].min() >= -1 and item["image"].max() <= 1
+    assert isinstance(item["caption"], str)
+
+
+def test_held_out_pairs_name_every_shape_and_colour_once_and_never_occur() -> None:
+    assert {shape for shape, _ in HELD_OUT} == set(SHAPES) and {colour for _, colour in HELD_OUT} == set(COLOURS)
+    for held_out in (False, True):
+        data = ShapesDataset(300, seed=1, object_weights=(1, 1, 1), held_out=held_out)
+        pairs = {(item.shape, item.colour) for i in range(300) for item in data.scene(i).items}
+        assert pairs == HELD_OUT if held_out else not pairs & HELD_OUT
+
+
+@pytest.mark.parametrize("objects", [1, 2, 3])
+def test_objects_are_inside_apart_and_unlike_the_ground(objects: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        scene = random_scene(rng, objects)
+        masks = [coverage(item.shape, item.x, item.y, item.radius) > 0.3 for item in scene.items]
+        assert len(masks) == objects and sum(masks[1:], masks[0].astype(int)).max() == 1
+        assert not any(mask[[0, -1]].any() or mask[:, [0, -1]].any() for mask in masks)
+        assert scene.background not in [item.colour for item in scene.items]
+        if scene.relation is not None:
+            dx, dy = RELATIONS[scene.relation]
+            first, second = scene.items[:2]
+            assert (first.x - second.x) * dx + (first.y - second.y) * dy > 10
+
+
+def test_captions_keep_to_the_vocabulary_and_can_be_read_back() -> None:
+    data = ShapesDataset(200, object_weights=(1, 1, 1))
+    for i in range(200):
+        scene, text = data.scene(i), data.caption(i)
+        assert set(text.split()) <= set(WORDS)
+        wanted, relation, background = parse(text)
+        assert [w.shape for w in wanted] == [item.shape for item in scene.items]
+        assert all(w.matches(item) for w, item in zip(wanted, scene.items))
+        assert relation in (None, scene.relation) and background in (None, scene.background)
+
+
+def test_full_caption() -> None:
+    items = (Item("circle", "red", "large", 20, 30, 14), Item("square", "blue", "small", 50, 30, 8))
+    text = "a large red circle to the left of a small blue square on a white background"
+    assert describe(Scene("white", items, "to the left of")) == text
+
+
+@pytest.mark.parametrize("objects", [1, 2, 3])
+def test_the_judge_knows_true_drawings(objects: int) -> None:
+    weights = [float(n == objects) for n in (1, 2, 3)][:objects]
+    data = ShapesDataset(100, seed=9, object_weights=weights, held_out=objects == 2)
+    right = [judge(draw(data.scene(i)), describe(data.scene(i))).all for i in range(100)]
+    assert np.mean(right) >= 0.99
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_judge_tells_shapes_and_colours_apart(shape: str) -> None:
+    drawn = picture(shape, "blue")
+    assert judge(drawn, f"a blue {shape}").all
+    assert judge(drawn, f"a {shape}").all
+    assert not any(judge(drawn, f"a blue {other}").objects for other in SHAPES if other != shape)
+    assert not any(judge(drawn, f"a {other} {shape}").objects for other in COLOURS if other != "blue")
+
+
+def test_the_judge_checks_size_background_relation_and_count() -> None:
+    items = (Item("circle", "red", "large", 20, 30, 14), Item("square", "blue", "small", 50, 30, 8))
+    drawn = draw(Scene("white", items, "to the left of"))
+    assert judge(drawn, "a blue square to the right of a red circle").all
+    assert not judge(drawn, "a red circle below a blue square").relation
+    assert not judge(drawn, "a small red circle and a blue square").sizes
+    assert not judge(drawn, "a red circle and a blue square on a tan background").background
+    assert not judge(drawn, "a red circle").objects
+
+
+def test_the_judge_is_not_fooled_by_noise_blank_pictures_or_blots() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert not judge(noise, "a red circle").objects
+    assert not judge(np.zeros((64, 64, 3), np.uint8), "a red circle").objects
+    blot = picture()
+    blot[5:12, 2:30] = COLOURS["green"]
+    assert UNKNOWN in [item.shape for item in read_scene(blot).items]
+    assert not judge(blot, "a red circle").objects
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "red circle", "a red house", "a shiny red circle", "a circle on a pink background"]
+)
+def test_prompts_outside_the_grammar_are_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match="known background|form|no size"):
+        parse(prompt)
+
+
+def test_the_judge_names_a_wrong_size() -> None:
+    with pytest.raises(ValueError, match="32x32x3"):
+        read_scene(np.zeros((32, 32, 3), np.uint8))
