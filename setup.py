@@ -15,13 +15,18 @@ setup(
     license="MIT",
     packages=find_packages(include=["ldm", "ldm.*"]),
     package_data={"ldm.modules.encoders": ["data/*"]},
-    python_requires=">=3.10",
+    # configs and the bundled model, where ldm.util.public_path looks for them in an installation
+    data_files=[
+        (f"share/latent-diffusion/{folder}", [str(path) for path in sorted(Path(folder).glob("*.*")) if path.is_file()])
+        for folder in ("configs/stable-diffusion", "models/ldm/shapes64")
+    ],
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",  # older releases have known holes in weights_only loading
         "pytorch-lightning>=2.4",
         "omegaconf>=2.3",
+        "pyyaml>=6",
         "einops>=0.8",
-        "transformers>=4.40",
         "tokenizers>=0.19",
         "ftfy>=6.1",
         "safetensors>=0.4.3",
@@ -29,5 +34,5 @@ setup(
         "pillow>=10.3",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "diffusers>=0.30", "ruff>=0.6"]},
+    extras_require={"test": ["pytest>=8", "diffusers>=0.30", "transformers>=4.40", "ruff>=0.6"]},
 )

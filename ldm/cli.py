@@ -15,18 +15,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm import __version__
+from ldm.devices import DEVICES, PRECISIONS
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PRECISIONS = ("full", "autocast", "fp16", "bf16")
-DEVICES = ("auto", "cpu", "cuda", "mps")
 PROMPT = "a painting of a virus monster playing guitar"
 FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."
 MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_everything allowed
@@ -196,50 +193,7 @@ def _read_lines(path: Path) -> list[str]:
     return lines
 
 
-def public_path(path: str) -> Path | None:
-    """Where a file of the public layout, such as "configs/x.yaml", is: in the current folder or the repository."""
-    return next((place / path for place in (Path(), REPOSITORY) if (place / path).is_file()), None)
-
-
 # --------------------------------------------------------------------------------------------- device, precision, model
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA if there is one, then MPS, then the CPU.
-
-    Raises ValueError if the device is unknown or this machine, or this build of torch, does not have it.
-    """
-    import torch
-
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, present in available.items() if present))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is not one of {', '.join(DEVICES)}") from None
-    if not available.get(device.type, False):
-        raise ValueError(
-            f"device {name!r} is not available with this machine and torch {torch.__version__}: use 'cpu' or 'auto'"
-        )
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """The precision to use on `device` when `name` (one of PRECISIONS) is asked for: on a CPU, autocast means full.
-
-    Raises ValueError if the name is unknown, and for fp16 on a CPU, where many operations lack it.
-    """
-    if name not in PRECISIONS:
-        raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
-    if device.type == "cpu":
-        if name == "autocast":
-            return "full"
-        if name == "fp16":
-            raise ValueError("precision fp16 does not work on a CPU: use full, or bf16 for less memory")
-        if name == "bf16":
-            logger.warning("bf16 on a CPU saves memory but is usually slower than --precision full")
-    return name
 
 
 def load_model(args: argparse.Namespace) -> LatentDiffusion:
@@ -257,7 +211,7 @@ def load_model(args: argparse.Namespace) -> LatentDiffusion:
 
 def model_name(model: LatentDiffusion) -> str:
     """What to call a loaded model: its file, or the folder of a file with the public name model.ckpt or last.ckpt."""
-    path = Path(model.checkpoint_path)
+    path = Path(model.checkpoint_path).resolve()
     return path.parent.name if path.stem in ("model", "last") else path.stem
 
 
@@ -321,6 +275,8 @@ class SampleWriter:
         if args.no_metadata:
             return {}
         settings = sampling_options(args) | self._settings
+        if args.scale == 1.0:
+            del settings["negative_prompt"]  # of no effect without guidance
         if args.sampler != "ddim":
             del settings["eta"]  # no other sampler has it
         size = f"{image.width}x{image.height}"

@@ -26,12 +26,15 @@ from torch import Tensor
 from yaml import YAMLError
 
 from ldm.checkpoint import Checkpoint, build_on_meta, config_for, detect_config, fill_model, read_checkpoint
-from ldm.cli import REPOSITORY, choose_device, choose_precision, public_path
+from ldm.devices import choose_device, choose_precision
 from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import public_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,8 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
-BUNDLED_CKPT = REPOSITORY / "models/ldm/shapes64/model.ckpt"
-BUNDLED_CONFIG = REPOSITORY / "models/ldm/shapes64/config.yaml"
+BUNDLED_CKPT = "models/ldm/shapes64/model.ckpt"
 
 SAMPLERS = ("ddim", "plms", "dpm_solver")
 DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -73,10 +75,12 @@ def load_model(
     checkpoint = read_checkpoint(path)
     if checkpoint.global_step is not None:
         logger.info("Global Step: %d", checkpoint.global_step)
-    model = build_on_meta(read_config(config or _config_beside(checkpoint))["model"])
+    settings = read_config(config or _config_beside(checkpoint))
+    model = build_on_meta(settings["model"])
     fill_model(model, checkpoint, dtype=DTYPES[precision])
     model.checkpoint_path = str(path)
     model.autocast_dtype = torch.float16 if precision == "autocast" else None
+    model.one_scale = bool(settings.get("one_scale", False))
     return model.to(where).eval()
 
 
@@ -98,8 +102,11 @@ def _default_checkpoint() -> Path:
     public = public_path(DEFAULT_CKPT)
     if public is not None:
         return public
+    bundled = public_path(BUNDLED_CKPT)
+    if bundled is None:
+        raise FileNotFoundError(f"there is neither {DEFAULT_CKPT} nor the bundled {BUNDLED_CKPT}: name a checkpoint")
     logger.info("No --ckpt and no %s: using the small bundled model, which draws shapes at 64x64", DEFAULT_CKPT)
-    return BUNDLED_CKPT
+    return bundled
 
 
 def _config_beside(checkpoint: Checkpoint) -> str | Path:
@@ -121,8 +128,7 @@ def seed_everything(seed: int) -> None:
 
 def default_size(model: LatentDiffusion) -> int:
     """The side in pixels that a model was made for."""
-    side = model.image_size if isinstance(model.image_size, int) else model.image_size[0]
-    return side * model.first_stage_model.downsampling_factor
+    return square(model.image_size)[0] * model.first_stage_model.downsampling_factor
 
 
 def resolve_size(model: LatentDiffusion, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -136,16 +142,15 @@ def resolve_size(model: LatentDiffusion, height: int | None = None, width: int |
 def _fit(model: LatentDiffusion, image: Image.Image, height: int | None, width: int | None) -> Image.Image:
     """`image` at a size that the model can take: the one asked for, or its own, floored to a multiple of 32.
 
-    The bundled model only knows its own scale, so pictures are brought to that.
+    A model of one scale (`one_scale: true` in its config, as the bundled one's) has pictures brought to that.
     """
     factor = model.first_stage_model.downsampling_factor
     if height is not None or width is not None:
         model.latent_size(height or factor, width or factor)
         return fit_to_multiple(image, factor, height=height, width=width)
-    if Path(model.checkpoint_path) == BUNDLED_CKPT:
-        ratio = default_size(model) / min(image.size)
-        image = image.resize((round(image.width * ratio), round(image.height * ratio)))
-    return fit_to_multiple(image, math.lcm(32, factor))  # 32 as in the public script
+    ratio = default_size(model) / min(image.size) if getattr(model, "one_scale", False) else 1.0
+    height, width = round(image.height * ratio), round(image.width * ratio)
+    return fit_to_multiple(image, math.lcm(32, factor), height, width)  # 32 as in the public script
 
 
 # ---- drawing ----
@@ -176,6 +181,10 @@ def txt2img(
     Raises ValueError for what the model cannot do, ArithmeticError if the picture is not finite.
     """
     height, width = resolve_size(model, height, width)
+    shape = (model.channels, *model.latent_size(height, width))
+    if start_code is not None and start_code.shape != (len(prompts), *shape):
+        wanted = (len(prompts), *shape)
+        raise ValueError(f"start_code is {tuple(start_code.shape)}, but these prompts and this size need {wanted}")
     solver = _sampler(model, sampler)
     if seed is not None:
         seed_everything(seed)
@@ -184,7 +193,7 @@ def txt2img(
         latents, _ = solver.sample(
             S=steps,
             batch_size=len(prompts),
-            shape=(model.channels, *model.latent_size(height, width)),
+            shape=shape,
             conditioning=guidance.pop("cond"),
             eta=eta,
             x_T=start_code,
@@ -213,8 +222,8 @@ def img2img(
 ) -> list[Image.Image]:
     """One picture a prompt, made from `init`: a picture, or its latents (B, C, h, w) from `encode_image`.
 
-    strength: how much of the schedule to go through: 0 gives the picture back as the first stage sees it, 1 keeps
-    nothing of it. height, width: resize to these; by default the picture's own size, floored to a multiple of 32.
+    strength: how much of the schedule to go through: 0 gives the picture back as the first stage sees it, 1 keeps next
+    to nothing of it. height, width: resize a picture to these; by default its own size, floored to a multiple of 32.
     The rest as in `txt2img` (SDEdit, Meng et al. 2022).
     """
     if not 0.0 <= strength <= 1.0:
@@ -224,6 +233,8 @@ def img2img(
     if seed is not None:
         seed_everything(seed)
     latents = init if isinstance(init, Tensor) else encode_image(model, init, len(prompts), height, width)
+    if len(latents) != len(prompts):
+        raise ValueError(f"init has {len(latents)} latents for {len(prompts)} prompts")
     count = int(strength * steps)
     with _precision(model), model.ema_scope():
         guidance = _conditions(model, prompts, negative_prompt, scale)
@@ -240,9 +251,11 @@ def encode_image(
     """`batch` latents (batch, C, h, w) of one picture, each a draw of its own from the first stage's posterior."""
     image = _fit(model, image, height, width)
     logger.info("Picture size: %dx%d", image.width, image.height)
-    weight = next(model.first_stage_model.parameters())
-    pixels = image_to_tensor(image).to(weight).expand(batch, -1, -1, -1)
-    return model.get_first_stage_encoding(model.encode_first_stage(pixels)).float()
+    posterior = model.encode_first_stage(image_to_tensor(image).to(model.device, _first_stage_dtype(model)))
+    if isinstance(posterior, DiagonalGaussianDistribution):  # encoded once, drawn from `batch` times
+        posterior = DiagonalGaussianDistribution(posterior.parameters.expand(batch, -1, -1, -1))
+        return model.get_first_stage_encoding(posterior).float()
+    return model.get_first_stage_encoding(posterior).float().expand(batch, -1, -1, -1)
 
 
 def start_latent(model: LatentDiffusion, batch: int, height: int, width: int) -> Tensor:
@@ -264,6 +277,8 @@ def _conditions(model: LatentDiffusion, prompts: Sequence[str], negative_prompt:
     """The prompts' condition and what guidance needs beside it."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")
+    if negative_prompt and scale == 1.0:
+        logger.warning("the negative prompt has no effect at scale 1, which is without guidance")
     key = model.model.conditioning_key
     if key != "crossattn" or model.cond_stage_model is None:
         raise ValueError(f"this model is conditioned by {key!r}, not by a prompt alone: it cannot draw from text only")
@@ -282,13 +297,16 @@ def _precision(model: LatentDiffusion) -> AbstractContextManager[Any]:
 def _decode(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:
     """Pictures of latents (B, C, h, w), decoded one by one, since that is where memory peaks."""
     _check_finite(latents, "the latents")
-    weight = next(model.first_stage_model.parameters())
     images: list[Image.Image] = []
-    for latent in latents.to(weight.dtype).split(1):
+    for latent in latents.to(_first_stage_dtype(model)).split(1):
         pixels = model.decode_first_stage(latent).float()  # (1, 3, H, W)
         _check_finite(pixels, "the picture")
         images += tensor_to_images(pixels)
     return images
+
+
+def _first_stage_dtype(model: LatentDiffusion) -> torch.dtype:
+    return next((parameter.dtype for parameter in model.first_stage_model.parameters()), torch.float32)
 
 
 def _check_finite(x: Tensor, what: str) -> None:

@@ -46,7 +46,9 @@ class LambdaWarmUpCosineScheduler2:
             return (self.f_max[cycle] - self.f_start[cycle]) / warm_up * n + self.f_start[cycle]
         return self.decay(cycle, n)
 
-    __call__ = schedule
+    def __call__(self, n: int, **kwargs: object) -> float:
+        """The same, for use as a function."""
+        return self.schedule(n, **kwargs)
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
@@ -56,9 +58,6 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
         """Multiplier at step `n` of a cycle, after its warm-up."""
         length = self.cycle_lengths[cycle]
         return self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * (length - n) / length
-
-    # The base class's alias is bound to its own function.
-    __call__ = LambdaWarmUpCosineScheduler2.schedule
 
 
 class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):

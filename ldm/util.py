@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+# Where files of the public layout (configs/..., models/...) may be: here, in a clone, in an installation.
+REPOSITORY = Path(__file__).resolve().parent.parent
+INSTALLED = Path(sys.prefix) / "share" / "latent-diffusion"
 
 UNCONDITIONAL = "__is_unconditional__"
 FIRST_STAGE = "__is_first_stage__"
@@ -12,13 +18,16 @@ MARKERS = (UNCONDITIONAL, FIRST_STAGE)
 
 # Public `target:` paths whose code has another home here. Configs and old checkpoints keep working unchanged.
 ALIASES: dict[str, str] = {
-    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": "ldm.models.diffusion.inpainting.LatentInpaintDiffusion",
     "taming.modules.vqvae.quantize.VectorQuantizer2": "ldm.modules.quantize.VectorQuantizer",
     "taming.modules.vqvae.quantize.VectorQuantizer": "ldm.modules.quantize.VectorQuantizer",
     "ldm.modules.attention.MemoryEfficientCrossAttention": "ldm.modules.attention.CrossAttention",
     "ldm.modules.diffusionmodules.model.MemoryEfficientAttnBlock": "ldm.modules.diffusionmodules.model.AttnBlock",
-    "ldm.modules.diffusionmodules.model.VanillaAttnBlock": "ldm.modules.diffusionmodules.model.AttnBlock",
 }
+
+
+def public_path(path: str) -> Path | None:
+    """Where a file of the public layout, such as "configs/x.yaml", is; None if it is nowhere."""
+    return next((place / path for place in (Path(), REPOSITORY, INSTALLED) if (place / path).is_file()), None)
 
 
 def exists(value: object) -> bool:

@@ -19,7 +19,7 @@ def parser() -> cli.ArgumentParser:
         "--strength",
         type=cli.number(float, 0, 1),
         default=0.75,
-        help="how much to change the picture: 0 keeps it, 1 keeps nothing of it (%(default)s)",
+        help="how much to change the picture: 0 keeps it, 1 keeps next to nothing of it (%(default)s)",
     )
     return options
 
@@ -27,6 +27,8 @@ def parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     batches = cli.prompt_batches(args)
+    if args.fixed_code:
+        cli.logger.warning("--fixed_code has no effect here, as in the public script: the start is the picture")
 
     from ldm.images import load_image
 

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
+from ldm.util import public_path
 
 LAION400M_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
 LAION400M_CKPT = "models/ldm/text2img-large/model.ckpt"
@@ -23,7 +24,7 @@ def parser() -> cli.ArgumentParser:
 
 def use_laion400m(args) -> None:
     """Point `args` to the LAION-400M model, as the public script does. Raises FileNotFoundError if it is not there."""
-    args.config, args.ckpt = cli.public_path(LAION400M_CONFIG), cli.public_path(LAION400M_CKPT)
+    args.config, args.ckpt = public_path(LAION400M_CONFIG), public_path(LAION400M_CKPT)
     args.outdir = "outputs/txt2img-samples-laion400m"
     for name, path in ((LAION400M_CONFIG, args.config), (LAION400M_CKPT, args.ckpt)):
         if path is None:

@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from ldm import cli
+from ldm import cli, devices, util
 
 
 def parser() -> cli.ArgumentParser:
@@ -117,10 +117,10 @@ def test_broken_terminal_encoding_is_found_before_sampling():
 
 def test_public_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.public_path("setup.py") == cli.REPOSITORY / "setup.py"
-    assert cli.public_path("no/such.file") is None
+    assert util.public_path("setup.py") == util.REPOSITORY / "setup.py"
+    assert util.public_path("no/such.file") is None
     (tmp_path / "setup.py").touch()
-    assert cli.public_path("setup.py").resolve() == tmp_path / "setup.py"
+    assert util.public_path("setup.py").resolve() == tmp_path / "setup.py"
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
@@ -133,30 +133,30 @@ def test_public_path(tmp_path, monkeypatch):
 def test_auto_device(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert cli.choose_device("auto").type == expected
-    assert cli.choose_device("cpu").type == "cpu"
+    assert devices.choose_device("auto").type == expected
+    assert devices.choose_device("cpu").type == "cpu"
 
 
 def test_absent_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="'cuda' is not available .* use 'cpu' or 'auto'"):
-        cli.choose_device("cuda")
+        devices.choose_device("cuda")
     with pytest.raises(ValueError, match="'abacus' is not one of auto, cpu"):
-        cli.choose_device("abacus")
+        devices.choose_device("abacus")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cli.choose_device("cuda:1") == torch.device("cuda", 1)
+    assert devices.choose_device("cuda:1") == torch.device("cuda", 1)
 
 
 def test_precision(caplog):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [cli.choose_precision(name, cuda) for name in cli.PRECISIONS] == list(cli.PRECISIONS)
-    assert cli.choose_precision("autocast", cpu) == cli.choose_precision("full", cpu) == "full"
+    assert [devices.choose_precision(name, cuda) for name in devices.PRECISIONS] == list(devices.PRECISIONS)
+    assert devices.choose_precision("autocast", cpu) == devices.choose_precision("full", cpu) == "full"
     assert not caplog.records
-    assert cli.choose_precision("bf16", cpu) == "bf16" and "slower" in caplog.text
+    assert devices.choose_precision("bf16", cpu) == "bf16" and "slower" in caplog.text
     with pytest.raises(ValueError, match="fp16 does not work on a CPU: use full"):
-        cli.choose_precision("fp16", cpu)
+        devices.choose_precision("fp16", cpu)
     with pytest.raises(ValueError, match="precision 'half' is not one of"):
-        cli.choose_precision("half", cpu)
+        devices.choose_precision("half", cpu)
 
 
 # ----------------------------------------------------------------------------------------------------------- reporting

@@ -41,12 +41,13 @@ def test_loading_says_what_it_does(ckpt, caplog):
     with caplog.at_level(logging.INFO, "ldm"):
         model = load_model(ckpt=ckpt, device="cpu")
     assert f"Loading model from {ckpt}" in caplog.text and "Global Step: 7" in caplog.text
+    assert model.device == torch.device("cpu")
     assert not model.training and not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
     assert next(model.parameters()).dtype == torch.float32
 
 
 def test_bundled_model_stands_in_for_a_missing_default(ckpt, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(inference, "BUNDLED_CKPT", ckpt)
+    monkeypatch.setattr(inference, "BUNDLED_CKPT", str(ckpt))
     monkeypatch.setattr(inference, "DEFAULT_CKPT", "nowhere/model.ckpt")
     with caplog.at_level(logging.INFO, "ldm"):
         assert load_model(device="cpu").checkpoint_path == str(ckpt)
@@ -180,6 +181,40 @@ def test_black_pictures_become_messages(ckpt, part):
         txt2img(model, ["a"], steps=2, progress=False)
 
 
+@pytest.mark.parametrize("sampler", inference.SAMPLERS)
+def test_autocast(ckpt, photo, sampler):
+    """The default path on a GPU, with the half precision that a CPU has."""
+    model = load_model(ckpt=ckpt, device="cpu")
+    options = {"steps": 4, "sampler": sampler, "scale": 2.0, "seed": 1, "progress": False}
+    exact = pixels(txt2img(model, PROMPTS, **options))
+    model.autocast_dtype = torch.bfloat16
+    rough = pixels(txt2img(model, PROMPTS, **options))
+    assert 0 < np.abs(rough - exact).mean() < 8
+    assert img2img(model, ["a"], photo, **options)[0].size == (64, 96)
+
+
+def test_half_precision_image_to_image(ckpt, photo):
+    options = {"strength": 0.5, "steps": 4, "scale": 2.0, "seed": 1, "progress": False}
+    exact, rough = (
+        pixels(img2img(load_model(ckpt=ckpt, device="cpu", precision=precision), ["a"], photo, **options))
+        for precision in ("full", "bf16")
+    )
+    assert 0 < np.abs(rough - exact).mean() < 8
+
+
+def test_models_of_one_scale_have_pictures_brought_to_it(ckpt, photo):
+    model = load_model(ckpt=ckpt, device="cpu")
+    model.one_scale = True
+    assert img2img(model, ["a"], photo, strength=0.0, progress=False)[0].size == (32, 32)  # 70x96 at 32 is 32x44
+
+
+def test_latents_that_do_not_fit_the_prompts(model, photo):
+    latents = inference.encode_image(model, photo, 3)
+    assert latents.shape == (3, 4, 48, 32) and not latents[0].equal(latents[1])
+    with pytest.raises(ValueError, match="3 latents for 2 prompts"):
+        img2img(model, PROMPTS, latents)
+
+
 def test_half_precision_weights(ckpt):
     model = load_model(ckpt=ckpt, device="cpu", precision="bf16")
     assert next(model.model.parameters()).dtype == torch.bfloat16
@@ -204,7 +239,10 @@ MISUSES = [
     ({"prompts": ["a"], "sampler": "euler"}, "'euler' is not one of ddim, plms, dpm_solver"),
     ({"prompts": ["a"], "steps": 0}, "from 1 to 1000"),
     ({"prompts": ["a"], "sampler": "plms", "eta": 0.5}, "eta must be 0"),
-    ({"prompts": ["a"], "sampler": "dpm_solver", "eta": 0.5}, "eta must be 0"),
+    (
+        {"prompts": ["a"], "start_code": torch.zeros(2, 4, 16, 16)},
+        r"start_code is \(2, 4, 16, 16\), .* \(1, 4, 16, 16\)",
+    ),
 ]
 
 

@@ -104,6 +104,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
         taken.add(source[key])
     model.load_state_dict(tensors, strict=True, assign=True)
     _check_none_on_meta(model)
+    model.to("cpu")  # moves nothing, but tells a Lightning module, which noted the meta device, where it is
 
     extras = [key for key in checkpoint.state if key not in taken and key not in own]
     ignored = tuple(key for key in extras if _is_harmless(key, own))
@@ -119,18 +120,19 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
 
 def init_from_checkpoint(
     module: nn.Module, path: str | os.PathLike[str], ignore_keys: Sequence[str] = (), prefix: str = ""
-) -> None:
+) -> list[str]:
     """Start a module from a file that may hold more or less than it: what fits is copied, the rest is logged.
 
     Only keys that start with `prefix` count, without it; those that start with one of `ignore_keys` are left out. A
     module on the meta device is left alone, for `fill_model` will bring all of its weights.
 
+    Returns the module's own keys that nothing was found for.
     Raises CheckpointError if a weight has another shape than the module's, or if nothing fits.
     """
     own = module.state_dict()
     if all(parameter.is_meta for parameter in module.parameters()):
         logger.debug("%s is not read: the model is filled later", path)
-        return
+        return []
     checkpoint = read_checkpoint(path)
     given = {
         key.removeprefix(prefix): value
@@ -152,6 +154,7 @@ def init_from_checkpoint(
     for names, what in ((missing, "not in the file"), (extra, "not in the model")):
         if names:
             logger.warning("%s: %d weights are %s: %s", path, len(names), what, _few(sorted(names)))
+    return sorted(missing)
 
 
 # --- which tensor of the file goes where ----------------------------------------------------------

@@ -28,6 +28,12 @@ class LitEma(nn.Module):
                 self.register_buffer(shadow, parameter.detach().clone())
         self._stored: list[Tensor] = []
 
+    @torch.no_grad()
+    def reset(self, model: nn.Module) -> None:
+        """Make the model's weights, as they are now, the averages."""
+        for parameter, shadow in self._pairs(model):
+            shadow.copy_(parameter)
+
     def reset_num_updates(self) -> None:
         """Start the ramp of the decay again."""
         self.num_updates.zero_()

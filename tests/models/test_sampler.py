@@ -127,7 +127,65 @@ def test_mistakes_are_named(model, c):
         DDIMSampler(model).sample(5, 2, SHAPE, c, ucg_schedule=[1, 2, 3], verbose=False)
     with pytest.raises(ValueError, match="make_schedule"):
         DDIMSampler(model).decode(torch.zeros(1, *SHAPE), c, 3)
+    with pytest.raises(ValueError, match="dynamic_threshold are not supported"):
+        DDIMSampler(model).sample(5, 2, SHAPE, c, dynamic_threshold=0.9, verbose=False)
     with pytest.raises(ValueError, match="t_enc must be from 0 to"):
         sampler = DDIMSampler(model)
         sampler.make_schedule(5, verbose=False)
         sampler.encode(torch.zeros(2, *SHAPE), c, 6)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("t", [1, 25, 49])
+def test_image_to_image_lands_on_the_data(sampler, t):
+    """Standard normal data: noising to entry t and walking back keeps mean 0 and variance 1.
+
+    DDIM and PLMS noise to entry t but start from t - 1, as published; at t = 1 that shows.
+    """
+    torch.manual_seed(0)
+    solver = sampler(IdealForNoise())
+    solver.make_schedule(50, verbose=False)
+    x0 = torch.full((64, *SHAPE), 1.0)
+    x = solver.decode(solver.stochastic_encode(x0, t), None, t, verbose=False)
+    start = t - 1 if sampler is DPMSolverSampler else t
+    a = float(solver.schedule.a[start])
+    # the exact flow of standard normal data leaves x as it is
+    assert x.mean() == pytest.approx(a**0.5, abs=0.03) and x.std() == pytest.approx((1 - a) ** 0.5, rel=0.15)
+
+
+def test_dpm_solver_ignores_eta_with_a_warning(model, c, caplog):
+    x_T = tensor("x_T", 2, *SHAPE)
+    plain, noisy = (
+        DPMSolverSampler(model).sample(3, 2, SHAPE, c, x_T=x_T, eta=eta, verbose=False)[0] for eta in (0.0, 0.5)
+    )
+    assert plain.equal(noisy) and "eta=0.5 has no effect" in caplog.text
+
+
+class WithoutFloat64(torch.Tensor):
+    """A tensor of a device that has no float64, as MPS, until it is on the CPU."""
+
+    def double(self):
+        raise TypeError("no float64 here")
+
+    def cpu(self):
+        return torch.Tensor(self.tolist())
+
+    def detach(self):
+        return self
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_schedules_need_no_float64_on_the_device(sampler):
+    model = IdealForNoise()
+    model.alphas_cumprod = WithoutFloat64(model.alphas_cumprod)
+    solver = sampler(model)
+    solver.make_schedule(10, verbose=False)
+    assert len(solver.schedule) == 10
+
+
+def test_the_network_is_asked_at_the_given_timestep(model, c):
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(10, verbose=False)
+    x = tensor("x_T", 2, *SHAPE)
+    own, other = (sampler.p_sample_ddim(x, c, torch.tensor([t, t]), 5)[0] for t in (501, 1))
+    assert not own.equal(other)

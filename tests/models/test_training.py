@@ -10,8 +10,10 @@ from ldm.checkpoint import save_checkpoint
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
+from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.util import instantiate_from_config
 from tests.golden import golden_configs
+from tests.reference.fill import fill
 from tests.tiny import tiny_config
 
 KL = golden_configs("diffusion")["kl"]
@@ -45,6 +47,7 @@ def test_only_what_is_to_be_trained_is(tmp_path):
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert not any(name.startswith("first_stage_model") for name in moved)
     assert any(name.startswith("model.diffusion_model") for name in moved)
+    assert any(name.startswith("cond_stage_model") for name in moved)
     assert any(name.startswith("model_ema") for name in moved) and model.model_ema.num_updates == 2
 
 
@@ -112,12 +115,44 @@ def test_starting_from_a_checkpoint(tmp_path, caplog):
     assert "not in the file" in caplog.text
 
 
+def test_averages_start_from_a_file_without_any(tmp_path):
+    path = save_checkpoint(tmp_path / "plain.ckpt", build().state_dict())
+    model = build(use_ema=True, ckpt_path=str(path))
+    weights = dict(model.model.named_parameters())
+    assert all(torch.equal(weights[n], model.model_ema.get_buffer(s)) for n, s in model.model_ema.m_name2s_name.items())
+
+
+def test_class_labels_are_handed_over_as_published():
+    """`adm`: labels come as the cross-attention list."""
+    config = tiny_config(conditioning_key="adm", cond_stage_config="__is_unconditional__")
+    unet = config["params"]["unet_config"]["params"]
+    del unet["context_dim"], unet["use_spatial_transformer"]
+    wrapper = DiffusionWrapper({**config["params"]["unet_config"], "params": unet | {"num_classes": 10}}, "adm").eval()
+    fill(wrapper.state_dict())
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([1, 2])
+    y = torch.tensor([3, 4])
+    with torch.no_grad():
+        assert torch.equal(wrapper(x, t, c_crossattn=[y]), wrapper.diffusion_model(x, t, y=y))
+    with pytest.raises(ValueError, match="'adm' needs 'c_crossattn'"):
+        wrapper(x, t)
+
+
+def test_public_class_path_of_inpainting():
+    from ldm.models.diffusion import ddpm
+
+    assert ddpm.LatentInpaintDiffusion is LatentInpaintDiffusion
+    with pytest.raises(AttributeError, match="LatentOutpaintDiffusion"):
+        _ = ddpm.LatentOutpaintDiffusion
+
+
 def test_identity_first_stage():
     config = tiny_config(first_stage_config={"target": "ldm.models.autoencoder.IdentityFirstStage"}, scale_factor=2.0)
     model = instantiate_from_config(config)
     x = torch.randn(1, 4, 8, 8)
     z = model.get_first_stage_encoding(model.encode_first_stage(x))
     assert torch.equal(model.decode_first_stage(z), x) and model.latent_size(7, 9) == (7, 9)
+    with pytest.raises(ValueError, match="ddconfig has no option drop_out"):
+        AutoencoderKL({**KL, "drop_out": 0.5}, NO_LOSS, embed_dim=4)
     assert IdentityFirstStage(vq_interface=True).quantize(x)[0] is x
 
 

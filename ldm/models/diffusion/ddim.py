@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,9 +55,12 @@ class DDIMSampler(Sampler):
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Condition = None,
     ) -> tuple[Tensor, Tensor]:
-        """(next x, predicted x0) of schedule entry `index`, under the public signature; `t` follows from `index`."""
+        """(next x, predicted x0) of schedule entry `index`, the network asked at t (B,), one number for the batch."""
+        schedule = self._select(use_original_steps)
+        timesteps = schedule.timesteps.copy()
+        timesteps[index] = int(t.flatten()[0])
         run = self._run(
-            self._select(use_original_steps),
+            replace(schedule, timesteps=timesteps),
             c,
             unconditional_conditioning,
             unconditional_guidance_scale,

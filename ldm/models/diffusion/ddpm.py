@@ -82,6 +82,7 @@ class DDPM(GaussianDiffusion):
         self.l_simple_weight = l_simple_weight
         self.learn_logvar = learn_logvar
         self.scheduler_config = scheduler_config
+        self.restarted_from_ckpt = False
         if monitor is not None:
             self.monitor = monitor
 
@@ -103,9 +104,12 @@ class DDPM(GaussianDiffusion):
 
         only_model: load the network alone.
         """
-        init_from_checkpoint(
+        missing = init_from_checkpoint(
             self.model if only_model else self, path, ignore_keys, prefix="model." if only_model else ""
         )
+        self.restarted_from_ckpt = True
+        if self.use_ema and (only_model or any(key.startswith("model_ema.") for key in missing)):
+            self.model_ema.reset(self.model)
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
@@ -256,6 +260,8 @@ class LatentDiffusion(DDPM):
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
             if self.cond_stage_model is not None and not cond_stage_trainable:
                 freeze(self.cond_stage_model)
+            elif self.cond_stage_model is not None:
+                self.cond_stage_model.requires_grad_(True)  # encoders that freeze themselves would not be trained
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
@@ -352,7 +358,8 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Lightning's hook: before the first batch of a new run, measure the latents' standard deviation."""
-        if not self.scale_by_std or self.trainer.current_epoch or self.global_step or batch_idx:
+        started = self.trainer.current_epoch or self.global_step or batch_idx or self.restarted_from_ckpt
+        if not self.scale_by_std or started:
             return
         self.scale_factor.fill_(1.0)
         z, _ = self.get_input(batch, self.first_stage_key)
@@ -372,24 +379,47 @@ class LatentDiffusion(DDPM):
         cond: Condition = None,
         batch_size: int = 16,
         return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
         shape: Sequence[int] | None = None,
-        **kwargs: Any,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Ancestral samples (B, C, h, w) under `cond`; further arguments as in `p_sample_loop`."""
-        shape = shape or (batch_size, self.channels, *square(self.image_size))
-        return self.p_sample_loop(cond, shape, return_intermediates, **kwargs)
+        """Ancestral samples (B, C, h, w) under `cond`; the other arguments as in `p_sample_loop`."""
+        return self.p_sample_loop(
+            cond,
+            shape or (batch_size, self.channels, *square(self.image_size)),
+            return_intermediates=return_intermediates,
+            x_T=x_T,
+            verbose=verbose,
+            timesteps=timesteps,
+            quantize_denoised=quantize_denoised,
+            mask=mask,
+            x0=x0,
+        )
 
     @torch.no_grad()
     def sample_log(
-        self, cond: Condition, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any
+        self, cond: Condition, batch_size: int, ddim: bool, ddim_steps: int, eta: float = 0.0, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """Samples and intermediates, by DDIM in `ddim_steps` steps or by ancestral sampling."""
+        """Samples and intermediates, by DDIM in `ddim_steps` steps of noise `eta`, or by ancestral sampling."""
         if not ddim:
             return self.sample(cond, batch_size, return_intermediates=True, **kwargs)
         shape = (self.channels, *square(self.image_size))
-        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
+        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, eta=eta, verbose=False, **kwargs)
 
 
 def freeze(module: nn.Module) -> nn.Module:
     """`module` in evaluation mode, without gradients."""
     return module.eval().requires_grad_(False)
+
+
+def __getattr__(name: str) -> Any:
+    # Public home of a class that has a file of its own, and builds on this one.
+    if name == "LatentInpaintDiffusion":
+        from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
+
+        return LatentInpaintDiffusion
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

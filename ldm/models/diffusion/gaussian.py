@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.models.diffusion.guidance import Condition
 from ldm.modules.diffusionmodules.schedule import (
     PARAMETERIZATIONS,
     extract_into_tensor,
@@ -19,8 +20,6 @@ from ldm.modules.diffusionmodules.schedule import (
     vlb_weights,
 )
 from ldm.modules.diffusionmodules.util import noise_like
-
-Condition = Any  # a tensor, a list of tensors, or a dict of lists: c_concat, c_crossattn, and c_adm as a tensor
 
 
 class GaussianDiffusion(pl.LightningModule):
@@ -114,18 +113,38 @@ class GaussianDiffusion(pl.LightningModule):
 
     # ---- ancestral sampling ----
 
-    def p_mean_variance(self, x: Tensor, c: Condition, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of p(x_{t-1} | x_t), with the network's x_0 clipped to [-1, 1] if asked."""
+    def p_mean_variance(
+        self, x: Tensor, c: Condition, t: Tensor, clip_denoised: bool, quantize_denoised: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of p(x_{t-1} | x_t).
+
+        clip_denoised, quantize_denoised: the network's x_0 is clipped to [-1, 1], or put through the first stage's
+        codebook, first.
+        """
         x0 = self.predict_start(x, t, self.apply_model(x, t, c))
-        return self.q_posterior(x0.clamp(-1.0, 1.0) if clip_denoised else x0, x, t)
+        if clip_denoised:
+            x0 = x0.clamp(-1.0, 1.0)
+        if quantize_denoised:
+            x0 = self.first_stage_model.quantize(x0)[0]
+        return self.q_posterior(x0, x, t)
 
     @torch.no_grad()
     def p_sample(
-        self, x: Tensor, c: Condition, t: Tensor, clip_denoised: bool = False, repeat_noise: bool = False
+        self,
+        x: Tensor,
+        c: Condition,
+        t: Tensor,
+        clip_denoised: bool = False,
+        repeat_noise: bool = False,
+        quantize_denoised: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
     ) -> Tensor:
-        """A draw from p(x_{t-1} | x_t); at t = 0 its mean."""
-        mean, _, log_variance = self.p_mean_variance(x, c, t, clip_denoised)
-        noise = noise_like(x.shape, x.device, repeat_noise)
+        """A draw from p(x_{t-1} | x_t); at t = 0 its mean. temperature scales the noise, noise_dropout thins it."""
+        mean, _, log_variance = self.p_mean_variance(x, c, t, clip_denoised, quantize_denoised)
+        noise = temperature * noise_like(x.shape, x.device, repeat_noise)
+        if noise_dropout > 0.0:
+            noise = F.dropout(noise, p=noise_dropout)
         keep = (t != 0).float().reshape(-1, *(1,) * (x.ndim - 1))
         return mean + keep * (0.5 * log_variance).exp() * noise
 
@@ -139,6 +158,7 @@ class GaussianDiffusion(pl.LightningModule):
         verbose: bool = True,
         callback: Callable[[int], None] | None = None,
         timesteps: int | None = None,
+        quantize_denoised: bool = False,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
@@ -157,7 +177,7 @@ class GaussianDiffusion(pl.LightningModule):
         intermediates = [x]
         for i in tqdm(reversed(range(steps)), desc="Sampling t", total=steps, disable=not verbose):
             t = torch.full((shape[0],), i, device=self.device, dtype=torch.long)
-            x = self.p_sample(x, cond, t, clip_denoised=self.clip_denoised)
+            x = self.p_sample(x, cond, t, self.clip_denoised, quantize_denoised=quantize_denoised)
             if mask is not None:
                 x = self.q_sample(x0, t) * mask + (1.0 - mask) * x
             if i % log_every_t == 0 or i == steps - 1:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Condition = Any  # a tensor, a list of conditions, or a dict of conditions
+Condition = Any  # a tensor, a list of tensors, or a dict of lists: c_concat, c_crossattn, and c_adm as a tensor
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> what the network predicts
 
 

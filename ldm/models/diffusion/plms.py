@@ -26,8 +26,8 @@ class PLMSSampler(Sampler):
 
     deterministic = True
 
-    def __init__(self, model: Any, schedule: str = "linear", convert_v: bool = False) -> None:
-        super().__init__(model, schedule)
+    def __init__(self, model: Any, schedule: str = "linear", device: Any = None, convert_v: bool = False) -> None:
+        super().__init__(model, schedule, device)
         if self.parameterization == "v" and not convert_v:
             self.parameterization = "eps"
             logger.warning("PLMS takes this model's v for eps, as published; PLMSSampler(convert_v=True) does it right")

@@ -69,7 +69,8 @@ class Sampler:
 
     deterministic = False  # True: the update rule cannot add noise, so eta must be 0
 
-    def __init__(self, model: Any, schedule: str = "linear") -> None:
+    def __init__(self, model: Any, schedule: str = "linear", device: Any = None) -> None:
+        """`schedule` and `device` are accepted as published; both are the model's."""
         self.model = model
         self.parameterization = model.parameterization
         self.ddpm_num_timesteps = int(model.num_timesteps)
@@ -88,6 +89,8 @@ class Sampler:
             raise ValueError(f"{type(self).__name__} is deterministic: eta must be 0, not {ddim_eta}")
         if not 1 <= ddim_num_steps <= self.ddpm_num_timesteps:
             raise ValueError(f"the number of steps must be from 1 to {self.ddpm_num_timesteps}, not {ddim_num_steps}")
+        if ddim_discretize not in ("uniform", "quad"):
+            raise ValueError(f"ddim_discretize {ddim_discretize!r} is not one of uniform, quad")
         self.schedule = self._lay_out(ddim_num_steps, ddim_discretize, ddim_eta)
         self.ddim_eta = ddim_eta
 
@@ -98,7 +101,7 @@ class Sampler:
         return Schedule(usable_timesteps(timesteps, len(alphas_cumprod)), a, a_prev, sigma)
 
     def _alphas_cumprod(self) -> np.ndarray:
-        return self.model.alphas_cumprod.detach().double().cpu().numpy()
+        return self.model.alphas_cumprod.detach().cpu().double().numpy()  # MPS has no float64
 
     def _original_schedule(self, eta: float) -> Schedule:
         """Every timestep of the model, ending at the data itself."""
@@ -145,6 +148,7 @@ class Sampler:
         shape: Sequence[int],
         conditioning: Condition = None,
         callback: Callable[[int], None] | None = None,
+        normals_sequence: None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
         quantize_x0: bool = False,
         eta: float = 0.0,
@@ -159,6 +163,7 @@ class Sampler:
         log_every_t: int = 100,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Condition = None,
+        dynamic_threshold: None = None,
         ucg_schedule: Sequence[float] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Draw `batch_size` latents of `shape` (C, H, W) in S steps.
@@ -167,13 +172,16 @@ class Sampler:
         latent instead of noise. eta: noise of the update, where the rule has any. mask, x0: keep x0 where mask
         (B, 1, H, W) is 1. ucg_schedule: a guidance scale for every step. callback(i), img_callback(x0, i): called
         after every step. log_every_t: keep an intermediate every so many steps. quantize_x0, temperature,
-        noise_dropout, score_corrector, corrector_kwargs: as in the public code.
+        noise_dropout, score_corrector, corrector_kwargs: as in the public code. normals_sequence, dynamic_threshold:
+        in the public signature, and of no effect there; anything but None is refused.
 
         Returns latents (batch_size, C, H, W) and {"x_inter": [...], "pred_x0": [...]}.
         """
         size = condition_batch_size(conditioning)
         if size is not None and size != batch_size:
             logger.warning("%d conditionings for a batch of %d", size, batch_size)
+        if normals_sequence is not None or dynamic_threshold is not None:
+            raise ValueError("normals_sequence and dynamic_threshold are not supported: leave them out")
         if mask is not None and x0 is None:
             raise ValueError("mask needs x0, the latent to keep where the mask is 1")
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)

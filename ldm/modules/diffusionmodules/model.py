@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -150,11 +150,23 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
+# Keys of a public `ddconfig` that only one of encoder and decoder reads, or neither.
+SHARED_KEYS = {"out_ch", "in_channels", "double_z", "give_pre_end", "tanh_out", "resolution", "use_linear_attn"}
+
+
+def check_ignored(ignored: Mapping[str, object]) -> None:
+    """ValueError for entries of a `ddconfig` that mean nothing to encoder and decoder."""
+    if unknown := sorted(ignored.keys() - SHARED_KEYS):
+        raise ValueError(f"ddconfig has no option {', '.join(unknown)}")
+    if ignored.get("use_linear_attn"):
+        raise ValueError("ddconfig.use_linear_attn is not supported: no published first stage has it")
+
+
 class Encoder(nn.Module):
     """Image (B, in_channels, H, W) to moments or features (B, z_channels or twice that, H/f, W/f), f = 2^(levels-1).
 
     `attn_resolutions` are pixel sizes counted from `resolution`; they fix where attention stands, not the input size.
-    `out_ch` and other decoder keys of a shared `ddconfig` are accepted and ignored.
+    The decoder's keys of a shared `ddconfig` are accepted and ignored.
     """
 
     def __init__(
@@ -171,9 +183,10 @@ class Encoder(nn.Module):
         z_channels: int,
         double_z: bool = True,
         attn_type: str = "vanilla",
-        **_ignored: object,
+        **ignored: object,
     ) -> None:
         super().__init__()
+        check_ignored(ignored)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         width = ch
@@ -212,9 +225,10 @@ class Decoder(nn.Module):
         give_pre_end: bool = False,
         tanh_out: bool = False,
         attn_type: str = "vanilla",
-        **_ignored: object,
+        **ignored: object,
     ) -> None:
         super().__init__()
+        check_ignored(ignored)
         self.give_pre_end = give_pre_end
         self.tanh_out = tanh_out
         width = ch * ch_mult[-1]

@@ -169,13 +169,13 @@ class UNetModel(nn.Module):
     image_size: kept for public configs; the network takes any size.
     attention_resolutions: downsampling factors (1, 2, 4 ...) at which blocks have attention.
     num_res_blocks: residual blocks a level, one number or one a level; num_attention_blocks: how many of them attend.
-    num_heads / num_head_channels: give one; the other follows from the width (`num_heads_upsample` is obsolete).
+    num_heads / num_head_channels: give one; the other follows from the width.
     use_spatial_transformer: attend on a context of width `context_dim`, with `transformer_depth` blocks.
     disable_self_attentions: per level, attend on the context where self-attention would be.
     num_classes: an int for class labels (B,), "continuous" for scalars (B,), "sequential" for vectors
         (B, adm_in_channels); the label's embedding is added to the timestep's.
-    legacy, use_fp16: kept for public configs. Heads come out the same either way, and the precision is that of the
-        weights, chosen when a model is loaded.
+    legacy, use_fp16, num_heads_upsample: kept for public configs. Heads come out the same either way, and the
+        precision is that of the weights, chosen when a model is loaded.
     """
 
     def __init__(
@@ -216,6 +216,8 @@ class UNetModel(nn.Module):
             raise ValueError(f"context_dim={context_dim} has no effect without use_spatial_transformer: true")
         if num_heads == -1 and num_head_channels == -1:
             raise ValueError("give num_heads or num_head_channels")
+        if num_heads_upsample not in (-1, num_heads):
+            raise ValueError(f"num_heads_upsample={num_heads_upsample} must be left out, or be num_heads={num_heads}")
         self.image_size = image_size
         self.in_channels = in_channels
         self.out_channels = out_channels

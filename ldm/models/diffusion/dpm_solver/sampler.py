@@ -5,6 +5,7 @@ Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Prob
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ldm.models.diffusion.sampler import Run, Sampler, Schedule
 
+logger = logging.getLogger(__name__)
+
 FEW_STEPS = 15  # below this many steps the last one is first order, which is stabler (as published)
 
 
@@ -20,11 +23,12 @@ class DPMSolverSampler(Sampler):
     """Second-order multi-step solver of the probability-flow ODE in terms of x0; deterministic.
 
     Time is continuous: S + 1 points evenly from the schedule's last timestep to its first, most of them fractional.
+    As published, eta and the discretisation are accepted and have no effect.
     """
 
-    deterministic = True
-
     def _lay_out(self, steps: int, discretize: str, eta: float) -> Schedule:
+        if eta != 0:
+            logger.warning("DPM-Solver++ adds no noise: eta=%g has no effect", eta)
         nodes = np.linspace(0, self.ddpm_num_timesteps - 1, steps + 1)
         # Between timesteps log alpha is linear.
         a = np.exp(np.interp(nodes, np.arange(self.ddpm_num_timesteps), np.log(self._alphas_cumprod())))
