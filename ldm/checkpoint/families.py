@@ -135,6 +135,12 @@ FAMILIES = (
         ("configs/retrieval-augmented-diffusion/768x768.yaml",),
         {"width": 448, "in_channels": 16, "context": 768},
     ),
+    Family(
+        "the bundled model of shapes",
+        ("models/ldm/shapes64/config.yaml",),
+        {"text": "clip", "vocabulary": 35, "context": 128},
+        loads=True,
+    ),
     UNKNOWN,
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.checkpoint import Checkpoint, CheckpointError, config_for, describe, detect_config, ema_name
+from ldm.checkpoint import Checkpoint, CheckpointError, config_for, describe, detect_config, ema_name, read_checkpoint
 from ldm.checkpoint.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,11 @@ def test_v1_families_are_detected():
     assert detect_config(shapes_of("stable-diffusion.v1-inference")) == V1
     assert detect_config(shapes_of("stable-diffusion.v1-inpainting-inference")) == V1_INPAINTING
     assert config_for(checkpoint_of(shapes_of("stable-diffusion.v1-inference"))) == V1
+
+
+def test_the_bundled_model_is_detected_anywhere():
+    bundled = read_checkpoint(ROOT / "models/ldm/shapes64/model.ckpt")
+    assert detect_config(bundled.shapes) == "models/ldm/shapes64/config.yaml"
 
 
 def test_configs_of_families_that_load_exist():

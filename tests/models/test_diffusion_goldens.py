@@ -147,6 +147,7 @@ def test_kl_first_stage():
         for name in ("mean", "logvar"):
             assert_agrees(getattr(posterior, name), G[f"kl.{name}"])
         assert_agrees(posterior.kl(), G["kl.kl"])
+        assert_agrees(posterior.nll(posterior.mode()), G["kl.nll"])
         torch.manual_seed(4)
         sample = posterior.sample()
         assert_agrees(sample, G["kl.sample"])

@@ -91,7 +91,8 @@ def _accept_every_layout(tower: CLIPTextModel, state: dict[str, Any], prefix: st
             if published not in state:
                 state[published] = state.pop(key)
     # Merged half-precision files carry rounded position_ids (40.97 for 41), so the file's are never used.
-    state[inner + "embeddings.position_ids"] = tower.text_model.embeddings.position_ids
+    own = tower.text_model.embeddings.position_ids
+    state[inner + "embeddings.position_ids"] = _position_ids(tower.config).to(own.device)
 
 
 def _position_ids(config: CLIPTextConfig) -> Tensor:
