@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +50,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from ldm import cli
 from ldm.checkpoint import save_checkpoint
 from ldm.data.shapes import ShapesDataset, describe, draw
 from ldm.data.shapes_judge import judge
+from ldm.images import make_grid
 from ldm.inference import load_model
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -67,7 +69,7 @@ KINDS = ("plain", "held-out pairs", "one object", "two objects")
 
 def autocast() -> torch.autocast:
     """The context that training steps run in."""
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and "avx512_bf16" in _cpu_flags()
+    fast = "avx512_bf16" in _cpu_flags()
     return torch.autocast("cpu", torch.bfloat16, enabled=opt.precision == "bf16" or (opt.precision == "auto" and fast))
 
 
@@ -95,10 +97,9 @@ def as_pictures(batch: Tensor) -> np.ndarray:
     return ((batch.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def contact_sheet(batch: np.ndarray, path: Path, columns: int = 16) -> None:
-    """Pictures (N, 64, 64, 3) side by side, N a multiple of `columns`."""
-    rows = [np.concatenate(batch[i : i + columns], 1) for i in range(0, len(batch) - columns + 1, columns)]
-    Image.fromarray(np.concatenate(rows)).save(path)
+def contact_sheet(batch: np.ndarray, path: Path) -> None:
+    """Pictures (N, 64, 64, 3) in rows of 16."""
+    make_grid([Image.fromarray(picture) for picture in batch], nrow=16, padding=0).save(path)
 
 
 def train(
@@ -259,7 +260,7 @@ def evaluate(model: nn.Module) -> None:
     print(json.dumps(results, indent=1))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """All stages in order."""
     opt.out.mkdir(parents=True, exist_ok=True)
     if opt.evaluate is not None:
@@ -268,13 +269,14 @@ def main() -> None:
     torch.manual_seed(opt.seed)
     config = OmegaConf.load(opt.config)
     data = ShapesDataset(opt.pictures, seed=opt.seed)
-    images = pictures(data, opt.out / "pictures.npy")
+    images = pictures(data, opt.out / f"pictures-{opt.pictures}-{opt.seed}.npy")
     model = instantiate_from_config(config.model)
     train_first_stage(model.first_stage_model, images)
-    train_diffusion(model, data, moments(model.first_stage_model, images, opt.out / "latents.pt"))
+    cache = opt.out / f"latents-{opt.pictures}-{opt.seed}-{opt.first_stage_steps}.pt"
+    train_diffusion(model, data, moments(model.first_stage_model, images, cache))
     save_checkpoint(opt.out / "model.ckpt", model.state_dict(), global_step=opt.diffusion_steps, overwrite=True)
     evaluate(model)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))
