@@ -45,6 +45,7 @@ class Features:
 
 
 def features(shapes: Shapes) -> Features:
+    """The `Features` of a file whose tensors have these shapes, under published names."""
     conv = shapes.get(FIRST_CONV) or shapes.get(ema_name(FIRST_CONV)) or (None, None)
     contexts = (shape[-1] for key, shape in shapes.items() if re.search(r"attn2\.?to_k\.?weight$", key) and shape)
     text = next((name for name, key in TEXT_TOWERS.items() if key in shapes), None)
