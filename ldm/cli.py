@@ -6,13 +6,16 @@ Nothing heavy is imported until it is needed, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from ldm import __version__
 from ldm.devices import DEVICES, PRECISIONS
@@ -65,6 +68,13 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return _parse
 
 
+def user_path(text: str) -> str:
+    """An argparse `type` for files and folders: `~` is the home folder, even in `--option=~/x`."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return os.path.expanduser(text)
+
+
 def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:
     """A parser with the options that txt2img and img2img share, under the names of the public scripts.
 
@@ -76,7 +86,12 @@ def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:
     what = parser.add_argument_group("what to draw")
     what.add_argument("--prompt", default=PROMPT, help="what the picture shows (%(default)s)")
     what.add_argument("--negative_prompt", default="", help="what the picture should not show")
-    what.add_argument("--from-file", metavar="FILE", help="read prompts from a text file, one per line")
+    what.add_argument(
+        "--from-file",
+        type=user_path,
+        metavar="FILE",
+        help="read prompts from a text file, one a line; empty ones count",
+    )
     what.add_argument("--repeat", type=count, default=1, help="use each line of --from-file this often (%(default)s)")
     what.add_argument("--n_samples", type=count, help="pictures in a batch (%(default)s)")
     what.add_argument("--n_iter", type=count, help="how often to go through all prompts (%(default)s)")
@@ -108,10 +123,13 @@ def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:
     model = parser.add_argument_group("the model")
     model.add_argument(
         "--ckpt",
+        type=user_path,
         metavar="FILE",
         help=".ckpt or .safetensors (Stable Diffusion v1 if present, else the bundled model)",
     )
-    model.add_argument("--config", metavar="FILE", help="YAML file of the model (default: found from the checkpoint)")
+    model.add_argument(
+        "--config", type=user_path, metavar="FILE", help="YAML file of the model (default: found from the checkpoint)"
+    )
     model.add_argument("--C", type=count, metavar="CHANNELS", help="latent channels, if you want them checked")
     model.add_argument("--f", type=count, metavar="FACTOR", help="downsampling factor, if you want it checked")
     model.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
@@ -121,7 +139,7 @@ def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:
     model.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="same as --precision bf16")
 
     output = parser.add_argument_group("the output")
-    output.add_argument("--outdir", metavar="FOLDER", help="where to write (%(default)s)")
+    output.add_argument("--outdir", type=user_path, metavar="FOLDER", help="where to write (%(default)s)")
     output.add_argument("--skip_save", action="store_true", help="do not write the single pictures")
     output.add_argument("--skip_grid", action="store_true", help="do not write the grid of all pictures")
     output.add_argument(
@@ -185,15 +203,15 @@ def _read_lines(path: Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"--from-file {path}: there is no such file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        text = path.read_text(encoding="utf-8-sig").rstrip()
     except UnicodeDecodeError:
         raise ValueError(f"--from-file {path} is not UTF-8 text: save it as UTF-8") from None
-    if not lines:
+    if not text:
         raise ValueError(f"--from-file {path} holds no prompts")
-    return lines
+    return text.split("\n")  # not splitlines: a prompt may hold other characters that end lines somewhere
 
 
-# --------------------------------------------------------------------------------------------- device, precision, model
+# --------------------------------------------------------------------------------------------------------------- model
 
 
 def load_model(args: argparse.Namespace) -> LatentDiffusion:
@@ -236,6 +254,9 @@ class SampleWriter:
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"{folder} is a file, not a folder: choose another --outdir")
         self.samples.mkdir(parents=True, exist_ok=True)
+        for folder in (self.outdir, self.samples):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(f"{folder} is not writable: choose another --outdir")
         self.written = 0
         self._args = args
         self._settings = settings
@@ -293,8 +314,13 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
         prefix = f"{record.levelname.lower()}: " if warning else ""
-        stream = sys.stderr if warning else sys.stdout
-        stream.write(f"{prefix}{record.getMessage()}\n")
+        say(f"{prefix}{record.getMessage()}", sys.stderr if warning else sys.stdout)
+
+
+def say(text: str, stream: TextIO | None) -> None:
+    """Print a line. A stream that is closed, full or absent (`| head`, daemons) does not stop the work."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        stream.write(text + "\n")
         stream.flush()
 
 
@@ -326,7 +352,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 def _fail(code: int, message: str) -> int:
     if sys.flags.dev_mode and code != 130:
         raise  # the exception that the caller is handling
-    sys.stderr.write(message + "\n")
+    say(message, sys.stderr)
     return code
 
 
@@ -335,6 +361,7 @@ def _one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        cause = text.split(". ")[0]
-        return f"{cause}. Try --n_samples 1, a smaller --H and --W, or (on a GPU) --precision fp16"
+        size = re.search(r"tried to allocate ([\d.]+ ?\w*)", text, re.IGNORECASE)
+        tried = f" (it takes another {size[1]})" if size else ""
+        return f"not enough memory{tried}. Try --n_samples 1, a smaller --H and --W, or (on a GPU) --precision fp16"
     return text

@@ -77,6 +77,10 @@ def load_model(
         logger.info("Global Step: %d", checkpoint.global_step)
     settings = read_config(config or _config_beside(checkpoint))
     model = build_on_meta(settings["model"])
+    if not hasattr(getattr(model, "first_stage_model", None), "downsampling_factor"):
+        raise ValueError(
+            f"{settings['model'].get('target')} is no latent diffusion model with a first stage: fix the config"
+        )
     fill_model(model, checkpoint, dtype=DTYPES[precision])
     model.checkpoint_path = str(path)
     model.autocast_dtype = torch.float16 if precision == "autocast" else None
@@ -150,6 +154,8 @@ def _fit(model: LatentDiffusion, image: Image.Image, height: int | None, width: 
         return fit_to_multiple(image, factor, height=height, width=width)
     ratio = default_size(model) / min(image.size) if getattr(model, "one_scale", False) else 1.0
     height, width = round(image.height * ratio), round(image.width * ratio)
+    if ratio != 1.0 and max(height, width) > 8 * default_size(model):
+        raise ValueError(f"a picture of {image.width}x{image.height} would become {width}x{height}: crop it first")
     return fit_to_multiple(image, math.lcm(32, factor), height, width)  # 32 as in the public script
 
 

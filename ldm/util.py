@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,8 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
 
     Raises ImportError, naming the path and what is missing, if there is no such module or attribute.
     """
+    if not isinstance(string, str):
+        raise ImportError(f"target {string!r} is not a dotted path such as 'package.module.Class'")
     path = ALIASES.get(string, string)
     module_name, _, name = path.rpartition(".")
     if not module_name:
@@ -79,4 +82,11 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     if target is None:
         raise ValueError(f"a config needs a 'target' key; this one has {sorted(map(str, config))}")
     params = config.get("params") or {}
-    return get_obj_from_str(target)(**{**params, **extra})
+    call = get_obj_from_str(target)
+    try:
+        return call(**{**params, **extra})
+    except TypeError as error:
+        # A misspelt or missing key; any other TypeError is a fault of the code and stays one.
+        if re.search(r"unexpected keyword argument|missing \d+ required", str(error)):
+            raise ValueError(f"the config of {target} does not fit: {error}") from error
+        raise

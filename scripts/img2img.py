@@ -14,7 +14,9 @@ from ldm import cli
 
 def parser() -> cli.ArgumentParser:
     options = cli.sampling_parser(__doc__, outdir="outputs/img2img-samples", n_iter=1, n_samples=2, scale=5.0)
-    options.add_argument("--init-img", required=True, metavar="FILE", help="the picture to start from")
+    options.add_argument(
+        "--init-img", type=cli.user_path, required=True, metavar="FILE", help="the picture to start from"
+    )
     options.add_argument(
         "--strength",
         type=cli.number(float, 0, 1),
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options = {"strength": args.strength, **cli.sampling_options(args)}
             images = inference.img2img(model, prompts, latents[: len(prompts)], **options)
             writer.save(images, prompts)
-    print(cli.FAREWELL.format(args.outdir))
+    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 
 
 if __name__ == "__main__":

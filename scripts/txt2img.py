@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 start_code=None if start is None else start[: len(prompts)],
             )
             writer.save(images, prompts)
-    print(cli.FAREWELL.format(args.outdir))
+    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -179,9 +179,9 @@ def raising(error: BaseException):
         (ModuleNotFoundError("No module named 'torch'"), 2, "error: No module named 'torch': install the requirements"),
         (ImportError("target 'a.B': there is no module 'a'"), 2, "error: target 'a.B': there is no module 'a'"),
         (RuntimeError("the picture is not finite"), 1, "error: the picture is not finite"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "error: CUDA out of memory. Try --n_samples 1"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1, "error: DefaultCPUAllocator: can't"),
-        (MemoryError(), 1, "error: MemoryError. Try --n_samples 1"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "error: not enough memory. Try --n_samples 1"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1, "error: not enough memory"),
+        (MemoryError(), 1, "error: not enough memory. Try --n_samples 1"),
         (KeyboardInterrupt(), 130, "interrupted; nothing written"),
         (cli.Interrupted("interrupted; 3 images"), 130, "interrupted; 3 images"),
     ],
@@ -214,3 +214,37 @@ def test_outdir_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file, not a folder"):
         cli.SampleWriter(Namespace(outdir=tmp_path / "file"))
+
+
+def test_paths_expand_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = parse("--outdir=~/pictures", "--ckpt=~/m.ckpt")
+    assert (args.outdir, args.ckpt) == (str(tmp_path / "pictures"), str(tmp_path / "m.ckpt"))
+    with pytest.raises(SystemExit):
+        parse("--ckpt", "")
+
+
+def test_lost_output_does_not_stop_the_work():
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    cli.say("text", Full())
+    cli.say("text", None)
+
+
+def test_memory_errors_say_how_much(capsys):
+    def main(argv):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 480000000000 bytes. Error code 12 (Cannot allocate memory)"
+        )
+
+    assert cli.run(main) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: not enough memory (it takes another 480000000000 bytes). Try --n_samples 1")
+
+
+def test_lines_of_a_prompt_file(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa\r\nb\u2028c\x0cd\r\n".encode())
+    assert cli.prompt_batches(parse("--from-file", str(tmp_path / "p.txt"))) == [["a", "b\u2028c\x0cd"]]

@@ -73,6 +73,13 @@ def test_config_mistakes(tmp_path, ckpt, text, message):
         load_model("no-such.yaml", ckpt, device="cpu")
 
 
+def test_configs_that_are_no_diffusion_model(tmp_path, ckpt):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {target: torch.nn.Identity}")
+    with pytest.raises(ValueError, match="torch.nn.Identity is no latent diffusion model"):
+        load_model(path, ckpt, device="cpu")
+
+
 @pytest.mark.parametrize("sampler", inference.SAMPLERS)
 def test_seed_decides_everything(model, sampler):
     options = {"steps": 3, "sampler": sampler, "progress": False}
@@ -206,6 +213,8 @@ def test_models_of_one_scale_have_pictures_brought_to_it(ckpt, photo):
     model = load_model(ckpt=ckpt, device="cpu")
     model.one_scale = True
     assert img2img(model, ["a"], photo, strength=0.0, progress=False)[0].size == (32, 32)  # 70x96 at 32 is 32x44
+    with pytest.raises(ValueError, match="900x2 would become 14400x32"):
+        img2img(model, ["a"], Image.new("RGB", (900, 2)))
 
 
 def test_latents_that_do_not_fit_the_prompts(model, photo):

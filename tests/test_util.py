@@ -68,3 +68,17 @@ def test_configs_without_target(config, message):
 
 def test_default():
     assert default(0, 5) == 0 and default(None, 5) == 5 and default(None, lambda: 6) == 6
+
+
+MISFITS = [
+    ({"target": "torch.nn.Linear", "params": {"in_features": 3, "out_feature": 4}}, "'out_feature'"),
+    ({"target": "torch.nn.Linear"}, "missing 2 required"),
+]
+
+
+@pytest.mark.parametrize("config, message", MISFITS)
+def test_misspelt_keys_are_named(config, message):
+    with pytest.raises(ValueError, match=rf"torch.nn.Linear does not fit: .*{message}"):
+        instantiate_from_config(config)
+    with pytest.raises(ImportError, match="5 is not a dotted path"):
+        instantiate_from_config({"target": 5})

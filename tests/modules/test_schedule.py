@@ -69,6 +69,8 @@ def test_impossible_step_counts(steps):
 def test_unknown_names():
     with pytest.raises(ValueError, match="sqrt_linear"):
         make_beta_schedule("lineal", 10)
+    with pytest.raises(ValueError, match="above 0"):
+        make_beta_schedule("linear", 0)
     with pytest.raises(ValueError, match="quad"):
         make_ddim_timesteps("trailing", 10, 1000)
 

@@ -252,7 +252,7 @@ class LatentDiffusion(DDPM):
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
         else:
-            self.scale_factor = scale_factor
+            self.scale_factor = float(scale_factor)
         self.first_stage_model = freeze(instantiate_from_config(first_stage_config))
         if cond_stage_config == FIRST_STAGE:
             self.cond_stage_model = self.first_stage_model

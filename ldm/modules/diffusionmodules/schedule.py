@@ -27,6 +27,9 @@ def make_beta_schedule(
     The names are the public ones: "linear" is linear in sqrt(beta), and "sqrt_linear" is linear in beta.
     "cosine" is Nichol and Dhariwal 2021, eq. 17.
     """
+    if n_timestep < 1 or linear_start <= 0 or linear_end <= 0:
+        given = f"{n_timestep}, {linear_start}, {linear_end}"
+        raise ValueError(f"a schedule needs timesteps, linear_start and linear_end above 0, not {given}")
     if schedule == "linear":
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
     if schedule == "cosine":

@@ -102,11 +102,10 @@ class Tokenizer(ABC):
         tokens, room = self.tokenize(text), max_length - 2
         if len(tokens.ids) > room:
             rest = tokens.text[tokens.starts[room] :].strip()
-            quote = rest if len(rest) <= _LONGEST_QUOTE else rest[:_LONGEST_QUOTE] + "..."
             self._warn_once(
                 text,
                 f"the prompt has {len(tokens.ids)} tokens and the text encoder reads {room}; "
-                f"this part was cut off ({len(tokens.ids) - room} tokens): {quote!r}",
+                f"this part was cut off ({len(tokens.ids) - room} tokens): {_quote(rest)}",
             )
         return [self.start_id, *tokens.ids[:room], self.end_id]
 
@@ -193,12 +192,19 @@ class WordTokenizer(Tokenizer):
         found = list(self._pattern.finditer(text))
         words = [match[0].lower() for match in found]
         if unknown := [word for word in dict.fromkeys(words) if word not in self._ids]:
-            self._warn_once(text, f"words that this model does not know: {', '.join(unknown)} (in {text!r})")
+            self._warn_once(
+                text, f"words that this model does not know: {_quote(', '.join(unknown))} (in {_quote(text)})"
+            )
         ids = [self._ids.get(word, self.unknown_id) for word in words]
         return Tokens(text, ids, [match.start() for match in found])
 
     def _join(self, ids: list[int]) -> str:
         return " ".join(self.words[i] for i in ids if i != self.pad_id)
+
+
+def _quote(text: str) -> str:
+    """`text` in quotes, short enough for a message and without control characters."""
+    return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "...")
 
 
 def _check_text(text: object, name: str = "a prompt") -> None:
