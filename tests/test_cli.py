@@ -225,12 +225,16 @@ def test_paths_expand_the_home_folder(monkeypatch, tmp_path):
 
 
 def test_lost_output_does_not_stop_the_work():
+    tried = []
+
     class Full:
         def write(self, text):
+            tried.append(text)
             raise OSError(28, "No space left on device")
 
     cli.say("text", Full())
     cli.say("text", None)
+    assert tried == ["text\n"]
 
 
 def test_memory_errors_say_how_much(capsys):

@@ -119,6 +119,22 @@ def test_ema():
     assert torch.equal(net.weight, trained)
 
 
+def test_ema_copies_and_restores():
+    net = filled(torch.nn.Linear(3, 2))
+    ema = LitEma(net, decay=0.5, use_num_upates=False)
+    start = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight += 1.0
+    ema(net)
+    ema.store(net.parameters())
+    ema.copy_to(net)
+    torch.testing.assert_close(net.weight, start + 0.5)  # half way, by the constant decay
+    ema.restore(net.parameters())
+    torch.testing.assert_close(net.weight, start + 1.0)
+    with pytest.raises(ValueError, match="restore got 1 parameters"):
+        ema.restore([net.weight])
+
+
 CYCLES = {
     "warm_up_steps": [100, 10],
     "f_min": [0.1, 0.05],
