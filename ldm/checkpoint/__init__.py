@@ -5,10 +5,12 @@ pickles    what a pickled file may ask for, and what it gets (nothing that can a
 families   what a file looks like, by its keys and shapes: which config, or why none
 filling    models on the meta device, filled by assignment
 saving     published names, written whole or not at all
+hashing    the key of a set of weights
 """
 
 from ldm.checkpoint.families import config_for, describe, detect_config, ema_name
 from ldm.checkpoint.filling import LoadReport, build_on_meta, fill_model, init_from_checkpoint
+from ldm.checkpoint.hashing import fingerprint
 from ldm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint
 from ldm.checkpoint.saving import save_checkpoint
 
@@ -22,6 +24,7 @@ __all__ = [
     "detect_config",
     "ema_name",
     "fill_model",
+    "fingerprint",
     "init_from_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
