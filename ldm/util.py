@@ -21,6 +21,13 @@ MARKERS = (UNCONDITIONAL, FIRST_STAGE)
 ALIASES: dict[str, str] = {
     "taming.modules.vqvae.quantize.VectorQuantizer2": "ldm.modules.quantize.VectorQuantizer",
     "taming.modules.vqvae.quantize.VectorQuantizer": "ldm.modules.quantize.VectorQuantizer",
+    "taming.modules.losses.DummyLoss": "ldm.modules.losses.vqperceptual.DummyLoss",
+    "taming.modules.losses.vqperceptual.DummyLoss": "ldm.modules.losses.vqperceptual.DummyLoss",
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": (
+        "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+    ),
+    "taming.modules.losses.lpips.LPIPS": "ldm.modules.losses.lpips.LPIPS",
+    "taming.modules.discriminator.model.NLayerDiscriminator": "ldm.modules.losses.discriminator.NLayerDiscriminator",
     "ldm.modules.attention.MemoryEfficientCrossAttention": "ldm.modules.attention.CrossAttention",
     "ldm.modules.diffusionmodules.model.MemoryEfficientAttnBlock": "ldm.modules.diffusionmodules.model.AttnBlock",
 }
