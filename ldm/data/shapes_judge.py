@@ -7,7 +7,8 @@ nearest to, its shape the one whose drawing overlaps it best.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from ldm.data.shapes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIDE, SIZES
 _MIN_PIXELS = 20  # a smaller part is debris, not an object
 _MIN_IOU = 0.65  # true drawings reach 0.9, blots stay below
 UNKNOWN = "unknown"  # the shape of a part that looks like none: it spoils a picture
-_SIZE_LIMIT = (SIZES["small"][1] + SIZES["large"][0]) / 2
+_MARGIN = 8  # pixels around a part that are looked at: fitted shapes reach beyond it
+_SIZE_LIMIT = sum(SIZES.values()) / 2
 _COLOUR_NAMES = tuple(COLOURS)
 _COLOUR_VALUES = np.array(list(COLOURS.values()), np.float32)
 _BACKGROUND_NAMES = tuple(BACKGROUNDS)
@@ -29,33 +31,87 @@ def _nearest(pixels: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def _parts(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts (eight neighbours) of a mask (H, W), each as a mask."""
+    """The connected parts (eight neighbours) of a mask (H, W), each as a mask, in the order of their last pixels."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(edges == 1)  # runs of pixels, from start to before stop, row by row
+    stops = np.nonzero(edges == -1)[1]
+    touch = (np.abs(rows[:, None] - rows) == 1) & (starts[:, None] <= stops) & (starts <= stops[:, None])
+    left, parts = set(range(len(rows))), []
+    while left:
+        part, border = [], [left.pop()]
+        while border:
+            part.append(border.pop())
+            near = left.intersection(np.flatnonzero(touch[part[-1]]).tolist())
+            left -= near
+            border += near
+        parts.append(part)
+    masks = np.zeros((len(parts), *mask.shape), bool)
+    for one, part in zip(masks, sorted(parts, key=max)):
+        for run in part:
+            one[rows[run], starts[run] : stops[run]] = True
+    return list(masks)
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """A mask and its eight neighbours: the faint rim of an antialiased part included."""
     height, width = mask.shape
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:  # the largest label of a part spreads over it
-        padded = np.pad(labels, 1)
-        spread = np.max([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
-        spread = np.where(mask, spread, 0)
-        if (spread == labels).all():
-            break
-        labels = spread
-    return [labels == label for label in np.unique(labels[labels > 0])]
+    padded = np.pad(mask, 1)
+    rows = padded[:-2] | padded[1:-1] | padded[2:]
+    return rows[:, :width] | rows[:, 1:-1] | rows[:, 2:]
+
+
+def _span(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of what is set in a mask, bottom and right one beyond."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _window(part: np.ndarray) -> tuple[slice, slice]:
+    """The smallest square around a part (H, W) and a margin, or as much of it as the picture has."""
+    top, bottom, left, right = _span(part)
+    side = min(max(bottom - top, right - left) + 2 * _MARGIN, SIDE)
+    starts = (min(max((low + high - side) // 2, 0), SIDE - side) for low, high in ((top, bottom), (left, right)))
+    return tuple(slice(start, start + side) for start in starts)
+
+
+@cache
+def _extent(shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest (x, y) of a shape of radius 1."""
+    return outline(shape).min(0), outline(shape).max(0)
 
 
 def _fit(alpha: np.ndarray) -> tuple[float, str, float, float, float]:
-    """The best (IoU, shape, x, y, radius) for a coverage map (64, 64)."""
-    rows, columns = (np.flatnonzero((alpha > 0.5).any(axis)) for axis in (1, 0))
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    """The best (IoU, shape, x, y, radius) for the coverage map (S, S) of one object."""
+    top, bottom, left, right = _span(alpha > 0.5)
     best = (0.0, "", 0.0, 0.0, 0.0)
     for shape in SHAPES:
-        low, high = outline(shape).min(0), outline(shape).max(0)
+        low, high = _extent(shape)
         radius = ((right - left) + (bottom - top)) / (high - low).sum()
         x = (left + right) / 2 - radius * (low + high)[0] / 2
         y = (top + bottom) / 2 - radius * (low + high)[1] / 2
-        drawn = coverage(shape, x, y, radius)
+        drawn = coverage(shape, x, y, radius, len(alpha))
         iou = float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum())
         best = max(best, (iou, shape, x, y, radius))
     return best
+
+
+def _read_item(pixels: np.ndarray, part: np.ndarray, far: np.ndarray, ground: np.ndarray) -> Item | None:
+    """The object that a part (S, S) of a window shows, its place counted from the window; None for debris.
+
+    `far` is how far the colours `pixels` (S, S, 3) are from the background's colour `ground`.
+    """
+    solid = part & (far > 0.7 * np.median(far[part]))
+    if solid.sum() < _MIN_PIXELS:
+        return None
+    # A pixel that lies inside, with all four neighbours, is free of antialiasing.
+    inner = solid & np.roll(solid, 1, 0) & np.roll(solid, -1, 0) & np.roll(solid, 1, 1) & np.roll(solid, -1, 1)
+    sample = pixels[inner] if inner.sum() >= 5 else pixels[solid]
+    colour = int(np.bincount(_nearest(sample, _COLOUR_VALUES)).argmax())
+    line = np.median(sample, 0) - ground
+    alpha = np.clip((pixels - ground) @ line / max(float(line @ line), 1.0), 0, 1) * _grow(part)
+    iou, shape, x, y, radius = _fit(alpha) if (alpha > 0.5).any() else (0.0, "", 0.0, 0.0, 0.0)
+    size = "small" if radius < _SIZE_LIMIT else "large"
+    return Item(shape if iou >= _MIN_IOU else UNKNOWN, _COLOUR_NAMES[colour], size, x, y, radius)
 
 
 def read_scene(picture: np.ndarray) -> Scene:
@@ -71,25 +127,13 @@ def read_scene(picture: np.ndarray) -> Scene:
     far = np.sqrt(((pixels - ground) ** 2).sum(-1))
     items = []
     for part in _parts(far > 45):
-        solid = part & (far > 0.7 * np.median(far[part]))
-        if solid.sum() < _MIN_PIXELS:
+        if part.sum() < _MIN_PIXELS:
             continue
-        # A pixel that lies inside, with all four neighbours, is free of antialiasing.
-        inner = solid & np.roll(solid, 1, 0) & np.roll(solid, -1, 0) & np.roll(solid, 1, 1) & np.roll(solid, -1, 1)
-        sample = pixels[inner] if inner.sum() >= 5 else pixels[solid]
-        colour = int(np.bincount(_nearest(sample, _COLOUR_VALUES)).argmax())
-        line = np.median(sample, 0) - ground
-        alpha = np.clip((pixels - ground) @ line / max(float(line @ line), 1.0), 0, 1) * _grow(part)
-        iou, shape, x, y, radius = _fit(alpha) if (alpha > 0.5).any() else (0.0, "", 0.0, 0.0, 0.0)
-        size = "small" if radius < _SIZE_LIMIT else "large"
-        items.append(Item(shape if iou >= _MIN_IOU else UNKNOWN, _COLOUR_NAMES[colour], size, x, y, radius))
+        window = _window(part)
+        item = _read_item(pixels[window], part[window], far[window], ground)
+        if item is not None:
+            items.append(replace(item, x=item.x + window[1].start, y=item.y + window[0].start))
     return Scene(_BACKGROUND_NAMES[back], tuple(sorted(items, key=lambda item: item.x)))
-
-
-def _grow(mask: np.ndarray) -> np.ndarray:
-    """A mask and its eight neighbours: the faint rim of an antialiased part included."""
-    padded = np.pad(mask, 1)
-    return np.max([padded[y : y + mask.shape[0], x : x + mask.shape[1]] for y in range(3) for x in range(3)], axis=0)
 
 
 # ------------------------------------------------------------------------------------------------- against a prompt
