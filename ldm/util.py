@@ -28,6 +28,11 @@ ALIASES: dict[str, str] = {
     ),
     "taming.modules.losses.lpips.LPIPS": "ldm.modules.losses.lpips.LPIPS",
     "taming.modules.discriminator.model.NLayerDiscriminator": "ldm.modules.losses.discriminator.NLayerDiscriminator",
+    "main.DataModuleFromConfig": "ldm.data.loading.DataModuleFromConfig",
+    "main.WrappedDataset": "ldm.data.loading.WrappedDataset",
+    "main.ImageLogger": "ldm.training.images.ImageLogger",
+    "main.SetupCallback": "ldm.training.callbacks.SetupCallback",
+    "main.CUDACallback": "ldm.training.callbacks.CUDACallback",
     "ldm.modules.attention.MemoryEfficientCrossAttention": "ldm.modules.attention.CrossAttention",
     "ldm.modules.diffusionmodules.model.MemoryEfficientAttnBlock": "ldm.modules.diffusionmodules.model.AttnBlock",
 }

@@ -1,0 +1,150 @@
+"""From YAML files and a dotlist to the settings of a run; what a run that goes on may not change."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ldm.training.folders import find_run, stored_configs
+from ldm.training.trainer_settings import translate_trainer
+from ldm.util import public_path
+
+DEFAULT_SEED = 23
+
+# Settings that a run which goes on may change: they alter neither its weights nor its data.
+_HARMLESS_TRAINER_KEYS = (
+    "benchmark", "check_val_every_n_epoch", "detect_anomaly", "enable_model_summary", "enable_progress_bar",
+    "inference_mode", "limit_predict_batches", "limit_test_batches", "limit_val_batches", "log_every_n_steps",
+    "max_epochs", "max_steps", "max_time", "min_epochs", "min_steps", "num_sanity_val_steps", "profiler",
+    "val_check_interval",
+)  # fmt: skip
+HARMLESS = (
+    "data.params.num_workers",
+    "data.params.predict",
+    "data.params.shuffle_test_loader",
+    "data.params.shuffle_val_dataloader",
+    "data.params.test",
+    "data.params.use_worker_init_fn",
+    "data.params.validation",
+    "lightning.callbacks",
+    "lightning.logger",
+    "lightning.modelcheckpoint",
+    "model.params.monitor",
+    *(f"lightning.trainer.{name}" for name in _HARMLESS_TRAINER_KEYS),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run is: plain values, nothing of omegaconf.
+
+    project: the sections beside `lightning` (`model`, `data`). lightning: trainer (in this Lightning's terms),
+    callbacks, logger, modelcheckpoint, seed, scale_lr. run, ckpt: folder and checkpoint to go on from, if any.
+    """
+
+    project: dict[str, Any]
+    lightning: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    run: Path | None = None
+    ckpt: Path | None = None
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        return self.lightning["trainer"]
+
+    @property
+    def seed(self) -> int:
+        return self.lightning["seed"]
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """The settings that the command line names (see `ldm.cli_train`).
+
+    A run that goes on begins with its own settings; --base and dotlist lie on top, as in the public script. Raises
+    FileNotFoundError or ValueError for files and settings that are no use, and if they would change what the run is,
+    unless `args.resume_anyway`.
+    """
+    run, ckpt = find_run(args.resume) if args.resume else (None, None)
+    stored = [read_yaml(path) for path in stored_configs(run)] if run else []
+    given = [read_yaml(path) for path in args.base]
+    dotlist = _dotlist(args.dotlist)
+    lightning = {name: value for name, value in (("seed", args.seed), ("scale_lr", args.scale_lr)) if value is not None}
+    lightning["trainer"] = translate_trainer(args.trainer)[0]
+    before = _merge(stored)
+    merged, notes = _split(_merge([*stored, *given, dotlist]), lightning)
+    notes += translate_trainer(args.trainer)[1]
+    if run and not args.resume_anyway:
+        _check_unchanged(_split(before, {})[0], merged, run)
+    for name in ("model", "data"):
+        if not isinstance(merged.get(name), dict):
+            raise ValueError(f"the config has no `{name}:` section, so there is nothing to train with")
+    project = {name: value for name, value in merged.items() if name != "lightning"}
+    return Settings(project, merged["lightning"], tuple(notes), run, ckpt)
+
+
+def read_yaml(path: str | Path) -> DictConfig:
+    """A YAML file, by its path or its public one. Raises FileNotFoundError or ValueError if it is none."""
+    place = Path(path) if Path(path).is_file() else public_path(str(path))
+    if place is None:
+        raise FileNotFoundError(f"config {path}: there is no such file")
+    try:
+        config = OmegaConf.load(place)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"config {path} has no sections, such as model: and data:")
+    return config
+
+
+def _dotlist(texts: Sequence[str]) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist(list(texts))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read the settings {' '.join(texts)}: {error}") from error
+
+
+def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
+    """All configs, later ones on top, as plain values."""
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(*configs), resolve=True, throw_on_missing=True) if configs else {}
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the config cannot be put together: {' '.join(str(error).split())}") from error
+
+
+def _split(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`config` with a whole `lightning` section: the one there is, `given` on top, and defaults."""
+    lightning = dict(config.get("lightning") or {})
+    trainer, notes = translate_trainer(lightning.get("trainer") or {})
+    lightning = {"seed": DEFAULT_SEED, "scale_lr": True} | lightning | given
+    lightning["trainer"] = trainer | given.get("trainer", {})
+    return {**config, "lightning": lightning}, notes
+
+
+def _check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], run: Path) -> None:
+    old, new = dict(_flat(before)), dict(_flat(after))
+    changed = [
+        f"{key}: {old.get(key, 'nothing')} -> {new.get(key, 'nothing')}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and not any(key == name or key.startswith(name + ".") for name in HARMLESS)
+    ]
+    if changed:
+        raise ValueError(
+            f"{run} was started with other settings ({'; '.join(changed)}), so it would not go on as it was: leave "
+            "them as they were, add --resume_anyway, or start a new run from its weights with model.params.ckpt_path="
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf with its dotted name."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,49 @@
+"""A run that was stopped and one that was not end with the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.training.toys import assert_same_weights, config, diffusion, run, start, two_players, weights
+
+STEPS = ("--max_steps", 12)
+
+
+def stop_at(batch: int) -> dict:
+    return {"stop": {"target": "tests.training.toys.SignalAt", "params": {"batch": batch}}}
+
+
+def check(tmp_path, content, batches, *argv) -> None:
+    """Compare an unbroken run with one that is stopped after each of `batches`."""
+    _, whole = start(tmp_path / "whole", content, *argv)
+    for batch in batches:
+        content["lightning"]["callbacks"] = stop_at(batch)
+        code, parts = start(tmp_path / f"stopped-{batch}", content, *argv)
+        assert code == 130
+        step = read_step(parts)
+        assert run("--resume", parts, "-t") == 0
+        assert step < read_step(parts) == read_step(whole)
+        assert_same_weights(weights(parts), weights(whole))
+
+
+def read_step(folder) -> int:
+    from ldm.checkpoint import read_checkpoint
+
+    return read_checkpoint(folder / "checkpoints/last.ckpt").global_step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_latent_diffusion(tmp_path, workers):
+    check(tmp_path, config(diffusion(), num_workers=workers), [2] if workers else [0, 4, 8], *STEPS)
+
+
+def test_in_the_middle_of_accumulated_gradients(tmp_path):
+    """Seven batches an epoch in steps of three: the last step of every epoch has one batch."""
+    content = config(diffusion(), length=14, validation=2)
+    check(tmp_path, content, [1, 3, 6, 8], "--max_steps", 8, "--accumulate_grad_batches", 3, "--val_check_interval", 2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_optimisers_by_hand(tmp_path, accumulate):
+    content = config(two_players(), length=14, validation=2)
+    check(tmp_path, content, range(0, 15), "--max_epochs", 3, "--accumulate_grad_batches", accumulate)
