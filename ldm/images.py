@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -97,6 +98,19 @@ def tensor_to_images(x: Tensor) -> list[Image.Image]:
         raise ValueError(f"pictures have the shape (B, 3, H, W), not {tuple(x.shape)}")
     pixels = torch.clamp((x.detach().float() + 1.0) / 2.0, min=0.0, max=1.0).cpu().numpy()
     return [Image.fromarray((255.0 * rearrange(p, "c h w -> h w c")).astype(np.uint8)) for p in pixels]
+
+
+def text_to_tensor(texts: Sequence[str], height: int, width: int) -> Tensor:
+    """Texts in lines that fit, black on white, as pictures (B, 3, height, width) from -1 to 1; the end may be cut."""
+    size = max(8, width // 24)
+    font = ImageFont.load_default(size)
+    columns = max(1, int(width / font.getlength("abcdefgh ") * 9))
+    drawn = []
+    for text in texts:
+        image = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(image).text((1, 0), textwrap.fill(text, columns), fill="black", font=font)
+        drawn.append(image_to_tensor(image))
+    return torch.cat(drawn)
 
 
 def make_grid(images: Sequence[Image.Image], nrow: int = 8, padding: int = 2) -> Image.Image:

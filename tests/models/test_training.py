@@ -171,7 +171,7 @@ MISTAKES = [
     ({"conditioning_key": "crossatn"}, "'crossatn' is not one of"),
     ({"parameterization": "e"}, "'e' is not one of eps, x0, v"),
     ({"loss_type": "huber"}, "'huber' is not one of l1, l2"),
-    ({"num_timesteps_cond": 5}, "num_timesteps_cond=5"),
+    ({"num_timesteps_cond": 1001}, "num_timesteps_cond=1001"),
     ({"given_betas": [0.1, 2.0]}, "betas must be"),
 ]
 

@@ -1,41 +1,48 @@
 """Diffusion models as Lightning modules: `DDPM` in pixels, `LatentDiffusion` in a first stage's latents.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; Ho et al. 2020 for the diffusion.
+What they inherit: the formulas (`gaussian`), losses and training steps (`training`), pictures of progress (`pictures`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
-from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.gaussian import Condition, GaussianDiffusion, square
+from ldm.models.diffusion.draws import Draws
+from ldm.models.diffusion.dropout import CONTEXT, ConditionDropout
+from ldm.models.diffusion.gaussian import Condition, square
+from ldm.models.diffusion.pictures import DiffusionPictures, LatentPictures
+from ldm.models.diffusion.stages import LatentStages, images_of
+from ldm.models.diffusion.training import DiffusionTraining
 from ldm.models.diffusion.wrapper import DiffusionWrapper
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.diffusionmodules.schedule import min_snr_weights
 from ldm.modules.ema import LitEma
 from ldm.util import FIRST_STAGE, UNCONDITIONAL, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
-TEXT_KEYS = ("txt", "caption", "coordinates_bbox")  # conditions that a batch holds as they are, not as images
-CLASS_KEYS = ("class_label", "cls")  # conditions whose encoder takes the whole batch
 
-
-class DDPM(GaussianDiffusion):
+class DDPM(DiffusionPictures, DiffusionTraining):
     """Denoising diffusion in the space of the batch itself.
 
     unet_config: the network. image_size, channels: of the space that diffusion happens in. first_stage_key: the
     batch's entry to model. parameterization: what the network predicts, "eps", "x0" or "v". loss_type: "l1" or "l2".
     original_elbo_weight, l_simple_weight: weights of the variational and the simple loss. learn_logvar: learn the
     loss's weight at every timestep. use_ema: keep an average of the weights, and use it in `ema_scope`.
+    ckpt_path, ignore_keys, load_only_unet: start from a file, see `init_from_ckpt`. scheduler_config: of the learning
+    rate. ucg_training: conditions to drop in training, `{caption: {p: 0.1, val: ""}}`.
+
+    Beyond the public settings, and off unless asked for: min_snr_gamma caps the loss's weights (Hang et al. 2023),
+    rescale_betas_zero_snr makes the last timestep pure noise (Lin et al. 2023), noise_offset shifts whole channels of
+    the noise, optimizer_config `{target, params}` replaces AdamW, train_only lists globs of the parameters to train,
+    ema_every_micro_batch counts the averages' updates as the original did, accumulated batches singly.
     """
 
     def __init__(
@@ -66,6 +73,14 @@ class DDPM(GaussianDiffusion):
         scheduler_config: Mapping[str, Any] | None = None,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        min_snr_gamma: float | None = None,
+        rescale_betas_zero_snr: bool = False,
+        noise_offset: float = 0.0,
+        optimizer_config: Mapping[str, Any] | None = None,
+        train_only: Sequence[str] | None = None,
+        ema_every_micro_batch: bool = False,
     ) -> None:
         super().__init__()
         if loss_type not in ("l1", "l2"):
@@ -81,23 +96,35 @@ class DDPM(GaussianDiffusion):
         self.original_elbo_weight = original_elbo_weight
         self.l_simple_weight = l_simple_weight
         self.learn_logvar = learn_logvar
+        self.min_snr_gamma = min_snr_gamma
+        self.noise_offset = noise_offset
+        self.condition_dropout = ConditionDropout(ucg_training)
         self.scheduler_config = scheduler_config
+        self.optimizer_config = optimizer_config
         self.restarted_from_ckpt = False
         if monitor is not None:
             self.monitor = monitor
 
         self.model = DiffusionWrapper(unet_config, conditioning_key)
-        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.register_schedule(
+            given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s, rescale_betas_zero_snr
+        )
+        if min_snr_gamma is not None:
+            weights = min_snr_weights(self.alphas_cumprod, min_snr_gamma, parameterization)
+            self.register_buffer("min_snr_weights", weights, persistent=False)
         logvar = torch.full((self.num_timesteps,), float(logvar_init), device="cpu")
         if learn_logvar:
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
         self.use_ema = use_ema
+        self.ema_every_micro_batch = ema_every_micro_batch
         if use_ema:
             self.model_ema = LitEma(self.model)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
+        if train_only is not None:
+            self.train_only(train_only)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
         """Load what fits from a checkpoint, but for keys that start with one of `ignore_keys`; log what is left out.
@@ -108,115 +135,43 @@ class DDPM(GaussianDiffusion):
             self.model if only_model else self, path, ignore_keys, prefix="model." if only_model else ""
         )
         self.restarted_from_ckpt = True
-        if self.use_ema and (only_model or any(key.startswith("model_ema.") for key in missing)):
-            self.model_ema.reset(self.model)
-
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Within it the network has its averaged weights, if there are any. `context` is named in the log."""
-        if not self.use_ema:
-            yield
-            return
-        self.model_ema.swap(self.model)
-        logger.debug("%s: switched to EMA weights", context)
-        try:
-            yield
-        finally:
-            self.model_ema.swap(self.model)
-            logger.debug("%s: restored training weights", context)
-
-    # ---- training ----
-
-    def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
-        """L1 or L2 distance, averaged or elementwise."""
-        loss = F.l1_loss if self.loss_type == "l1" else F.mse_loss
-        return loss(pred, target, reduction="mean" if mean else "none")
-
-    def get_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should say, given what its input was made of."""
-        if self.parameterization == "eps":
-            return noise
-        return x_start if self.parameterization == "x0" else self.get_v(x_start, noise, t)
+        for average, module in self.averages():
+            name = next(name for name, child in self.named_children() if child is average)
+            if only_model or any(key.startswith(f"{name}.") for key in missing):
+                average.reset(module)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output for x_noisy (B, C, H, W) at timesteps t (B,), which may be fractional."""
         return self.model(x_noisy, t)
 
-    def p_losses(
-        self, x_start: Tensor, cond: Condition, t: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss at timesteps t (B,), and its parts by name (Ho et al. 2020, eq. 12 and 14)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        error = self.get_loss(output, self.get_target(x_start, noise, t), mean=False).flatten(1).mean(dim=1)  # (B,)
-        prefix = "train" if self.training else "val"
-        parts = {f"{prefix}/loss_simple": error.mean()}
-
-        logvar = self.logvar[t]
-        gamma = error / logvar.exp() + logvar
-        if self.learn_logvar:
-            parts |= {f"{prefix}/loss_gamma": gamma.mean(), "logvar": self.logvar.detach().mean()}
-        vlb = (self.lvlb_weights[t] * error).mean()
-        loss = self.l_simple_weight * gamma.mean() + self.original_elbo_weight * vlb
-        parts |= {f"{prefix}/loss_vlb": vlb, f"{prefix}/loss": loss}
-        return loss, parts
+    # ---- training ----
 
     def forward(self, x: Tensor, c: Condition = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss of a batch at random timesteps."""
-        return self.p_losses(x, c, torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device).long())
+        """Training loss of x (B, C, H, W) at random timesteps."""
+        return self.p_losses(x, c, self.draw_timesteps(x))
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Any:
         """Images (B, H, W, C) of a batch as (B, C, H, W) float32."""
-        x = batch[k]
-        x = x[..., None] if x.ndim == 3 else x
-        return x.movedim(-1, 1).to(self.device, memory_format=torch.contiguous_format).float()
+        return images_of(batch, k, self.device)
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch, in training or validation."""
+        """Loss of a batch and its parts, in training or validation."""
         return self(self.get_input(batch, self.first_stage_key))
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Lightning's hook: the loss, with its parts logged."""
-        loss, parts = self.shared_step(batch)
-        self.log_dict(parts, prog_bar=True, logger=True, on_step=True, on_epoch=True)
-        return loss
 
-    @torch.no_grad()
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Lightning's hook: losses with the trained and with the averaged weights."""
-        _, parts = self.shared_step(batch)
-        with self.ema_scope():
-            _, averaged = self.shared_step(batch)
-        averaged = {f"{name}_ema": value for name, value in averaged.items()}
-        self.log_dict(parts | averaged, on_step=False, on_epoch=True)
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's hook: update the averaged weights."""
-        if self.use_ema:
-            self.model_ema(self.model)
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser trains."""
-        return [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
-
-    def configure_optimizers(self) -> Any:
-        """Lightning's hook: AdamW at `self.learning_rate`, with the config's schedule every step."""
-        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate)
-        if self.scheduler_config is None:
-            return optimizer
-        factor = instantiate_from_config(self.scheduler_config).schedule
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor)
-        return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 1}]
-
-
-class LatentDiffusion(DDPM):
+class LatentDiffusion(LatentPictures, LatentStages, DDPM):
     """Diffusion in the latents of `first_stage_config`, conditioned by what `cond_stage_config` encodes.
 
     cond_stage_config: a config, or one of the markers `__is_first_stage__`, `__is_unconditional__`.
     cond_stage_key: the batch's entry that is the condition. cond_stage_trainable: train its encoder too.
     conditioning_key: how the network takes the condition; the default follows from the older `concat_mode`.
     scale_factor: what latents are multiplied by; with scale_by_std 1 / their standard deviation in the first batch.
-    cond_stage_forward: the encoder's method to call, if not `encode`.
+    num_timesteps_cond: above 1, conditions are noised too, at this many levels over the first timesteps and wholly
+    after. cond_stage_forward: the encoder's method to call, if not `encode`.
+    ema_cond_stage (not public): average the weights of a trained encoder as well; the public average leaves it out.
+
+    A batch may hold, instead of images, a first stage's answers, `moments` (B, 2C, h, w) of a KL posterior or `latents`
+    (B, C, h, w), neither scaled, and `context` (B, L, D) beside or instead of what it encodes.
     """
 
     def __init__(
@@ -233,6 +188,10 @@ class LatentDiffusion(DDPM):
         scale_by_std: bool = False,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        *,
+        train_only: Sequence[str] | None = None,
+        ema_cond_stage: bool = False,
         **kwargs: Any,
     ) -> None:
         if cond_stage_config == UNCONDITIONAL:
@@ -240,30 +199,54 @@ class LatentDiffusion(DDPM):
         elif conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
         super().__init__(conditioning_key=conditioning_key, **kwargs)
-        if num_timesteps_cond not in (None, 1):
-            raise ValueError(
-                f"num_timesteps_cond={num_timesteps_cond}: noisy conditions are not supported; leave it at 1"
-            )
         self.cond_stage_key = cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
         self.cond_stage_forward = cond_stage_forward
         self.clip_denoised = False  # latents have no bounds
+        self.num_timesteps_cond = num_timesteps_cond or 1
+        self.shorten_cond_schedule = self.num_timesteps_cond > 1
+        if self.shorten_cond_schedule:
+            self.make_cond_schedule()
         self.scale_by_std = scale_by_std
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
         else:
             self.scale_factor = float(scale_factor)
         self.first_stage_model = freeze(instantiate_from_config(first_stage_config))
-        if cond_stage_config == FIRST_STAGE:
-            self.cond_stage_model = self.first_stage_model
-        else:
-            self.cond_stage_model = instantiate_from_config(cond_stage_config)
-            if self.cond_stage_model is not None and not cond_stage_trainable:
-                freeze(self.cond_stage_model)
-            elif self.cond_stage_model is not None:
-                self.cond_stage_model.requires_grad_(True)  # encoders that freeze themselves would not be trained
+        self._make_cond_stage(cond_stage_config)
+        self._empty_contexts: dict[Any, Tensor] = {}
+        self.ema_cond_stage = ema_cond_stage
+        if ema_cond_stage:
+            if not (self.use_ema and "cond_stage_model" in self.trained_modules()):
+                raise ValueError("ema_cond_stage needs use_ema and a condition's encoder with cond_stage_trainable")
+            self.cond_stage_ema = LitEma(self.cond_stage_model)
         if ckpt_path is not None:
-            self.init_from_ckpt(ckpt_path, ignore_keys)
+            self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
+        if train_only is not None:
+            self.train_only(train_only)
+
+    def _make_cond_stage(self, config: Mapping[str, Any] | str) -> None:
+        if config == FIRST_STAGE:
+            self.cond_stage_model = self.first_stage_model
+            return
+        self.cond_stage_model = instantiate_from_config(config)
+        if self.cond_stage_model is not None and not self.cond_stage_trainable:
+            freeze(self.cond_stage_model)
+        elif self.cond_stage_model is not None:
+            self.cond_stage_model.requires_grad_(True)  # encoders that freeze themselves would not be trained
+
+    def make_cond_schedule(self) -> None:
+        """The noise level of the condition at every timestep, `cond_ids` (T,)."""
+        if self.num_timesteps_cond > self.num_timesteps or self.model.conditioning_key not in ("concat", "crossattn"):
+            raise ValueError(
+                f"num_timesteps_cond={self.num_timesteps_cond} noises conditions: that needs as many of the "
+                f"{self.num_timesteps} timesteps, and conditioning_key concat or crossattn, not "
+                f"{self.model.conditioning_key!r}"
+            )
+        last = self.num_timesteps - 1
+        ids = torch.full((self.num_timesteps,), last, dtype=torch.long, device="cpu")
+        ids[: self.num_timesteps_cond] = torch.linspace(0, last, self.num_timesteps_cond, device="cpu").round().long()
+        self.register_buffer("cond_ids", ids, persistent=False)
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """As `nn.Module.train`, but frozen stages stay in evaluation mode."""
@@ -272,51 +255,6 @@ class LatentDiffusion(DDPM):
         if self.cond_stage_model is not None and not self.cond_stage_trainable:
             self.cond_stage_model.eval()
         return self
-
-    # ---- first stage and condition ----
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) of the latent of a picture; ValueError, naming the nearest sizes, if there is none."""
-        f = self.first_stage_model.downsampling_factor
-        for name, size in (("height", height), ("width", width)):
-            if size < f or size % f:
-                below, above = max(size // f, 1) * f, (size // f + 1) * f
-                near = f"{below} or {above}" if size > f else str(f)
-                raise ValueError(f"{name} {size} is not a multiple of {f}, which this model needs: use {near}")
-        return height // f, width // f
-
-    @torch.no_grad()
-    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to the first stage's own answer: a posterior, or latents."""
-        return self.first_stage_model.encode(x)
-
-    def get_first_stage_encoding(self, encoder_posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w): a draw from a posterior, or latents as they are."""
-        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
-            return self.scale_factor * encoder_posterior.sample()
-        if isinstance(encoder_posterior, Tensor):
-            return self.scale_factor * encoder_posterior
-        raise ValueError(f"cannot take latents from a {type(encoder_posterior).__name__}")
-
-    def differentiable_decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Scaled latents (B, C, h, w) to images (B, 3, f h, f w), about in [-1, 1]."""
-        z = z / self.scale_factor
-        if isinstance(self.first_stage_model, VQModelInterface):
-            return self.first_stage_model.decode(z, force_not_quantize=force_not_quantize)
-        return self.first_stage_model.decode(z)
-
-    @torch.no_grad()
-    def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """The same without gradients."""
-        return self.differentiable_decode_first_stage(z, force_not_quantize)
-
-    def get_learned_conditioning(self, c: Any) -> Any:
-        """What the condition's encoder makes of `c` (prompts, labels, images ...)."""
-        if self.cond_stage_forward is not None:
-            return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
-        encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
-        c = encode(c)
-        return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output for x_noisy (B, C, H, W) at t (B,) under `cond`."""
@@ -327,49 +265,62 @@ class LatentDiffusion(DDPM):
             cond = {name: cond if isinstance(cond, (list, tuple)) else [cond]}
         return self.model(x_noisy, t, **cond)
 
+    def condition_at(self, cond: Condition, t: Tensor) -> Condition:
+        """`cond` at timesteps t (B,) of the picture: itself, or noised where `num_timesteps_cond` asks for it."""
+        if not self.shorten_cond_schedule:
+            return cond
+        if isinstance(cond, (list, tuple)):
+            return [self.condition_at(c, t) for c in cond]
+        return self.q_sample(cond, self.cond_ids[t], Draws.of(self).randn_like(cond.float()))
+
     # ---- training ----
 
     @torch.no_grad()
     def get_input(self, batch: Mapping[str, Any], k: str, bs: int | None = None) -> tuple[Tensor, Any]:
         """(latents, condition) of the first `bs` items; the condition unencoded if its encoder is trained."""
-        x = super().get_input(batch, k)[:bs]
-        z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
+        z = self.get_latents(batch, k, bs)
         if self.model.conditioning_key is None:
             return z, None
-        key = self.cond_stage_key
-        if key in TEXT_KEYS:
-            c = batch[key][:bs]
-        elif key in CLASS_KEYS:
-            c = {name: value[:bs] for name, value in batch.items()}
-        else:
-            c = x if key == k else super().get_input(batch, key)[:bs]
-        return z, c if self.cond_stage_trainable else self.get_learned_conditioning(c)
+        c = self.get_condition(batch, bs)
+        return z, c if self.cond_stage_trainable or CONTEXT in batch else self.get_learned_conditioning(c)
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch, in training or validation."""
+        """Loss of a batch and its parts, in training or validation."""
         return self(*self.get_input(batch, self.first_stage_key))
 
     def forward(self, x: Tensor, c: Condition = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss of latents (B, C, h, w) at random timesteps; encodes conditions whose encoder is trained."""
-        if self.model.conditioning_key is not None and self.cond_stage_trainable:
-            c = self.get_learned_conditioning(c)
-        return super().forward(x, c)
+        t = self.draw_timesteps(x)
+        if self.model.conditioning_key is not None:
+            if self.cond_stage_trainable:
+                c = self.get_learned_conditioning(c)
+            c = self.condition_at(c, t)
+        return self.p_losses(x, c, t)
+
+    def drop_conditions(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch with some of its conditions, or their cached encodings, replaced as `ucg_training` says."""
+        return self.condition_dropout(batch, Draws.of(self), self.cond_stage_key, self.empty_context)
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Lightning's hook: before the first batch of a new run, measure the latents' standard deviation."""
+        """Before the first batch of a new run, measure the latents' standard deviation, over all processes."""
         started = self.trainer.current_epoch or self.global_step or batch_idx or self.restarted_from_ckpt
         if not self.scale_by_std or started:
             return
         self.scale_factor.fill_(1.0)
-        z, _ = self.get_input(batch, self.first_stage_key)
+        z = self.all_gather(self.get_latents(batch, self.first_stage_key))
         self.scale_factor.copy_(1.0 / z.flatten().std())
         logger.info("scale_factor set to %.5f, 1 / the latents' standard deviation", self.scale_factor.item())
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser trains."""
-        extra = self.cond_stage_model.parameters() if self.cond_stage_trainable and self.cond_stage_model else ()
-        return [*super().trainable_parameters(), *extra]
+    def averages(self) -> list[tuple[LitEma, nn.Module]]:
+        """Every running average, with the module that it is one of."""
+        text = [(self.cond_stage_ema, self.cond_stage_model)] if getattr(self, "ema_cond_stage", False) else []
+        return [*super().averages(), *text]
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """The modules that are trained, by their names."""
+        trains_encoder = self.cond_stage_trainable and self.cond_stage_model is not None
+        return super().trained_modules() | ({"cond_stage_model": self.cond_stage_model} if trains_encoder else {})
 
     # ---- sampling ----
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,6 +16,7 @@ from ldm.modules.diffusionmodules.schedule import (
     PARAMETERIZATIONS,
     extract_into_tensor,
     make_beta_schedule,
+    rescale_zero_terminal_snr,
     schedule_buffers,
     vlb_weights,
 )
@@ -45,8 +46,12 @@ class GaussianDiffusion(pl.LightningModule):
         linear_start: float = 1e-4,
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
+        rescale_betas_zero_snr: bool = False,
     ) -> None:
-        """Compute and register the buffers of a schedule, named or given as betas."""
+        """Compute and register the buffers of a schedule, named or given as betas.
+
+        rescale_betas_zero_snr: stretch it until its last timestep is nothing but noise (Lin et al. 2023).
+        """
         if self.parameterization not in PARAMETERIZATIONS:
             names = ", ".join(PARAMETERIZATIONS)
             raise ValueError(f"parameterization {self.parameterization!r} is not one of {names}")
@@ -54,6 +59,13 @@ class GaussianDiffusion(pl.LightningModule):
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         else:
             betas = np.asarray(given_betas, dtype=np.float64)
+        if rescale_betas_zero_snr:
+            if self.parameterization == "eps":
+                raise ValueError(
+                    "rescale_betas_zero_snr needs parameterization v or x0: at the last timestep the input is the "
+                    "noise, and predicting it teaches an eps model nothing"
+                )
+            betas = rescale_zero_terminal_snr(betas)
         self.num_timesteps = len(betas)
         buffers = schedule_buffers(betas, self.v_posterior)
         for name, value in buffers.items():
@@ -113,10 +125,20 @@ class GaussianDiffusion(pl.LightningModule):
 
     # ---- ancestral sampling ----
 
+    def condition_at(self, cond: Condition, t: Tensor) -> Condition:
+        """What the network is told at timesteps t (B,) when sampling under `cond`: the condition itself."""
+        return cond
+
     def p_mean_variance(
-        self, x: Tensor, c: Condition, t: Tensor, clip_denoised: bool, quantize_denoised: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of p(x_{t-1} | x_t).
+        self,
+        x: Tensor,
+        c: Condition,
+        t: Tensor,
+        clip_denoised: bool,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Mean, variance and log variance of p(x_{t-1} | x_t), and the network's x_0 if `return_x0`.
 
         clip_denoised, quantize_denoised: the network's x_0 is clipped to [-1, 1], or put through the first stage's
         codebook, first.
@@ -126,7 +148,7 @@ class GaussianDiffusion(pl.LightningModule):
             x0 = x0.clamp(-1.0, 1.0)
         if quantize_denoised:
             x0 = self.first_stage_model.quantize(x0)[0]
-        return self.q_posterior(x0, x, t)
+        return (*self.q_posterior(x0, x, t), *([x0] if return_x0 else []))
 
     @torch.no_grad()
     def p_sample(
@@ -139,14 +161,40 @@ class GaussianDiffusion(pl.LightningModule):
         quantize_denoised: bool = False,
         temperature: float = 1.0,
         noise_dropout: float = 0.0,
-    ) -> Tensor:
-        """A draw from p(x_{t-1} | x_t); at t = 0 its mean. temperature scales the noise, noise_dropout thins it."""
-        mean, _, log_variance = self.p_mean_variance(x, c, t, clip_denoised, quantize_denoised)
+        return_x0: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A draw from p(x_{t-1} | x_t), and the network's x_0 if `return_x0`; at t = 0 the mean.
+
+        temperature scales the noise, noise_dropout thins it.
+        """
+        mean, _, log_variance, x0 = self.p_mean_variance(x, c, t, clip_denoised, quantize_denoised, return_x0=True)
         noise = temperature * noise_like(x.shape, x.device, repeat_noise)
         if noise_dropout > 0.0:
             noise = F.dropout(noise, p=noise_dropout)
         keep = (t != 0).float().reshape(-1, *(1,) * (x.ndim - 1))
-        return mean + keep * (0.5 * log_variance).exp() * noise
+        x = mean + keep * (0.5 * log_variance).exp() * noise
+        return (x, x0) if return_x0 else x
+
+    def _walk(
+        self,
+        cond: Condition,
+        x: Tensor,
+        steps: int,
+        verbose: bool,
+        quantize_denoised: bool,
+        mask: Tensor | None,
+        known: Tensor | None,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Algorithm 2 from timestep steps - 1 down to 0: (t, x_{t-1}, the network's x_0) of every step."""
+        if mask is not None and (known is None or known.shape[2:] != mask.shape[2:]):
+            raise ValueError("mask needs x0, of the same height and width")
+        for i in tqdm(reversed(range(steps)), desc="Sampling t", total=steps, disable=not verbose):
+            t = torch.full((x.shape[0],), i, device=self.device, dtype=torch.long)
+            c = self.condition_at(cond, t)
+            x, x0 = self.p_sample(x, c, t, self.clip_denoised, quantize_denoised=quantize_denoised, return_x0=True)
+            if mask is not None:
+                x = self.q_sample(known, t) * mask + (1.0 - mask) * x
+            yield i, x, x0
 
     @torch.no_grad()
     def p_sample_loop(
@@ -169,17 +217,11 @@ class GaussianDiffusion(pl.LightningModule):
 
         timesteps, start_T: start this far up instead of at the schedule's end. mask, x0: keep x0 where mask is 1.
         """
-        if mask is not None and (x0 is None or x0.shape[2:] != mask.shape[2:]):
-            raise ValueError("mask needs x0, of the same height and width")
-        x = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
+        start = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
         log_every_t = log_every_t or self.log_every_t
         steps = min(n for n in (timesteps, start_T, self.num_timesteps) if n is not None)
-        intermediates = [x]
-        for i in tqdm(reversed(range(steps)), desc="Sampling t", total=steps, disable=not verbose):
-            t = torch.full((shape[0],), i, device=self.device, dtype=torch.long)
-            x = self.p_sample(x, cond, t, self.clip_denoised, quantize_denoised=quantize_denoised)
-            if mask is not None:
-                x = self.q_sample(x0, t) * mask + (1.0 - mask) * x
+        x, intermediates = start, [start]
+        for i, x, _ in self._walk(cond, start, steps, verbose, quantize_denoised, mask, x0):
             if i % log_every_t == 0 or i == steps - 1:
                 intermediates.append(x)
             if callback:
@@ -187,6 +229,29 @@ class GaussianDiffusion(pl.LightningModule):
             if img_callback:
                 img_callback(x, i)
         return (x, intermediates) if return_intermediates else x
+
+    @torch.no_grad()
+    def progressive_denoising(
+        self,
+        cond: Condition,
+        shape: Sequence[int],
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        quantize_denoised: bool = False,
+        x_T: Tensor | None = None,
+        log_every_t: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Ancestral samples of `shape` (B, C, H, W), and the x_0 that the network saw on the way, first to last."""
+        start = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
+        log_every_t = log_every_t or self.log_every_t
+        sample, seen = start, []
+        for i, x, x0 in self._walk(cond, start, self.num_timesteps, verbose, quantize_denoised, None, None):
+            sample = x
+            if i % log_every_t == 0 or i == self.num_timesteps - 1:
+                seen.append(x0)
+            if callback:
+                callback(i)
+        return sample, seen
 
     @torch.no_grad()
     def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.stages import images_of
 
 
 class LatentInpaintDiffusion(LatentDiffusion):
@@ -37,7 +38,7 @@ class LatentInpaintDiffusion(LatentDiffusion):
         """The batch's `concat_keys` as one tensor (B, C', h, w) at the latent's `size` (h, w)."""
         parts = []
         for key in self.concat_keys:
-            entry = super(LatentDiffusion, self).get_input(batch, key)[:bs]
+            entry = images_of(batch, key, self.device)[:bs]
             if key == self.masked_image_key:
                 parts.append(self.get_first_stage_encoding(self.encode_first_stage(entry)))
             else:
@@ -49,3 +50,10 @@ class LatentInpaintDiffusion(LatentDiffusion):
         """(latents, {"c_concat", "c_crossattn"}) of the first `bs` items."""
         z, c = super().get_input(batch, k, bs)
         return z, {"c_concat": [self.concat_condition(batch, z.shape[2:], bs)], "c_crossattn": [c]}
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """The encoded condition; of a condition in parts, as `get_input` gives it, its text alone is encoded."""
+        if isinstance(c, Mapping) and "c_crossattn" in c:
+            encoded = [super(LatentInpaintDiffusion, self).get_learned_conditioning(text) for text in c["c_crossattn"]]
+            return {**c, "c_crossattn": encoded}
+        return super().get_learned_conditioning(c)

@@ -43,10 +43,19 @@ def make_beta_schedule(
     raise ValueError(f"beta_schedule {schedule!r} is not one of linear, cosine, sqrt_linear, sqrt")
 
 
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas (T,) whose last timestep holds no signal at all, the first unchanged (Lin et al. 2023, algorithm 1)."""
+    signal = np.sqrt(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    a = signal**2
+    return 1.0 - a / np.append(1.0, a[:-1])
+
+
 def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, Tensor]:
     """The 12 published float32 buffers of a schedule, on the CPU whatever the default device is.
 
-    They are real even in a model that is built on the meta device, since a checkpoint need not hold them.
+    They are real even in a model that is built on the meta device, since a checkpoint need not hold them. All are
+    finite, also where a_t is 0: then 1 / a_t is that of 1e-20, for nothing can ask what signal there was.
     v_posterior: 0 is the true posterior variance of Ho et al. 2020, eq. 7; 1 is beta_t; between, a mix.
     """
     betas = np.asarray(betas, dtype=np.float64)
@@ -55,6 +64,7 @@ def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, T
     alphas = 1.0 - betas
     a = np.cumprod(alphas)
     a_prev = np.append(1.0, a[:-1])
+    recip = 1.0 / np.maximum(a, 1e-20)
     variance = (1 - v_posterior) * betas * (1.0 - a_prev) / (1.0 - a) + v_posterior * betas
     values = {
         "betas": betas,
@@ -63,8 +73,8 @@ def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, T
         "sqrt_alphas_cumprod": np.sqrt(a),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - a),
         "log_one_minus_alphas_cumprod": np.log(1.0 - a),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / a),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / a - 1),
+        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
         "posterior_variance": variance,
         # The variance is 0 at t = 0, so its logarithm is clipped.
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
@@ -85,6 +95,26 @@ def vlb_weights(buffers: dict[str, Tensor], parameterization: str) -> Tensor:
         weights[0] = weights[1] if len(weights) > 1 else 1.0  # the posterior variance at t = 0 is zero
     elif parameterization == "v":
         weights = torch.ones_like(betas)
+    else:
+        raise ValueError(f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
+    return weights.float()
+
+
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str) -> Tensor:
+    """Weight (T,) of every timestep's loss that caps the signal-to-noise ratio at `gamma` (Hang et al. 2023).
+
+    min(SNR, gamma) is the weight of an error in x0; an error in eps is worth 1 / SNR of that, one in v 1 / (SNR + 1).
+    """
+    if gamma <= 0:
+        raise ValueError(f"min_snr_gamma must be above 0 (the paper uses 5), not {gamma}")
+    a = alphas_cumprod.double()
+    snr = a / (1 - a)
+    if parameterization == "eps":
+        weights = (gamma / snr).clamp(max=1.0)  # defined where SNR is 0, too
+    elif parameterization == "x0":
+        weights = snr.clamp(max=gamma)
+    elif parameterization == "v":
+        weights = snr.clamp(max=gamma) / (snr + 1)
     else:
         raise ValueError(f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
     return weights.float()

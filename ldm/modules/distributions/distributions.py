@@ -24,9 +24,12 @@ class DiagonalGaussianDistribution:
         if deterministic:
             self.std = self.var = torch.zeros_like(self.mean)
 
-    def sample(self) -> Tensor:
-        """A draw of the mean's shape. The noise comes from the CPU generator on every device, as in the public code."""
-        noise = torch.randn(self.mean.shape, device="cpu")
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """A draw of the mean's shape, from the given noise or from new.
+
+        New noise comes from the CPU generator on every device, as in the public code.
+        """
+        noise = torch.randn(self.mean.shape, device="cpu") if noise is None else noise
         return self.mean + self.std * noise.to(device=self.mean.device, dtype=self.mean.dtype)
 
     def mode(self) -> Tensor:

@@ -30,8 +30,9 @@ class DPMSolverSampler(Sampler):
         if eta != 0:
             logger.warning("DPM-Solver++ adds no noise: eta=%g has no effect", eta)
         nodes = np.linspace(0, self.ddpm_num_timesteps - 1, steps + 1)
-        # Between timesteps log alpha is linear.
-        a = np.exp(np.interp(nodes, np.arange(self.ddpm_num_timesteps), np.log(self._alphas_cumprod())))
+        # Between timesteps log alpha is linear. Where a schedule ends in pure noise, a trace of signal stands for none.
+        log_a = np.log(np.maximum(self._alphas_cumprod(), 1e-20))
+        a = np.exp(np.interp(nodes, np.arange(self.ddpm_num_timesteps), log_a))
         return Schedule(nodes[1:], a[1:], a[:-1], sigma=np.zeros(steps))
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
