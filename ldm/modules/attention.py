@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
+
+SHORT = 128  # keys up to which the CPU's fused kernel loses in bfloat16
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q (..., N, d) and k, v (..., M, d).
+
+    mask (..., N, M): True where a key counts. causal: a query sees the keys up to its own place.
+
+    On a CPU the backward pass of torch's fused kernel is slow in bfloat16: for few keys the formula as it stands is 1.5
+    to 14 times as quick, forward and backward, and no less exact, as scores are float32 there too. For 256 keys and
+    more its larger intermediate results take away the gain.
+    """
+    if mask is not None or q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    with torch.autocast("cpu", enabled=False):
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)  # (..., N, M)
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 class GEGLU(nn.Module):
@@ -67,7 +89,7 @@ class CrossAttention(nn.Module):
         )
         if mask is not None:
             mask = mask.flatten(1)[:, None, None, :].bool()  # broadcast over heads and queries
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attend(q, k, v, mask)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, query_dim)
 
 

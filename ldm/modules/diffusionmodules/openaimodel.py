@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
@@ -142,7 +142,7 @@ class AttentionBlock(nn.Module):
         else:
             qkv = qkv.unflatten(1, (self.num_heads, 3, -1)).movedim(2, 0)
         q, k, v = qkv.transpose(-1, -2)  # each (B, heads, N, C / heads)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         h = h.transpose(-1, -2).flatten(1, 2)  # (B, C, N)
         return x + self.proj_out(h).reshape(x.shape)
 

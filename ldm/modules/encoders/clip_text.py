@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.attention import attend
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
@@ -171,7 +173,7 @@ class _CausalAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         # Padding is not masked: v1 was trained that way, and causality keeps it away from the text itself.
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = attend(q, k, v, causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
