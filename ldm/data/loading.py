@@ -146,7 +146,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.wrap = wrap
-        self.num_workers = min(2 * batch_size, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+        self.num_workers = min(2 * batch_size, os.cpu_count() or 1) if num_workers is None else num_workers
         self.dataset_configs = {
             name: config for name, config in zip(SETS, (train, validation, test, predict)) if config is not None
         }
