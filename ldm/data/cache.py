@@ -51,7 +51,7 @@ class CachedDataset:
         self.folder = Path(folder).expanduser()
         self.seed = seed
         self.index = read_index(self.folder)
-        self.dataset = instantiate_from_config(dataset) if hasattr(dataset, "get") and "target" in dataset else dataset
+        self.dataset = instantiate_from_config(dataset) if isinstance(dataset, Mapping) else dataset
         if self.dataset is not None:
             check_same_dataset(self.folder, self.index["dataset"], describe(self.dataset))
         check_shards(self.folder, self.index["shards"], verify)

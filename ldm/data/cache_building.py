@@ -29,6 +29,7 @@ from ldm.data.cache_files import (
     resume,
     write_shard,
 )
+from ldm.data.loading import SeededItems
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class _Draws:
         self.dataset = dataset
         self.image_key = image_key
         self.variants = variants
-        self.seed = seed
+        self.items = SeededItems(dataset, seed)  # a variant is drawn as that epoch's item would be
 
     def __len__(self) -> int:
         return len(self.dataset) * self.variants
@@ -99,8 +100,7 @@ class _Draws:
     def __getitem__(self, n: int) -> tuple[np.ndarray, dict[str, str], dict[str, int], int]:
         """Picture (H, W, 3), texts, labels, and the number of the picture that the data set really took."""
         i, variant = divmod(n, self.variants)
-        rng = np.random.default_rng((self.seed, variant, i))
-        item = self.dataset.get(i, rng) if hasattr(self.dataset, "get") else self.dataset[i]
+        item = self.items[variant, i]
         if self.image_key not in item:
             raise ValueError(
                 f"the data set gives {', '.join(item)}, and the model learns from {self.image_key!r}: "

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_same_dataset(folder: Path, cached: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise CacheError if two descriptions of a data set differ in more than its place."""
     given = json.loads(json.dumps(given))
     unlike = [key for key in cached.keys() | given.keys() if cached.get(key) != given.get(key)]
     unlike = sorted(set(unlike) - set(_NOT_COMPARED))
@@ -65,18 +67,25 @@ def check_same_dataset(folder: Path, cached: Mapping[str, Any], given: Mapping[s
 
 
 def check_shards(folder: Path, shards: Sequence[Mapping[str, Any]], verify: bool) -> None:
-    """That the files are there and whole, by their sizes, and by their checksums if `verify`."""
-    for shard in tqdm(shards, desc=f"checking {folder.name}", unit="shard", delay=5, disable=not verify):
+    """That the files are there and whole, by their sizes, and by their checksums if `verify`. Raises CacheError."""
+    for shard in shards:
         path = folder / shard["file"]
-        fault = None
-        if not path.exists():
-            fault = "missing"
-        elif path.stat().st_size != shard["bytes"]:
-            fault = f"cut short or changed ({path.stat().st_size} of {shard['bytes']} bytes)"
-        elif verify and _sha256(path) != shard["sha256"]:
-            fault = "damaged (its checksum differs)"
-        if fault:
-            raise CacheError(f"the cache {folder} cannot be used: {path.name} is {fault}; delete it and make it again")
+        size = path.stat().st_size if path.exists() else None
+        if size != shard["bytes"]:
+            fault = "missing" if size is None else f"cut short or changed ({size} of {shard['bytes']} bytes)"
+            raise _unusable(folder, shard, fault)
+    if not verify:
+        return
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sums = pool.map(lambda shard: _sha256(folder / shard["file"]), shards)
+        bar = tqdm(zip(shards, sums), desc=f"checking {folder.name}", total=len(shards), unit="shard", delay=5)
+        for shard, found in bar:
+            if found != shard["sha256"]:
+                raise _unusable(folder, shard, "damaged (its checksum differs)")
+
+
+def _unusable(folder: Path, shard: Mapping[str, Any], fault: str) -> CacheError:
+    return CacheError(f"the cache {folder} cannot be used: {shard['file']} is {fault}; delete it and make it again")
 
 
 def _sha256(path: Path) -> str:

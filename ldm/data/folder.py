@@ -42,8 +42,8 @@ class ImageFolder:
         "classes"   the folders in root: items have a label, by the alphabet from 0, and `template` with the name
         "auto"      the first of these that is there
     default_caption: for pictures that have none; by default these are an error.
-    part: the share of the pictures to take, such as [0, 0.95] and [0.95, 1] for training and validation. A picture's
-        place depends on its name alone, so that it stays when others come.
+    part: the share of the pictures to take, such as [0, 0.95] and [0.95, 1] for training and validation, in an order
+        that mixes them but depends on their names alone.
     min_size: leave out pictures with a side of fewer pixels (this reads the head of every file).
     broken: "skip" names files that cannot be read, once each, and gives the next good picture in their place;
         "stop" raises ValueError.
@@ -84,7 +84,8 @@ class ImageFolder:
         self.classes = sorted({_class_of(name) for name in names} - {""}) if self.captions == "classes" else []
         self._texts = self._find_captions(names, sidecars)
         if tuple(part) != (0.0, 1.0):
-            names = [name for name in names if part[0] <= _place(name) < part[1]]
+            mixed = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+            names = sorted(mixed[int(part[0] * len(mixed)) : int(part[1] * len(mixed))])
         if min_size:
             bar = tqdm(names, desc=f"sizes of {self.root.name}", delay=2)
             names = [name for name in bar if _at_least(self.root / name, min_size)]
@@ -296,11 +297,6 @@ def _read_text(path: Path) -> str:
 def _class_of(name: str) -> str:
     """The folder of the root that a picture lies in, "" for none."""
     return name.partition("/")[0] if "/" in name else ""
-
-
-def _place(name: str) -> float:
-    """A number from 0 to 1 that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def _at_least(path: Path, side: int) -> bool:
