@@ -27,7 +27,12 @@ TEXT_TOWERS = {
 
 
 def ema_name(key: str) -> str:
-    """The name under which `LitEma` keeps its copy of a weight: no dots, and no `model.` before a UNet's."""
+    """The name under which `LitEma` keeps its copy of a weight: no dots, and no `model.` before a UNet's.
+
+    Copies of a condition's encoder, which only models with `ema_cond_stage` have, stand apart from the UNet's.
+    """
+    if key.startswith("cond_stage_model."):
+        return "cond_stage_ema." + key.removeprefix("cond_stage_model.").replace(".", "")
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.families import describe, detect_config, ema_name, family_of, not_a_model
-from ldm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint
+from ldm.checkpoint.reading import Checkpoint, CheckpointError
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,9 @@ SCHEDULE_BUFFERS = frozenset(
         "lvlb_weights",
     )
 )
-EMA_COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
+# Running averages, and the modules that they are averages of.
+AVERAGES = {"model_ema.": "model.", "cond_stage_ema.": "cond_stage_model."}
+EMA_COUNTERS = frozenset(prefix + name for prefix in AVERAGES for name in ("decay", "num_updates"))
 
 # What files carry beside a model's weights and a model may well do without. Anything else is reported.
 HARMLESS_EXTRAS = (
@@ -84,7 +85,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     """
     own = model.state_dict()
     _check_fillable(model, own)
-    source, ema = _match_ema(own, checkpoint)
+    source, ema = match_ema(own, checkpoint.state)
     kept = {key for key in own if _keeps_own(key, own[key], checkpoint.state.get(source[key]))}
     _check_fit(own, source, kept, checkpoint)
     notes = _check_schedule(own, kept, checkpoint)
@@ -110,7 +111,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     ignored = tuple(key for key in extras if _is_harmless(key, own))
     unexpected = tuple(key for key in extras if not _is_harmless(key, own))
     if unexpected:
-        notes.append(f"{checkpoint.path}: {len(unexpected)} tensors have no place in the model: {_few(unexpected)}")
+        notes.append(f"{checkpoint.path}: {len(unexpected)} tensors have no place in the model: {few(unexpected)}")
     for note in notes:
         logger.warning(note)
     if ema:
@@ -118,71 +119,36 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     return LoadReport(len(own) - len(kept), tuple(sorted(kept)), ignored, unexpected, ema, tuple(notes))
 
 
-def init_from_checkpoint(
-    module: nn.Module, path: str | os.PathLike[str], ignore_keys: Sequence[str] = (), prefix: str = ""
-) -> list[str]:
-    """Start a module from a file that may hold more or less than it: what fits is copied, the rest is logged.
-
-    Only keys that start with `prefix` count, without it; those that start with one of `ignore_keys` are left out. A
-    module on the meta device is left alone, for `fill_model` will bring all of its weights.
-
-    Returns the module's own keys that nothing was found for.
-    Raises CheckpointError if a weight has another shape than the module's, or if nothing fits.
-    """
-    own = module.state_dict()
-    if all(parameter.is_meta for parameter in module.parameters()):
-        logger.debug("%s is not read: the model is filled later", path)
-        return []
-    checkpoint = read_checkpoint(path)
-    given = {
-        key.removeprefix(prefix): value
-        for key, value in checkpoint.state.items()
-        if key.startswith(prefix) and not key.startswith(tuple(ignore_keys))
-    }
-    unlike = [key for key, value in given.items() if key in own and value.shape != own[key].shape]
-    if unlike:
-        raise CheckpointError(
-            f"{path} does not fit: {len(unlike)} weights have another shape ({_few(unlike)}); "
-            "name them in ignore_keys to leave them as they are"
-        )
-    fitting = {key: value for key, value in given.items() if key in own}
-    if not fitting:
-        raise CheckpointError(f"nothing in {path} fits: it looks like {describe(checkpoint.shapes)}")
-    module.load_state_dict(fitting, strict=False)
-    missing, extra = own.keys() - fitting.keys(), given.keys() - own.keys()
-    logger.info("%s: %d weights restored", path, len(fitting))
-    for names, what in ((missing, "not in the file"), (extra, "not in the model")):
-        if names:
-            logger.warning("%s: %d weights are %s: %s", path, len(names), what, _few(sorted(names)))
-    return sorted(missing)
-
-
 # --- which tensor of the file goes where ----------------------------------------------------------
 
 
 def _is_ema_copy(key: str) -> bool:
-    return key.startswith("model_ema.") and key not in EMA_COUNTERS
+    return key.startswith(tuple(AVERAGES)) and key not in EMA_COUNTERS
 
 
-def _match_ema(own: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[dict[str, str], str]:
-    """For each key of the model the key of the file that fills it; in words, which set of weights that is."""
-    state = checkpoint.state
+def match_ema(own: Iterable[str], state: Iterable[str]) -> tuple[dict[str, str], str]:
+    """For each key of the model the key of the file that fills it; in words, which set of UNet weights that is."""
+    own, state = dict.fromkeys(own), frozenset(state)
     source = {key: key for key in own}
-    averaged = [key for key in own if ema_name(key) in own or ema_name(key) in state]
-    model_has_ema = any(_is_ema_copy(key) for key in own)
-    file_has_ema = any(ema_name(key) in state for key in averaged)
-    file_has_plain = any(key in state for key in averaged)
-    if file_has_ema and not file_has_plain:
-        source |= {key: ema_name(key) for key in averaged}
-        return source, "holds only the EMA weights, which are used"
-    if model_has_ema and file_has_plain and not file_has_ema:
-        source |= {ema_name(key): key for key in averaged}
-        return source, "holds no EMA weights; the plain ones serve as their averages"
-    if model_has_ema and file_has_ema:
-        return source, "holds plain and EMA weights; sampling uses the EMA weights"
-    if file_has_ema:
-        return source, "holds plain and EMA weights; the plain ones are used (use_ema is off)"
-    return source, ""
+    words = ""
+    for ema, plain in AVERAGES.items():
+        averaged = [k for k in own if k.startswith(plain) and (ema_name(k) in own or ema_name(k) in state)]
+        model_has_ema = any(key.startswith(ema) and _is_ema_copy(key) for key in own)
+        file_has_ema = any(ema_name(key) in state for key in averaged)
+        file_has_plain = any(key in state for key in averaged)
+        found = ""
+        if file_has_ema and not file_has_plain:
+            source |= {key: ema_name(key) for key in averaged}
+            found = "holds only the EMA weights, which are used"
+        elif model_has_ema and file_has_plain and not file_has_ema:
+            source |= {ema_name(key): key for key in averaged}
+            found = "holds no EMA weights; the plain ones serve as their averages"
+        elif model_has_ema and file_has_ema:
+            found = "holds plain and EMA weights; sampling uses the EMA weights"
+        elif file_has_ema:
+            found = "holds plain and EMA weights; the plain ones are used (use_ema is off)"
+        words = words or found
+    return source, words
 
 
 def _keeps_own(key: str, own: Tensor, given: Tensor | None) -> bool:
@@ -208,7 +174,7 @@ def _check_fillable(model: nn.Module, own: Mapping[str, Tensor]) -> None:
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in own]
     if lost:
         raise RuntimeError(
-            f"{len(lost)} non-persistent buffers are on the meta device and in no checkpoint ({_few(lost)}): "
+            f"{len(lost)} non-persistent buffers are on the meta device and in no checkpoint ({few(lost)}): "
             "the model must create them on the CPU"
         )
 
@@ -216,7 +182,7 @@ def _check_fillable(model: nn.Module, own: Mapping[str, Tensor]) -> None:
 def _check_none_on_meta(model: nn.Module) -> None:
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
-        raise RuntimeError(f"{len(left)} tensors of the model are still without values: {_few(left)}")
+        raise RuntimeError(f"{len(left)} tensors of the model are still without values: {few(left)}")
 
 
 def _check_fit(own: Mapping[str, Tensor], source: Mapping[str, str], kept: set[str], checkpoint: Checkpoint) -> None:
@@ -231,14 +197,14 @@ def _check_fit(own: Mapping[str, Tensor], source: Mapping[str, str], kept: set[s
         raise CheckpointError(not_a_model(checkpoint))
     faults = []
     if missing:
-        faults.append(f"{len(missing)} of {len(own)} weights are missing, e.g. {_few(missing)}")
+        faults.append(f"{len(missing)} of {len(own)} weights are missing, e.g. {few(missing)}")
         absent = _absent_parts(own, missing, shapes)
         faults += [f"there is nothing of {', '.join(absent)}"] if absent else []
     if unlike:
         key = unlike[0]
         faults.append(
-            f"{len(unlike)} weights have another shape, e.g. {key} is {_shape(shapes[source[key]])} in the file "
-            f"and {_shape(own[key].shape)} in the config"
+            f"{len(unlike)} weights have another shape, e.g. {key} is {shape_text(shapes[source[key]])} in the file "
+            f"and {shape_text(own[key].shape)} in the config"
         )
     hint = ": use its config, or leave out --config" if unlike and detect_config(shapes) else ""
     raise CheckpointError(
@@ -267,10 +233,10 @@ def _check_schedule(own: Mapping[str, Tensor], kept: set[str], checkpoint: Check
     ]
 
 
-def _few(names: Iterable[str], limit: int = 3) -> str:
+def few(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _shape(shape: Iterable[int]) -> str:
+def shape_text(shape: Iterable[int]) -> str:
     return "x".join(str(size) for size in shape) or "a scalar"

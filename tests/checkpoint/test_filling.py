@@ -16,7 +16,6 @@ from ldm.checkpoint import (
     CheckpointError,
     build_on_meta,
     fill_model,
-    init_from_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
@@ -267,31 +266,6 @@ def test_file_of_another_kind():
 def test_buffers_that_no_file_can_fill():
     with pytest.raises(RuntimeError, match=r"non-persistent buffers .*grid"):
         fill_model(tiny(lost=True), checkpoint())
-
-
-# ---- init_from_checkpoint ----
-
-
-def test_init_from_checkpoint(tmp_path, caplog):
-    given = checkpoint(ema=True)
-    save_checkpoint(tmp_path / "a.ckpt", given.state)
-    model = Tiny()
-    before = model.cond_stage_model.table.weight.clone()
-    init_from_checkpoint(model, tmp_path / "a.ckpt", ignore_keys=["cond_stage_model."])
-    assert torch.equal(model.get_parameter(FIRST), given.state[FIRST])
-    assert torch.equal(model.cond_stage_model.table.weight, before)
-    assert "not in the file" in caplog.text and "not in the model" in caplog.text
-
-    wrapper = Wrapper()
-    init_from_checkpoint(wrapper, tmp_path / "a.ckpt", prefix="model.")
-    assert torch.equal(wrapper.diffusion_model.out.weight, given.state["model.diffusion_model.out.weight"])
-    with pytest.raises(CheckpointError, match="nothing in .* fits"):
-        init_from_checkpoint(nn.Linear(2, 2), tmp_path / "a.ckpt")
-
-    save_checkpoint(tmp_path / "b.ckpt", {**given.state, FIRST: torch.ones(6, 9, 3, 3)})
-    with pytest.raises(CheckpointError, match="another shape"):
-        init_from_checkpoint(model, tmp_path / "b.ckpt")
-    init_from_checkpoint(tiny(), tmp_path / "absent.ckpt")  # on meta: fill_model will bring everything
 
 
 # ---- the public models ----
