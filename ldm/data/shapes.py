@@ -7,6 +7,7 @@ never drawn by default, so that a model can be asked for combinations that it ha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,7 +36,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "tan": (215, 170, 110),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
-SIZES: dict[str, tuple[float, float]] = {"small": (8.0, 9.5), "large": (13.5, 15.5)}  # radius in pixels
+SIZES: dict[str, float] = {"small": 9.0, "large": 14.5}  # radius in pixels
+# Centres lie on multiples of this, the pixels of one latent position in a first stage that halves the side three times:
+# a shape then looks the same to the diffusion model wherever it is, which a small one needs to get shapes right.
+GRID = 8
 RELATIONS: dict[str, tuple[int, int]] = {  # the direction from the second object to the first
     "to the left of": (-1, 0),
     "to the right of": (1, 0),
@@ -142,9 +146,11 @@ def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 
 def _place(rng: np.random.Generator, radii: Sequence[float], relation: str | None) -> np.ndarray | None:
-    """Centres (N, 2) with the objects inside the picture and apart, or None when this draw does not fit."""
+    """Centres (N, 2) on the grid with the objects inside the picture and apart, or None when this draw does not fit."""
     radii = np.asarray(radii)
-    centres = rng.uniform(radii[:, None] + 1, SIDE - radii[:, None] - 1, (len(radii), 2))
+    centres = GRID * rng.integers(1, SIDE // GRID, (len(radii), 2))
+    if (np.minimum(centres, SIDE - centres) < radii[:, None] + 1).any():
+        return None
     for i in range(len(radii)):
         for j in range(i):
             if np.abs(centres[i] - centres[j]).max() < radii[i] + radii[j] + 2:
@@ -170,18 +176,13 @@ def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = Fa
     relation = _choose(rng, tuple(RELATIONS)) if objects > 1 else None
     while True:  # three large objects do not fit, so sizes are drawn anew as well
         sizes = [_choose(rng, tuple(SIZES)) for _ in pairs]
-        radii = [rng.uniform(*SIZES[size]) for size in sizes]
-        for _ in range(200):
+        radii = [SIZES[size] for size in sizes]
+        for _ in range(1000):
             centres = _place(rng, radii, relation)
             if centres is not None:
                 items = zip(pairs, sizes, centres, radii)
-                return Scene(
-                    background,
-                    tuple(
-                        Item(*p, s, round(float(c[0]), 2), round(float(c[1]), 2), round(r, 2)) for p, s, c, r in items
-                    ),
-                    relation,
-                )
+                placed = tuple(Item(*p, s, float(x), float(y), r) for p, s, (x, y), r in items)
+                return Scene(background, placed, relation)
 
 
 def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -208,15 +209,17 @@ class ShapesDataset:
     """Scenes by index, all fixed by `seed`: item `i` is {"image": (64, 64, 3) float32 in -1..1, "caption": str}.
 
     `object_weights` are the shares of scenes with one, two and three objects; `held_out=True` draws only the pairs
-    that training never sees.
+    that training never sees. `complete` is the share of captions that say everything; the others leave out attributes
+    at random.
     """
 
     def __init__(
         self,
         size: int = 40_000,
         seed: int = 0,
-        object_weights: Sequence[float] = (0.6, 0.4),
+        object_weights: Sequence[float] = (0.35, 0.65),
         held_out: bool = False,
+        complete: float = 0.5,
     ) -> None:
         if not 1 <= len(object_weights) <= 3 or min(object_weights) < 0 or sum(object_weights) <= 0:
             raise ValueError(f"object_weights must be 1 to 3 numbers >= 0 that are not all 0, got {object_weights}")
@@ -224,6 +227,7 @@ class ShapesDataset:
         self.seed = seed
         self.shares = np.asarray(object_weights, float) / sum(object_weights)
         self.held_out = held_out
+        self.complete = complete
 
     def __len__(self) -> int:
         return self.size
@@ -235,10 +239,90 @@ class ShapesDataset:
         rng = np.random.default_rng((self.seed, index))
         return random_scene(rng, 1 + int(rng.choice(len(self.shares), p=self.shares)), self.held_out)
 
-    def caption(self, index: int, epoch: int = 0) -> str:
-        """A caption of scene `index`; each epoch leaves out other attributes."""
-        return describe(self.scene(index), np.random.default_rng((self.seed, index, epoch + 1)))
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """A caption of scene `index`: `rng` chooses what it leaves out."""
+        return describe(self.scene(index), None if rng.random() < self.complete else rng)
+
+    def get(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray | str]:
+        """The picture at `index` with a caption that `rng` words."""
+        image = draw(self.scene(index)).astype(np.float32) / 127.5 - 1
+        return {"image": image, "caption": self.caption(index, rng)}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
-        image = draw(self.scene(index)).astype(np.float32) / 127.5 - 1
-        return {"image": image, "caption": self.caption(index)}
+        return self.get(index, np.random.default_rng((self.seed, index)))
+
+
+class ShapesCaptions(ShapesDataset):
+    """Captions without pictures: item `i` is {"caption": str, "attributes": (8,) int64}.
+
+    The attributes are size, colour and shape of the first object, the same of the second, relation and background,
+    each counted from 1, with 0 for what the caption does not say. `ATTRIBUTE_CLASSES` counts the values of each.
+    """
+
+    def get(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray | str]:
+        """A caption of scene `index`, worded by `rng`, and what it states."""
+        caption = self.caption(index, rng)
+        return {"caption": caption, "attributes": attributes(caption)}
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One object of a caption; None where the caption leaves the attribute open."""
+
+    shape: str
+    colour: str | None = None
+    size: str | None = None
+
+    def matches(self, item: Item) -> bool:
+        """Whether an object found in a picture is this one."""
+        return item.shape == self.shape and self.colour in (None, item.colour) and self.size in (None, item.size)
+
+
+def parse(caption: str) -> tuple[list[Wanted], str | None, str | None]:
+    """The objects, the relation and the background that a caption of the grammar states.
+
+    Raises ValueError for a text outside the grammar.
+    """
+    text, _, ground = caption.strip().partition(" on a ")
+    background = ground.removesuffix(" background") or None
+    if background not in (None, *BACKGROUNDS):
+        raise ValueError(f"{caption!r} names no known background ({', '.join(BACKGROUNDS)})")
+    joints = "|".join(f" {name} " for name in (*RELATIONS, "and"))
+    phrases = re.split(joints, text)
+    relation = next((name for name in RELATIONS if f" {name} " in text), None)
+    wanted = []
+    for phrase in phrases:
+        words = phrase.split()
+        if not words or words[0] != "a" or words[-1] not in SHAPES:
+            raise ValueError(f"{caption!r}: {phrase!r} is not of the form 'a [size] [colour] shape'")
+        size = next((word for word in words[1:-1] if word in SIZES), None)
+        colour = next((word for word in words[1:-1] if word in COLOURS), None)
+        if len(words) != 2 + (size is not None) + (colour is not None):
+            raise ValueError(f"{caption!r}: {phrase!r} has words that are no size and no colour")
+        wanted.append(Wanted(words[-1], colour, size))
+    return wanted, relation, background
+
+
+_OBJECT_VALUES = (tuple(SIZES), tuple(COLOURS), SHAPES)
+ATTRIBUTE_CLASSES: tuple[int, ...] = tuple(
+    1 + len(values) for values in (*_OBJECT_VALUES, *_OBJECT_VALUES, RELATIONS, BACKGROUNDS)
+)
+
+
+def attributes(caption: str) -> np.ndarray:
+    """What a caption of one or two objects states, in the order that `ShapesCaptions` explains: (8,) int64."""
+
+    def number(value: str | None, values: Sequence[str]) -> int:
+        return 0 if value is None else 1 + list(values).index(value)
+
+    wanted, relation, background = parse(caption)
+    if len(wanted) > 2:
+        raise ValueError(f"{caption!r} has more than two objects")
+    numbers = []
+    for item in [*wanted, None][:2]:
+        said = (item.size, item.colour, item.shape) if item else (None, None, None)
+        numbers += [number(value, values) for value, values in zip(said, _OBJECT_VALUES)]
+    return np.array([*numbers, number(relation, tuple(RELATIONS)), number(background, tuple(BACKGROUNDS))])

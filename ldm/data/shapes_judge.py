@@ -6,13 +6,25 @@ nearest to, its shape the one whose drawing overlaps it best.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
-from ldm.data.shapes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIDE, SIZES, Item, Scene, coverage, outline
+from ldm.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Item,
+    Scene,
+    Wanted,
+    coverage,
+    outline,
+    parse,
+)
 
 _MIN_PIXELS = 20  # a smaller part is debris, not an object
 _MIN_IOU = 0.65  # true drawings reach 0.9, blots stay below
@@ -140,19 +152,6 @@ def read_scene(picture: np.ndarray) -> Scene:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One object of a prompt; None where the prompt leaves the attribute open."""
-
-    shape: str
-    colour: str | None = None
-    size: str | None = None
-
-    def matches(self, item: Item) -> bool:
-        """Whether an object found in a picture is this one."""
-        return item.shape == self.shape and self.colour in (None, item.colour) and self.size in (None, item.size)
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What of a prompt a picture shows. `objects`: exactly the objects asked for, by shape and colour."""
 
@@ -165,31 +164,6 @@ class Verdict:
     def all(self) -> bool:
         """Everything that the prompt says."""
         return self.objects and self.sizes and self.background and self.relation
-
-
-def parse(prompt: str) -> tuple[list[Wanted], str | None, str | None]:
-    """The objects, the relation and the background of a prompt in the captions' grammar.
-
-    Raises ValueError for a prompt outside the grammar.
-    """
-    text, _, ground = prompt.strip().partition(" on a ")
-    background = ground.removesuffix(" background") or None
-    if background not in (None, *BACKGROUNDS):
-        raise ValueError(f"{prompt!r} names no known background ({', '.join(BACKGROUNDS)})")
-    joints = "|".join(f" {name} " for name in (*RELATIONS, "and"))
-    phrases = re.split(joints, text)
-    relation = next((name for name in RELATIONS if f" {name} " in text), None)
-    wanted = []
-    for phrase in phrases:
-        words = phrase.split()
-        if not words or words[0] != "a" or words[-1] not in SHAPES:
-            raise ValueError(f"{prompt!r}: {phrase!r} is not of the form 'a [size] [colour] shape'")
-        size = next((word for word in words[1:-1] if word in SIZES), None)
-        colour = next((word for word in words[1:-1] if word in COLOURS), None)
-        if len(words) != 2 + (size is not None) + (colour is not None):
-            raise ValueError(f"{prompt!r}: {phrase!r} has words that are no size and no colour")
-        wanted.append(Wanted(words[-1], colour, size))
-    return wanted, relation, background
 
 
 def _pairing(wanted: list[Wanted], found: list[Item]) -> list[Item] | None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ldm.data.shapes import (
+    ATTRIBUTE_CLASSES,
     BACKGROUNDS,
     COLOURS,
     HELD_OUT,
@@ -14,13 +15,16 @@ from ldm.data.shapes import (
     WORDS,
     Item,
     Scene,
+    ShapesCaptions,
     ShapesDataset,
+    attributes,
     coverage,
     describe,
     draw,
+    parse,
     random_scene,
 )
-from ldm.data.shapes_judge import UNKNOWN, judge, parse, read_scene
+from ldm.data.shapes_judge import UNKNOWN, judge, read_scene
 
 
 def picture(shape: str = "circle", colour: str = "red", ground: str = "white", radius: float = 14.0) -> np.ndarray:
@@ -60,8 +64,8 @@ def test_scenes_depend_on_seed_and_index_alone() -> None:
     one, two = ShapesDataset(50, seed=3), ShapesDataset(80, seed=3)
     assert [one.scene(i) for i in range(20)] == [two.scene(i) for i in range(20)]
     assert one.scene(0) != ShapesDataset(50, seed=4).scene(0)
-    assert one.caption(5) == two.caption(5)
-    assert len({one.caption(5, epoch) for epoch in range(20)}) > 3
+    assert one[5]["caption"] == two[5]["caption"]
+    assert len({one.get(5, np.random.default_rng(epoch))["caption"] for epoch in range(20)}) > 3
     with pytest.raises(IndexError):
         one.scene(50)
 
@@ -99,12 +103,30 @@ def test_objects_are_inside_apart_and_unlike_the_ground(objects: int) -> None:
 def test_captions_keep_to_the_vocabulary_and_can_be_read_back() -> None:
     data = ShapesDataset(200, object_weights=(1, 1, 1))
     for i in range(200):
-        scene, text = data.scene(i), data.caption(i)
+        scene, text = data.scene(i), data[i]["caption"]
         assert set(text.split()) <= set(WORDS)
         wanted, relation, background = parse(text)
         assert [w.shape for w in wanted] == [item.shape for item in scene.items]
         assert all(w.matches(item) for w, item in zip(wanted, scene.items))
         assert relation in (None, scene.relation) and background in (None, scene.background)
+
+
+def test_the_share_of_complete_captions_is_as_asked() -> None:
+    data = ShapesDataset(200, object_weights=(0, 1), complete=1.0)
+    assert all(data[i]["caption"] == describe(data.scene(i)) for i in range(20))
+    data = ShapesDataset(200, object_weights=(0, 1), complete=0.0)
+    assert sum(data[i]["caption"] == describe(data.scene(i)) for i in range(200)) < 20
+
+
+def test_attributes_are_what_the_caption_says() -> None:
+    text = "a large red circle to the left of a blue square"
+    assert attributes(text).tolist() == [2, 1, 1, 0, 3, 2, 1, 0]
+    assert attributes("a ring on a tan background").tolist() == [0, 0, 8, 0, 0, 0, 0, 4]
+    item = ShapesCaptions(5, seed=1)[3]
+    assert (item["attributes"] == attributes(item["caption"])).all() and "image" not in item
+    assert (item["attributes"] < ATTRIBUTE_CLASSES).all()
+    with pytest.raises(ValueError, match="more than two"):
+        attributes("a ring and a star and a heart")
 
 
 def test_full_caption() -> None:
