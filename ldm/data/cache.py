@@ -8,6 +8,7 @@ The layout of the files is in `ldm.data.cache_files`.
 from __future__ import annotations
 
 import bisect
+import inspect
 import json
 import logging
 import os
@@ -149,11 +150,14 @@ def ensure_caches(model: nn.Module, data_section: Any, device: str | torch.devic
         if not params.get("dataset"):
             raise ValueError(f"the cache {params['folder']} cannot be made: its section has no `dataset` to make it of")
         options = params["make_if_missing"] if isinstance(params["make_if_missing"], Mapping) else {}
+        known = set(inspect.signature(build_cache).parameters) - {"model", "dataset", "folder", "device"}
+        if strange := sorted(set(options) - known):
+            raise ValueError(
+                f"make_if_missing of the cache {params['folder']} has an unknown option {strange[0]!r}: "
+                f"there are {', '.join(sorted(known))}"
+            )
         logger.info("making the cache %s, which is not there", params["folder"])
-        try:
-            build_cache(model, instantiate_from_config(params["dataset"]), params["folder"], device=device, **options)
-        except TypeError as error:
-            raise ValueError(f"make_if_missing of the cache {params['folder']} does not fit: {error}") from error
+        build_cache(model, instantiate_from_config(params["dataset"]), params["folder"], device=device, **options)
 
 
 def _wanted(section: Any) -> Iterator[Mapping[str, Any]]:
