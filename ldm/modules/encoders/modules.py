@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldm.checkpoint import init_from_checkpoint
 from ldm.modules.encoders.clip_text import CLIPTextConfig, CLIPTextModel
 from ldm.modules.encoders.tokenizer import CLIPTokenizer, Tokenizer
 from ldm.util import instantiate_from_config
@@ -37,6 +38,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             negative numbers count from the end.
         config: None for ViT-L/14, or a mapping of `CLIPTextConfig` options.
         tokenizer: None for CLIP's own, a `{target, params}` config, or a `Tokenizer`.
+        ckpt_path: a checkpoint to take the weights from, of any model that has them under `cond_stage_model.`.
 
     Raises ValueError for options that contradict one another or that the tower cannot serve.
     """
@@ -53,6 +55,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         layer_idx: int | None = None,
         config: Mapping[str, Any] | None = None,
         tokenizer: Tokenizer | Mapping[str, Any] | None = None,
+        ckpt_path: str | None = None,
     ) -> None:
         super().__init__()
         if config is None and version != VIT_L_14:
@@ -66,6 +69,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.layer = layer
         self.layer_idx = layer_idx
         self.transformer = CLIPTextModel(tower)
+        if ckpt_path is not None:
+            init_from_checkpoint(self, ckpt_path, prefix="cond_stage_model.")
         if freeze:
             self.freeze()
 

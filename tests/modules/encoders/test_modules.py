@@ -190,3 +190,15 @@ def test_full_size_goldens(full_size):
     for name, value in got.items():
         error = np.abs(value - golden[name]).max() / max(1, np.abs(golden[name]).max())
         assert error < 1e-5, name
+
+
+def test_weights_can_come_from_any_checkpoint_that_has_them(tmp_path):
+    trained = small()
+    state = {f"cond_stage_model.{key}": value for key, value in trained.state_dict().items()}
+    torch.save({"state_dict": {**state, "head.weight": torch.zeros(3, 3)}}, tmp_path / "reader.ckpt")
+    fresh = FrozenCLIPEmbedder(
+        config=CONFIG, tokenizer=WordTokenizer(WORDS), max_length=8, ckpt_path=str(tmp_path / "reader.ckpt")
+    )
+    assert torch.equal(fresh(["a red circle"]), trained(["a red circle"]))
+    with pytest.raises(FileNotFoundError):
+        FrozenCLIPEmbedder(config=CONFIG, tokenizer=WordTokenizer(WORDS), max_length=8, ckpt_path="no.ckpt")
