@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
@@ -237,8 +238,9 @@ class DiffusionTraining(GaussianDiffusion):
 
 
 def _near(glob: str, names: Sequence[str]) -> str:
-    """Names like `glob`, for a message."""
-    plain = glob.replace("*", "")
-    near = [name for name in names if plain.strip(".") and plain.strip(".") in name][:3]
-    near = near or difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or list(names[:3])
-    return f"near are {', '.join(near)}"
+    """Names like `glob`, for a message: those with a part like the first part of it that none has."""
+    parts = sorted({part for name in names for part in name.split(".")})
+    wrong = (piece for piece in re.findall(r"[^*?.\[\]]+", glob) if not any(piece in part for part in parts))
+    like = next((part for piece in wrong for part in difflib.get_close_matches(piece, parts, n=1, cutoff=0.0)), "")
+    near = [name for name in names if like in name.split(".")] if like else names
+    return f"near are {', '.join(near[:3])}"
