@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from ldm import __version__
 from ldm.devices import DEVICES, PRECISIONS
+from ldm.processes import ALONE, Processes, environment
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT = "a painting of a virus monster playing guitar"
 FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."
+SAMPLE_NAME = "{:05}.png"
 MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_everything allowed
 
 
@@ -75,10 +77,11 @@ def user_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:
+def sampling_parser(description: str, scale: float, **defaults: Any) -> ArgumentParser:
     """A parser with the options that txt2img and img2img share, under the names of the public scripts.
 
-    `defaults` are those in which the scripts differ: outdir, n_iter, n_samples, scale.
+    `scale` is the public script's, for models that name none of their own. `defaults` are the others in which the
+    scripts differ: outdir, n_iter, n_samples.
     """
     parser = ArgumentParser(description=description)
     count = number(int, 1)
@@ -106,18 +109,20 @@ def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:
         "--ddim_steps",
         "--steps",
         type=number(int, 1, 1000),
-        default=50,
-        help="steps of any sampler (%(default)s)",
+        help="steps of any sampler (the model's own, else 50)",
     )
-    how.add_argument("--plms", action="store_true", help="use the PLMS sampler instead of DDIM")
-    how.add_argument("--dpm_solver", "--dpm", action="store_true", help="use DPM-Solver++ (2M); wins over --plms")
+    how.add_argument("--ddim", action="store_true", help="use the DDIM sampler (the model's own, else DDIM)")
+    how.add_argument("--plms", action="store_true", help="use the PLMS sampler")
+    how.add_argument("--dpm_solver", "--dpm", action="store_true", help="use DPM-Solver++ (2M); wins over the others")
     how.add_argument(
         "--ddim_eta",
         type=number(float, 0),
         default=0.0,
-        help="noise of each DDIM step, 0 for none (%(default)s)",
+        help="noise of each DDIM step, 0 for none (%(default)s); more than 0 means DDIM",
     )
-    how.add_argument("--scale", type=number(float), help="guidance scale, 1 for no guidance (%(default)s)")
+    how.add_argument(
+        "--scale", type=number(float), help=f"guidance scale, 1 for no guidance (the model's own, else {scale:g})"
+    )
     how.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise (txt2img)")
 
     model = parser.add_argument_group("the model")
@@ -146,12 +151,12 @@ def sampling_parser(description: str, **defaults: Any) -> ArgumentParser:
         "--n_rows", type=number(int, 0), default=0, help="pictures in a row of the grid (as --n_samples)"
     )
     output.add_argument("--no_metadata", action="store_true", help="leave prompt and settings out of the PNG files")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(public_scale=scale, **defaults)
     return parser
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options in `argv` (None: the command line), and the `sampler` that they choose.
+    """The options in `argv` (None: the command line), and the `sampler` that they choose; None is the model's own.
 
     Exits as argparse does on options that it refuses. Raises ValueError for options that do not go together.
     """
@@ -160,14 +165,19 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> argparse.Namesp
     return args
 
 
-def _sampler(args: argparse.Namespace) -> str:
+def _sampler(args: argparse.Namespace) -> str | None:
     if args.dpm_solver:
-        if args.plms:
-            logger.warning("--dpm_solver and --plms are both given: using DPM-Solver")
+        for name in ("plms", "ddim"):
+            if getattr(args, name):
+                logger.warning("--dpm_solver and --%s are both given: using DPM-Solver", name)
         return "dpm_solver"
+    if args.plms and args.ddim:
+        raise ValueError("--plms and --ddim are both given; leave one of the two out")
     if args.plms and args.ddim_eta != 0:
         raise ValueError(f"--plms needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
-    return "plms" if args.plms else "ddim"
+    if args.plms:
+        return "plms"
+    return "ddim" if args.ddim else None
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -215,7 +225,10 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def load_model(args: argparse.Namespace) -> LatentDiffusion:
-    """The model that the options name. Raises ValueError if --C or --f contradict it, and what loading raises."""
+    """The model that the options name; settles the steps, sampler and scale that they leave to it.
+
+    Raises ValueError if --C or --f contradict the model, and what loading raises.
+    """
     from ldm import inference
 
     model = inference.load_model(args.config, args.ckpt, device=args.device, precision=args.precision)
@@ -224,6 +237,9 @@ def load_model(args: argparse.Namespace) -> LatentDiffusion:
     for flag, given, actual in (("--C", args.C, model.channels), ("--f", args.f, factor)):
         if given not in (None, actual):
             raise ValueError(f"{flag} {given} does not fit this model, which has {actual}: leave {flag} out")
+    args.ddim_steps, args.sampler, args.scale = inference.sampling_settings(
+        model, args.public_scale, args.ddim_steps, args.sampler, args.scale, args.ddim_eta
+    )
     return model
 
 
@@ -244,10 +260,11 @@ class SampleWriter:
     """Writes a run's pictures as they come, and their grid when the `with` block ends, however it ends.
 
     Files are `<outdir>/samples/00000.png` ... and `<outdir>/grid-0000.png` ...; numbers go on after the highest there.
-    `settings` go into the metadata of every picture.
+    `settings` go into the metadata of every picture. Several `processes` number and grid their pictures as one would,
+    if each calls `skip` for the batches of the others.
     """
 
-    def __init__(self, args: argparse.Namespace, **settings: Any) -> None:
+    def __init__(self, args: argparse.Namespace, processes: Processes = ALONE, **settings: Any) -> None:
         self.outdir = Path(args.outdir)
         self.samples = self.outdir / "samples"
         for folder in (self.outdir, self.samples):
@@ -259,9 +276,11 @@ class SampleWriter:
                 raise PermissionError(f"{folder} is not writable: choose another --outdir")
         self.written = 0
         self._args = args
+        self._processes = processes
         self._settings = settings
         self._index = 0
-        self._for_grid: list[Image.Image] = []
+        self._first = None if processes.world == 1 else processes.agree(self._next_number())
+        self._for_grid: list[tuple[int, Image.Image]] = []
 
     def __enter__(self) -> SampleWriter:
         return self
@@ -269,13 +288,27 @@ class SampleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._for_grid:
-            from ldm.images import make_grid, save_png
-
-            grid = make_grid(self._for_grid, nrow=self._args.n_rows or self._args.n_samples)
-            save_png(grid, self.outdir, "grid-{:04}.png")
+        if self._processes.rank == 0 or kind is None:  # after an error the others' pictures cannot be waited for
+            self._write_grid(self._processes.gather(self._for_grid) if kind is None else self._for_grid)
         if kind is KeyboardInterrupt:
             raise Interrupted(f"interrupted; {self.written} images written to {self.samples}")
+
+    def _next_number(self) -> int:
+        from ldm.images import next_free_index
+
+        return next_free_index(self.samples, SAMPLE_NAME)
+
+    def _write_grid(self, pictures: list[tuple[int, Image.Image]]) -> None:
+        if pictures:
+            from ldm.images import make_grid, save_png
+
+            in_order = [picture for _, picture in sorted(pictures, key=lambda pair: pair[0])]
+            grid = make_grid(in_order, nrow=self._args.n_rows or self._args.n_samples)
+            save_png(grid, self.outdir, "grid-{:04}.png")
+
+    def skip(self, count: int) -> None:
+        """Leave out `count` pictures that another process draws."""
+        self._index += count
 
     def save(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
         """Write a batch, one prompt per picture, unless --skip_save; keep it for the grid, unless --skip_grid."""
@@ -283,11 +316,12 @@ class SampleWriter:
 
         for image, prompt in zip(images, prompts, strict=True):
             if not self._args.skip_save:
-                save_png(image, self.samples, "{:05}.png", self._metadata(image, prompt))
+                number = None if self._first is None else self._first + self._index
+                save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt), number)
                 self.written += 1
+            if not self._args.skip_grid:
+                self._for_grid.append((self._index, image))
             self._index += 1
-        if not self._args.skip_grid:
-            self._for_grid.extend(images)
 
     def _metadata(self, image: Image.Image, prompt: str) -> dict[str, str]:
         from ldm.images import png_metadata
@@ -333,7 +367,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     library = logging.getLogger("ldm")
     console = _Console()
     library.addHandler(console)
-    library.setLevel(logging.INFO)
+    library.setLevel(logging.INFO if environment()[0] == 0 else logging.WARNING)  # of several processes, one reports
     try:
         main(argv)
         return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from ldm.processes import environment
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,13 +19,14 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 def choose_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes CUDA if there is one, then MPS, then the CPU.
 
+    Of several processes that a launcher started on a machine, each takes the GPU of its own number.
     Raises ValueError if the device is unknown or this machine, or this build of torch, does not have it.
     """
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, present in available.items() if present))
+        name = next(kind for kind, present in available.items() if present)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -32,7 +35,15 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(
             f"device {name!r} is not available with this machine and torch {torch.__version__}: use 'cpu' or 'auto'"
         )
-    return device
+    _, world, local = environment()
+    if world == 1 or device != torch.device("cuda"):
+        return device
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"there is no GPU for process {local + 1} on this machine, which has {torch.cuda.device_count()}: "
+            f"start as many as it has, or use 'cpu'"
+        )
+    return torch.device("cuda", local)
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -144,10 +144,17 @@ def next_free_index(folder: str | Path, pattern: str) -> int:
     return max((int(match[1]) for match in matches if match), default=-1) + 1
 
 
-def save_png(image: Image.Image, folder: str | Path, pattern: str, metadata: Mapping[str, str] | None = None) -> Path:
+def save_png(
+    image: Image.Image,
+    folder: str | Path,
+    pattern: str,
+    metadata: Mapping[str, str] | None = None,
+    index: int | None = None,
+) -> Path:
     """Write `image` to `folder` under the next free name of `pattern`, such as "{:05}.png"; returns its path.
 
-    `metadata` goes into PNG text chunks. A file that exists is never replaced, even when several processes write to
+    `metadata` goes into PNG text chunks. `index` is the number to use, or the first to try if that is taken; None goes
+    on after the highest there. A file that exists is never replaced, even when several processes write to
     the folder at once, and no name ever belongs to a half-written file. Raises OSError if the folder is not writable.
     """
     folder = Path(folder)
@@ -158,7 +165,7 @@ def save_png(image: Image.Image, folder: str | Path, pattern: str, metadata: Map
     try:
         with open(complete, "xb") as file:
             image.save(file, format="PNG", pnginfo=text)
-        index = next_free_index(folder, pattern)
+        index = next_free_index(folder, pattern) if index is None else index
         while True:
             path = folder / pattern.format(index)
             try:

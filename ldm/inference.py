@@ -16,6 +16,7 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +86,7 @@ def load_model(
     model.checkpoint_path = str(path)
     model.autocast_dtype = torch.float16 if precision == "autocast" else None
     model.one_scale = bool(settings.get("one_scale", False))
+    model.sampling = _own_sampling(settings)
     return model.to(where).eval()
 
 
@@ -100,6 +102,42 @@ def read_config(path: str | Path) -> DictConfig:
     if not isinstance(config, DictConfig) or "model" not in config:
         raise ValueError(f"config {path} has no `model:` section, so it does not describe a model")
     return config
+
+
+def _own_sampling(config: DictConfig) -> dict[str, Any]:
+    """The `sampling:` section of a config, checked: scale, sampler and steps to use where the user names none."""
+    own = dict(config.get("sampling", None) or {})
+    valid = {
+        "scale": lambda value: isinstance(value, (int, float)) and math.isfinite(value),
+        "sampler": lambda value: value in SAMPLERS,
+        "steps": lambda value: isinstance(value, int) and value > 0,
+    }
+    for name, value in own.items():
+        if name not in valid or isinstance(value, bool) or not valid[name](value):
+            raise ValueError(
+                f"the config's `sampling:` has {name}: {value!r}; it takes a number `scale`, a `sampler` of "
+                f"{', '.join(SAMPLERS)}, and a whole number of `steps`"
+            )
+    return own
+
+
+def sampling_settings(
+    model: LatentDiffusion,
+    public_scale: float,
+    steps: int | None = None,
+    sampler: str | None = None,
+    scale: float | None = None,
+    eta: float = 0.0,
+) -> tuple[int, str, float]:
+    """(steps, sampler, scale), each None as the model's own (`sampling:` in its config), else as the public default.
+
+    The public defaults are 50 steps of DDIM at `public_scale`. Only DDIM adds noise, so `eta` above 0 asks for it.
+    """
+    if sampler is None and eta != 0:
+        sampler = "ddim"
+    own = {"steps": 50, "sampler": "ddim", "scale": public_scale} | getattr(model, "sampling", {})
+    given = {"steps": steps, "sampler": sampler, "scale": scale}
+    return tuple(own[name] if value is None else value for name, value in given.items())
 
 
 def _default_checkpoint() -> Path:
@@ -170,10 +208,10 @@ def txt2img(
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
-    steps: int = 50,
-    sampler: str = "ddim",
+    steps: int | None = None,
+    sampler: str | None = None,
     eta: float = 0.0,
-    scale: float = 7.5,
+    scale: float | None = None,
     seed: int | None = None,
     start_code: Tensor | None = None,
     progress: bool = True,
@@ -181,8 +219,9 @@ def txt2img(
     """One picture a prompt, as one batch.
 
     height, width: pixels, by default the model's own. sampler: "ddim", "plms" or "dpm_solver". eta: noise of a DDIM
-    step. scale: guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`. seed: start of the
-    random numbers; None goes on where they are. start_code: the latents to start from (see `start_latent`).
+    step. scale: guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`. steps, sampler and scale
+    are by default the model's own, else 50, "ddim" and 7.5. seed: start of the random numbers; None goes on where they
+    are. start_code: the latents to start from (see `start_latent`).
 
     Raises ValueError for what the model cannot do, ArithmeticError if the picture is not finite.
     """
@@ -191,6 +230,7 @@ def txt2img(
     if start_code is not None and start_code.shape != (len(prompts), *shape):
         wanted = (len(prompts), *shape)
         raise ValueError(f"start_code is {tuple(start_code.shape)}, but these prompts and this size need {wanted}")
+    steps, sampler, scale = sampling_settings(model, 7.5, steps, sampler, scale, eta)
     solver = _sampler(model, sampler)
     if seed is not None:
         seed_everything(seed)
@@ -210,6 +250,24 @@ def txt2img(
 
 
 @torch.no_grad()
+def skip_txt2img(model: LatentDiffusion, prompts: Sequence[str], **options: Any) -> None:
+    """Draw the random numbers of a call of `txt2img`, without its work: what is drawn next is as after the call.
+
+    `options` are those of `txt2img` but `seed` and `progress`. Processes that share a run skip each other's batches.
+    """
+    height, width = resolve_size(model, options.get("height"), options.get("width"))
+    eta = options.get("eta", 0.0)
+    steps, sampler, _ = sampling_settings(model, 7.5, options.get("steps"), options.get("sampler"), eta=eta)
+    # Which numbers a sampler draws does not depend on what the network answers.
+    names = ("alphas_cumprod", "num_timesteps", "parameterization", "device")
+    idle = SimpleNamespace(**{name: getattr(model, name) for name in names})
+    idle.apply_model = lambda x, t, cond: torch.zeros_like(x)
+    solver = _sampler(idle, sampler)
+    shape = (model.channels, *model.latent_size(height, width))
+    solver.sample(steps, len(prompts), shape, eta=eta, x_T=options.get("start_code"), verbose=False)
+
+
+@torch.no_grad()
 def img2img(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -219,10 +277,10 @@ def img2img(
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
-    steps: int = 50,
-    sampler: str = "ddim",
+    steps: int | None = None,
+    sampler: str | None = None,
     eta: float = 0.0,
-    scale: float = 5.0,
+    scale: float | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
@@ -230,10 +288,11 @@ def img2img(
 
     strength: how much of the schedule to go through: 0 gives the picture back as the first stage sees it, 1 keeps next
     to nothing of it. height, width: resize a picture to these; by default its own size, floored to a multiple of 32.
-    The rest as in `txt2img` (SDEdit, Meng et al. 2022).
+    The rest as in `txt2img`, but for the public default of scale, which is 5 (SDEdit, Meng et al. 2022).
     """
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength must be from 0 to 1, not {strength}")
+    steps, sampler, scale = sampling_settings(model, 5.0, steps, sampler, scale, eta)
     solver = _sampler(model, sampler)
     solver.make_schedule(steps, ddim_eta=eta, verbose=False)
     if seed is not None:

@@ -13,7 +13,7 @@ from ldm import cli
 
 
 def parser() -> cli.ArgumentParser:
-    options = cli.sampling_parser(__doc__, outdir="outputs/img2img-samples", n_iter=1, n_samples=2, scale=5.0)
+    options = cli.sampling_parser(__doc__, scale=5.0, outdir="outputs/img2img-samples", n_iter=1, n_samples=2)
     options.add_argument(
         "--init-img", type=cli.user_path, required=True, metavar="FILE", help="the picture to start from"
     )

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Draw pictures from text with a latent diffusion model."""
+"""Draw pictures from text with a latent diffusion model.
+
+torchrun --nproc_per_node N scripts/txt2img.py ... shares the batches among N GPUs or processes.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
+from ldm.processes import joined_processes
 from ldm.util import public_path
 
 LAION400M_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
@@ -17,7 +21,7 @@ LAION400M_CKPT = "models/ldm/text2img-large/model.ckpt"
 
 
 def parser() -> cli.ArgumentParser:
-    options = cli.sampling_parser(__doc__, outdir="outputs/txt2img-samples", n_iter=2, n_samples=3, scale=7.5)
+    options = cli.sampling_parser(__doc__, scale=7.5, outdir="outputs/txt2img-samples", n_iter=2, n_samples=3)
     options.add_argument("--laion400m", action="store_true", help="use the LAION-400M model of the public layout")
     return options
 
@@ -39,22 +43,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
 
-    model = cli.load_model(args)
-    height, width = inference.resolve_size(model, args.H, args.W)
-    with cli.SampleWriter(args, model=cli.model_name(model)) as writer:
-        inference.seed_everything(args.seed)
-        start = inference.start_latent(model, args.n_samples, height, width) if args.fixed_code else None
-        for prompts in batches * args.n_iter:
-            images = inference.txt2img(
-                model,
-                prompts,
-                height=height,
-                width=width,
-                **cli.sampling_options(args),
-                start_code=None if start is None else start[: len(prompts)],
-            )
-            writer.save(images, prompts)
-    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
+    with joined_processes() as processes:
+        model = cli.load_model(args)
+        size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
+        with cli.SampleWriter(args, processes, model=cli.model_name(model)) as writer:
+            inference.seed_everything(args.seed)
+            start = inference.start_latent(model, args.n_samples, **size) if args.fixed_code else None
+            for number, prompts in enumerate(batches * args.n_iter):
+                options = size | cli.sampling_options(args)
+                options["start_code"] = None if start is None else start[: len(prompts)]
+                if number % processes.world == processes.rank:
+                    images = inference.txt2img(model, prompts, **options, progress=processes.rank == 0)
+                    writer.save(images, prompts)
+                else:
+                    inference.skip_txt2img(model, prompts, **options)
+                    writer.skip(len(prompts))
+    if processes.rank == 0:
+        cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ldm import cli, devices, util
 
 
 def parser() -> cli.ArgumentParser:
-    return cli.sampling_parser("test", outdir="out", n_iter=1, n_samples=2, scale=5.0)
+    return cli.sampling_parser("test", scale=5.0, outdir="out", n_iter=1, n_samples=2)
 
 
 def parse(*argv: str) -> Namespace:
@@ -36,7 +36,18 @@ def parse(*argv: str) -> Namespace:
         (["--skip-grid", "--no-metadata"], {"skip_grid": True, "no_metadata": True}),
         (["--n_sam", "4"], {"n_samples": 4}),
         (["--bf16"], {"precision": "bf16"}),
-        ([], {"precision": "autocast", "device": "auto", "sampler": "ddim", "seed": 42, "n_rows": 0, "H": None}),
+        (
+            [],
+            {
+                "precision": "autocast",
+                "device": "auto",
+                "sampler": None,
+                "scale": None,
+                "seed": 42,
+                "n_rows": 0,
+                "H": None,
+            },
+        ),
         (["--seed", "4294967295", "--scale", "-1.5"], {"seed": 2**32 - 1, "scale": -1.5}),
     ],
 )
@@ -79,8 +90,12 @@ def test_sampler_precedence(caplog):
     assert parse("--plms", "--ddim_eta", "0").sampler == "plms"
     assert parse("--plms", "--dpm_solver").sampler == "dpm_solver"
     assert "using DPM-Solver" in caplog.text
+    assert parse("--ddim", "--dpm_solver").sampler == "dpm_solver"
+    assert parse("--ddim").sampler == "ddim"
     with pytest.raises(ValueError, match="--plms needs --ddim_eta 0"):
         parse("--plms", "--ddim_eta", "0.2")
+    with pytest.raises(ValueError, match="--plms and --ddim are both given"):
+        parse("--plms", "--ddim")
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm import inference
@@ -115,6 +116,40 @@ def test_negative_prompt_counts(model):
     unguided = pixels(txt2img(model, ["a red circle"], scale=1.0, **options))
     avoided = pixels(txt2img(model, ["a red circle"], scale=1.0, negative_prompt="blue", **options))
     assert (unguided == avoided).all()  # without guidance there is nothing to avoid
+
+
+def test_models_name_their_own_sampling(ckpt, tmp_path):
+    config = OmegaConf.load(ckpt.with_name("config.yaml"))
+    path = tmp_path / "own.yaml"
+
+    def loaded(**own):
+        OmegaConf.save({"model": config.model, "sampling": own}, path)
+        return load_model(path, ckpt, device="cpu")
+
+    own = loaded(scale=4.0, sampler="dpm_solver", steps=3)
+    given = {"scale": 4.0, "sampler": "dpm_solver", "steps": 3}
+    quiet = {"seed": 1, "progress": False}
+    plain = load_model(ckpt=ckpt, device="cpu")
+    assert plain.sampling == {} and inference.sampling_settings(plain, 5.0) == (50, "ddim", 5.0)
+    assert (pixels(txt2img(own, PROMPTS, **quiet)) == pixels(txt2img(plain, PROMPTS, **given, **quiet))).all()
+    assert inference.sampling_settings(own, 7.5, steps=9, scale=1.0) == (9, "dpm_solver", 1.0)
+    assert inference.sampling_settings(own, 7.5, eta=0.5) == (3, "ddim", 4.0)
+    for mistake in ({"scales": 4}, {"sampler": "euler"}, {"steps": 0}, {"steps": 2.5}, {"scale": "much"}):
+        with pytest.raises(ValueError, match="it takes a number `scale`"):
+            loaded(**mistake)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm_solver", 0.0)])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_skipping_draws_the_same_random_numbers(model, sampler, eta, fixed):
+    options = {"steps": 4, "sampler": sampler, "eta": eta, "height": 16, "width": 48}
+    options["start_code"] = torch.zeros(2, 4, 8, 24) if fixed else None
+    inference.seed_everything(5)
+    txt2img(model, PROMPTS, **options, progress=False)
+    after = torch.rand(4)
+    inference.seed_everything(5)
+    inference.skip_txt2img(model, PROMPTS, **options)
+    assert (torch.rand(4) == after).all()
 
 
 def test_sizes(model):

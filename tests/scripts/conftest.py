@@ -12,6 +12,7 @@ from PIL import Image
 
 import ldm
 from ldm import cli
+from ldm import inference as real
 
 
 class FakeInference(ModuleType):
@@ -34,6 +35,8 @@ class FakeInference(ModuleType):
         self.calls.append(("load_model", {"config": config, "ckpt": ckpt, "device": device, "precision": precision}))
         path = Path(ckpt or "models/ldm/shapes64/model.ckpt")
         return SimpleNamespace(channels=4, latent_size=lambda h, w: (h // 8, w // 8), checkpoint_path=path)
+
+    sampling_settings = staticmethod(real.sampling_settings)
 
     def default_size(self, model):
         return 32
@@ -60,7 +63,7 @@ class FakeInference(ModuleType):
         self.drawn += len(images)
         return images
 
-    def txt2img(self, model, prompts, *, height, width, **arguments):
+    def txt2img(self, model, prompts, *, height, width, progress, **arguments):
         return self._draw("txt2img", prompts, (width, height), {"height": height, "width": width, **arguments})
 
     def encode_image(self, model, image, batch, height, width):
