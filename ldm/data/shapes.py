@@ -145,22 +145,27 @@ def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[rng.integers(len(options))]
 
 
-def _place(rng: np.random.Generator, radii: Sequence[float], relation: str | None) -> np.ndarray | None:
-    """Centres (N, 2) on the grid with the objects inside the picture and apart, or None when this draw does not fit."""
-    radii = np.asarray(radii)
-    centres = GRID * rng.integers(1, SIDE // GRID, (len(radii), 2))
-    if (np.minimum(centres, SIDE - centres) < radii[:, None] + 1).any():
-        return None
+@cache
+def placements(sizes: tuple[str, ...], relation: str | None = None) -> np.ndarray:
+    """All ways to put objects on the grid, inside the picture and apart: centres (N, objects, 2) in pixels.
+
+    relation: only those where the first object is clearly there from the second.
+    """
+    radii = np.array([SIZES[size] for size in sizes])
+    steps = GRID * np.arange(1, SIDE // GRID)
+    points = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
+    inside = [points[(np.minimum(points, SIDE - points) > radius).all(1)] for radius in radii]
+    choice = np.stack(np.meshgrid(*(np.arange(len(one)) for one in inside), indexing="ij"), -1).reshape(-1, len(radii))
+    centres = np.stack([one[choice[:, i]] for i, one in enumerate(inside)], 1)
+    fits = np.ones(len(centres), bool)
     for i in range(len(radii)):
         for j in range(i):
-            if np.abs(centres[i] - centres[j]).max() < radii[i] + radii[j] + 2:
-                return None
+            fits &= np.abs(centres[:, i] - centres[:, j]).max(1) >= radii[i] + radii[j] + 2
     if relation is not None:
-        along = np.array(RELATIONS[relation])
-        step = centres[0] - centres[1]
-        if step @ along < 1.3 * np.abs(step).min() or step @ along < np.abs(step).max():
-            return None
-    return centres
+        step = centres[:, 0] - centres[:, 1]
+        along, aside = step @ np.array(RELATIONS[relation]), np.abs(step).min(1)
+        fits &= (along >= 1.3 * aside) & (along == np.abs(step).max(1))
+    return centres[fits]
 
 
 def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = False) -> Scene:
@@ -175,14 +180,12 @@ def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = Fa
             pairs.append(pair)
     relation = _choose(rng, tuple(RELATIONS)) if objects > 1 else None
     while True:  # three large objects do not fit, so sizes are drawn anew as well
-        sizes = [_choose(rng, tuple(SIZES)) for _ in pairs]
-        radii = [SIZES[size] for size in sizes]
-        for _ in range(1000):
-            centres = _place(rng, radii, relation)
-            if centres is not None:
-                items = zip(pairs, sizes, centres, radii)
-                placed = tuple(Item(*p, s, float(x), float(y), r) for p, s, (x, y), r in items)
-                return Scene(background, placed, relation)
+        sizes = tuple(_choose(rng, tuple(SIZES)) for _ in pairs)
+        places = placements(sizes, relation)
+        if len(places):
+            centres = places[rng.integers(len(places))]
+            items = (Item(*p, s, float(x), float(y), SIZES[s]) for p, s, (x, y) in zip(pairs, sizes, centres))
+            return Scene(background, tuple(items), relation)
 
 
 def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
