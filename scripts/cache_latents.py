@@ -73,35 +73,46 @@ def load_model(config: Any, ckpt: str | None) -> Any:
     return instantiate_from_config(config.model).eval()
 
 
+def cached_section(model: Any, section: Any, folder: Path, args: Any) -> dict[str, Any]:
+    """Make the cache of a data section in `folder`, unless a finished one fits, and return the section that uses it."""
+    from omegaconf import OmegaConf
+
+    from ldm.data.cache import CachedDataset, build_cache, is_finished
+    from ldm.devices import choose_device
+    from ldm.util import instantiate_from_config
+
+    section = section.params.dataset if section.target == CACHED else section  # a config that is cached already
+    dataset = instantiate_from_config(section)
+    if is_finished(folder):
+        CachedDataset(folder, dataset).check(model)
+        cli.say(f"{folder} is finished already and kept as it is", sys.stdout)
+    else:
+        options = ("batch_size", "text", "variants", "flips", "dtype", "num_workers")
+        chosen = {name: getattr(args, name) for name in options}
+        build_cache(model, dataset, folder, device=choose_device(args.device), **chosen)
+    params = {"folder": str(folder), "dataset": OmegaConf.to_container(section)}
+    return {"target": CACHED, "params": params}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parser().parse_known_args(argv)
     config = read_config(args.base, overrides)
 
     from omegaconf import OmegaConf
 
-    from ldm.data.cache import build_cache
-    from ldm.devices import choose_device
-    from ldm.util import instantiate_from_config
-
     found = {name: config.data.params[name] for name in SECTIONS if config.get("data", {}).get("params", {}).get(name)}
     if not found:
         raise ValueError(f"{' '.join(args.base)}: there is no data.params.train section to cache")
-    device = choose_device(args.device)
     model = load_model(config, args.ckpt)
-    sections = {}
-    for name, section in found.items():
-        section = section.params.dataset if section.target == CACHED else section  # a config that is cached already
-        folder = build_cache(
-            model,
-            instantiate_from_config(section),
-            Path(args.out) / name,
-            device=device,
-            **{key: getattr(args, key) for key in ("batch_size", "text", "variants", "flips", "dtype", "num_workers")},
-        )
-        dataset = OmegaConf.to_container(section, resolve=True)
-        sections[name] = {"target": CACHED, "params": {"folder": str(folder), "dataset": dataset}}
-    cli.say("Put this into the config in place of the sections of the same name:\n", sys.stdout)
+    out = Path(args.out)
+    sections = {name: cached_section(model, section, out / name, args) for name, section in found.items()}
+    config.data.params.update(sections)
+    path = out / "config.yaml"
+    if not path.exists():
+        OmegaConf.save(config, path)
+    cli.say("What to put into the config in place of the sections of the same name:\n", sys.stdout)
     cli.say(OmegaConf.to_yaml({"data": {"params": sections}}), sys.stdout)
+    cli.say(f"{path} is the whole config with them: scripts/train.py --base {path} -t", sys.stdout)
 
 
 if __name__ == "__main__":

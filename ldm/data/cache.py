@@ -26,7 +26,7 @@ from ldm.data.cache_building import NOT_ENCODING, build_cache
 from ldm.data.cache_files import CacheError, check_same_dataset, check_shards, describe, is_finished, read_index
 from ldm.util import get_obj_from_str, instantiate_from_config
 
-__all__ = ["CacheError", "CachedDataset", "build_cache", "ensure_caches"]
+__all__ = ["CacheError", "CachedDataset", "build_cache", "ensure_caches", "is_finished"]
 
 logger = logging.getLogger(__name__)
 

@@ -57,15 +57,19 @@ def test_the_printed_sections_work(config, run, tmp_path) -> None:
     settings = ("--device", "cpu", "--text", "--flips", "--dtype", "float16", "--batch-size", 2, "pictures=photos")
     code, out, err = run("--base", config, "--ckpt", "model.ckpt", "--out", tmp_path / "c", *settings)
     assert code == 0, err
-    printed = OmegaConf.create(out[out.index("data:") :])
+    printed = OmegaConf.create(out[out.index("data:") : out.index("\n\n", out.index("data:"))])
+    assert OmegaConf.load(tmp_path / "c/config.yaml").data.params.train == printed.data.params.train
     for name in ("train", "validation"):
         cached = instantiate_from_config(printed.data.params[name])
         assert isinstance(cached, CachedDataset) and len(cached) == 2
         assert cached[0].keys() == {"moments", "caption", "context"}
         assert (cached.index["flips"], cached.index["dtype"]) == (True, "float16")
         cached.check(instantiate_from_config(OmegaConf.load(config).model | {"params": {"ckpt_path": "model.ckpt"}}))
-    code, _, err = run("--base", config, "--ckpt", "model.ckpt", "--out", tmp_path / "c", *settings)
-    assert code == 2 and "holds a finished cache" in err
+    code, out, _ = run("--base", config, "--ckpt", "model.ckpt", "--out", tmp_path / "c", *settings)
+    assert code == 0 and out.count("is finished already and kept as it is") == 2
+    small = ("data.params.train.params.size=16", *settings)
+    code, _, err = run("--base", config, "--ckpt", "model.ckpt", "--out", tmp_path / "c", *small)
+    assert code == 2 and "was made of another data set: size differ" in err
 
 
 def test_weights_may_come_by_the_config_and_sections_may_be_cached_already(config, run, tmp_path) -> None:
