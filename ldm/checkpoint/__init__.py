@@ -5,6 +5,7 @@ pickles    what a pickled file may ask for, and what it gets (nothing that can a
 families   what a file looks like, by its keys and shapes: which config, or why none
 filling    models on the meta device, filled by assignment
 starting   training that starts from a file that fits in part
+pruning    from a training's checkpoint to what sampling needs
 saving     published names, written whole or not at all
 hashing    the key of a set of weights
 """
@@ -12,6 +13,7 @@ hashing    the key of a set of weights
 from ldm.checkpoint.families import config_for, describe, detect_config, ema_name
 from ldm.checkpoint.filling import LoadReport, build_on_meta, fill_model
 from ldm.checkpoint.hashing import fingerprint
+from ldm.checkpoint.pruning import prune
 from ldm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint
 from ldm.checkpoint.saving import save_checkpoint
 from ldm.checkpoint.starting import init_from_checkpoint
@@ -28,6 +30,7 @@ __all__ = [
     "fill_model",
     "fingerprint",
     "init_from_checkpoint",
+    "prune",
     "read_checkpoint",
     "save_checkpoint",
 ]

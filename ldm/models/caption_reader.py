@@ -20,14 +20,20 @@ class CaptionReader(pl.LightningModule):
     from noise predictions; neither can a small model. Batches hold `caption`, B strings, and `attributes`, (B, K)
     int64. The checkpoint's `cond_stage_model.*` are what `FrozenCLIPEmbedder(ckpt_path=...)` takes from it.
 
-    cond_stage_config: the text encoder. classes: the number of values of each of the K attributes. width: the
+    cond_stage_config: the text encoder. scheduler_config: of the learning rate, as diffusion models take it. classes: the number of values of each of the K attributes. width: the
     encoder's output channels.
     """
 
     def __init__(
-        self, cond_stage_config: Mapping[str, Any], classes: Sequence[int], width: int, monitor: str | None = None
+        self,
+        cond_stage_config: Mapping[str, Any],
+        classes: Sequence[int],
+        width: int,
+        monitor: str | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.scheduler_config = scheduler_config
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
         self.cond_stage_model.requires_grad_(True)
         self.classes = list(classes)
@@ -59,6 +65,10 @@ class CaptionReader(pl.LightningModule):
         """Lightning's hook."""
         self.shared_step(batch, "val")
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Lightning's hook: AdamW at `self.learning_rate`."""
-        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    def configure_optimizers(self) -> Any:
+        """Lightning's hook: AdamW at `self.learning_rate`, with the config's schedule every step."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
+        if self.scheduler_config is None:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, instantiate_from_config(self.scheduler_config).schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

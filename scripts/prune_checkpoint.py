@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Make the file to give away from a training's checkpoint: averaged weights, no optimiser, no losses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
+
+from ldm import cli
+
+
+def parser() -> cli.ArgumentParser:
+    options = cli.ArgumentParser(description=__doc__)
+    options.add_argument("checkpoint", type=cli.user_path, help=".ckpt or .safetensors file")
+    options.add_argument("out", type=cli.user_path, help="file to write, .ckpt or .safetensors; it must not exist yet")
+    options.add_argument(
+        "--no_ema", action="store_true", help="the last weights, not their average"
+    )
+    options.add_argument("--half", action="store_true", help="weights in float16: half the size")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    opt = parser().parse_args(argv)
+
+    from ldm.checkpoint import prune, read_checkpoint, save_checkpoint
+
+    source = read_checkpoint(opt.checkpoint)
+    pruned = prune(source.state, use_ema=not opt.no_ema, half=opt.half)
+    path = save_checkpoint(opt.out, pruned, global_step=source.global_step or 0)
+    before, after = (Path(file).stat().st_size / 1e6 for file in (opt.checkpoint, path))
+    print(f"{path}: {len(pruned)} tensors, {after:.1f} MB instead of {before:.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
