@@ -16,9 +16,7 @@ def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     options.add_argument("checkpoint", type=cli.user_path, help=".ckpt or .safetensors file")
     options.add_argument("out", type=cli.user_path, help="file to write, .ckpt or .safetensors; it must not exist yet")
-    options.add_argument(
-        "--no_ema", action="store_true", help="the last weights, not their average"
-    )
+    options.add_argument("--no_ema", action="store_true", help="the last weights, not their average")
     options.add_argument("--half", action="store_true", help="weights in float16: half the size")
     return options
 

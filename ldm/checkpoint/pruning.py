@@ -22,9 +22,7 @@ def prune(state: Mapping[str, Tensor], *, use_ema: bool = True, half: bool = Fal
     averaged = {key for key in state if key.startswith(tuple(AVERAGES.values())) and ema_name(key) in state}
     copies = [key for key in state if key.startswith(tuple(AVERAGES)) and key not in EMA_COUNTERS]
     if len(averaged) != len(copies):
-        raise ValueError(
-            f"{len(copies)} averaged weights stand beside {len(averaged)} weights of the same names"
-        )
+        raise ValueError(f"{len(copies)} averaged weights stand beside {len(averaged)} weights of the same names")
     pruned = {}
     for key, value in state.items():
         if key.startswith((*AVERAGES, "loss.", "first_stage_model.loss.", "first_stage_model.model_ema.")):
