@@ -103,7 +103,8 @@ class LPIPS(nn.Module):
 
 def unit_length(x: Tensor, eps: float = 1e-10) -> Tensor:
     """(B, C, H, W) with the channels of every position scaled to the length 1."""
-    return x / (x.square().sum(dim=1, keepdim=True).sqrt() + eps)
+    # vector_norm, since a root of squares has no gradient where all channels are 0
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps)
 
 
 def _find(path: str | None, option: str, name: str, url: str) -> Path:
