@@ -12,6 +12,7 @@ from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 from ldm.util import instantiate_from_config
 
@@ -50,6 +51,7 @@ class Metrics(CSVLogger):
         super().__init__(folder, name="", version="metrics", flush_logs_every_n_steps=1)
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer, made when it is first needed."""
         if self._experiment is None:

@@ -38,6 +38,8 @@ OURS = ("checkpoint_callback", "setup_callback", "cuda_callback", TRAINSTEP)
 def train(args: argparse.Namespace) -> None:
     """Do what the command line asks for (see `ldm.cli_train`). Raises what `ldm.cli.run` can show in one line."""
     _quiet()
+    if not folders.is_first_process():
+        logging.getLogger("ldm").setLevel(logging.WARNING)
     settings = read_settings(args)
     for note in settings.notes:
         logger.info(note)

@@ -17,7 +17,7 @@ def check(tmp_path, content, batches, *argv) -> None:
     """Compare an unbroken run with one that is stopped after each of `batches`."""
     _, whole = start(tmp_path / "whole", content, *argv)
     for batch in batches:
-        content["lightning"]["callbacks"] = stop_at(batch)
+        content["lightning"]["callbacks"] |= stop_at(batch)
         code, parts = start(tmp_path / f"stopped-{batch}", content, *argv)
         assert code == 130
         step = read_step(parts)

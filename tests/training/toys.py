@@ -116,7 +116,7 @@ def config(model: dict[str, Any], length: int = 10, validation: int = 0, **data:
     return {
         "model": copy.deepcopy(model),
         "data": {"target": "main.DataModuleFromConfig", "params": params},
-        "lightning": {"trainer": trainer},
+        "lightning": {"trainer": trainer, "callbacks": {"image_logger": {"params": {"disabled": True}}}},
     }
 
 
