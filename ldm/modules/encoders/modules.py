@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
 from ldm.modules.encoders.clip_text import CLIPTextConfig, CLIPTextModel
 from ldm.modules.encoders.tokenizer import CLIPTokenizer, Tokenizer
+from ldm.modules.encoders.wordpiece import BERTTokenizer
+from ldm.modules.x_transformer import TransformerWrapper
 from ldm.util import instantiate_from_config
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -90,9 +93,97 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         return output.last_hidden_state if self.layer == "last" else output.hidden_states[self.layer_idx]
 
 
-def _resolve_tokenizer(tokenizer: Tokenizer | Mapping[str, Any] | None) -> Tokenizer:
+class BERTEmbedder(AbstractEncoder):
+    """Text to the features of a transformer trained along: the conditioning of the LAION-400M model.
+
+    n_embed, n_layer: width and depth. vocab_size: tokens that there are embeddings for. max_seq_len: tokens a text is
+    cut or padded to. device: accepted for old configs and ignored. use_tokenizer: False if batches hold token ids
+    (B, L) instead of texts. embedding_dropout: of the embeddings. tokenizer: None for BERT's own, a `{target, params}`
+    config, or a `Tokenizer`.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int = 30522,
+        max_seq_len: int = 77,
+        device: object = None,
+        use_tokenizer: bool = True,
+        embedding_dropout: float = 0.0,
+        tokenizer: Tokenizer | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = _resolve_tokenizer(tokenizer, BERTTokenizer) if use_tokenizer else None
+        if self.tokenizer is not None and self.tokenizer.vocab_size > vocab_size:
+            raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} ids, vocab_size is only {vocab_size}")
+        self.transformer = TransformerWrapper(vocab_size, max_seq_len, n_embed, n_layer, embedding_dropout)
+
+    def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """B texts, or token ids (B, L) where there is no tokenizer, to (B, L, n_embed); texts have L = max_seq_len."""
+        tokens = text if self.tokenizer is None else self.tokenizer(text, self.transformer.max_seq_len)
+        return self.transformer(tokens.to(self.transformer.norm.weight.device))
+
+
+class ClassEmbedder(AbstractEncoder):
+    """Class labels to learnt vectors, as a context of one token.
+
+    embed_dim: their width. n_classes: how many there are; for classifier-free guidance one more than the data has. key:
+    the batch's entry with the labels.
+    """
+
+    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+        super().__init__()
+        self.key = key
+        self.n_classes = n_classes
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    def forward(self, batch: Mapping[str, Tensor], key: str | None = None) -> Tensor:
+        """Labels (B,) of a batch to (B, 1, embed_dim). ValueError for labels that there are no classes for."""
+        labels = batch[self.key if key is None else key]
+        if wrong := labels[(labels < 0) | (labels >= self.n_classes)].tolist():
+            raise ValueError(f"class labels must be 0 to {self.n_classes - 1} (n_classes), not {wrong[:5]}")
+        return self.embedding(labels[:, None])
+
+
+class SpatialRescaler(AbstractEncoder):
+    """Maps to the size of the latents, and by a 1x1 convolution to fewer channels: layouts as conditions.
+
+    n_stages: how often the size is multiplied by `multiplier`. method: of interpolation. in_channels: of the map.
+    out_channels: after the convolution; None for no convolution. bias: whether it has one.
+    """
+
+    METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
+
+    def __init__(
+        self,
+        n_stages: int = 1,
+        method: str = "bilinear",
+        multiplier: float = 0.5,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if n_stages < 0 or method not in self.METHODS:
+            raise ValueError(f"n_stages is {n_stages}, at least 0; method is {method!r}, one of {self.METHODS}")
+        self.n_stages = n_stages
+        self.method = method
+        self.multiplier = multiplier
+        self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias) if out_channels is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, h, w)."""
+        for _ in range(self.n_stages):
+            x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
+        return x if self.channel_mapper is None else self.channel_mapper(x)
+
+
+def _resolve_tokenizer(
+    tokenizer: Tokenizer | Mapping[str, Any] | None, default: type[Tokenizer] = CLIPTokenizer
+) -> Tokenizer:
     if tokenizer is None:
-        return CLIPTokenizer()
+        return default()
     return tokenizer if isinstance(tokenizer, Tokenizer) else instantiate_from_config(tokenizer)
 
 
