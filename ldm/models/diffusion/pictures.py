@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.images import text_to_tensor
@@ -104,13 +105,13 @@ class LatentPictures:
         (inpaint). plot_progressive_rows: progressive_row, the x_0 that ancestral sampling sees on its way.
         use_ema_scope: with the averaged weights.
         """
-        z, c, log = self._originals(batch, N)
-        n_row = min(n_row, len(z))
-        if plot_diffusion_rows:
-            steps = self._noised_more_and_more(z[:n_row])
-            log["diffusion_row"] = row([self.decode_first_stage(step) for step in steps])
-        draw = {"cond": c, "shape": z.shape, "steps": ddim_steps, "eta": ddim_eta}
         with self.ema_scope("Plotting") if use_ema_scope else nullcontext():
+            z, c, log = self._originals(batch, N)
+            n_row = min(n_row, len(z))
+            if plot_diffusion_rows:
+                steps = self._noised_more_and_more(z[:n_row])
+                log["diffusion_row"] = row([self.decode_first_stage(step) for step in steps])
+            draw = {"cond": c, "shape": z.shape, "steps": ddim_steps, "eta": ddim_eta}
             if sample:
                 samples, seen = self._draw(**draw)
                 log["samples"] = self.decode_first_stage(samples)
@@ -155,7 +156,7 @@ class LatentPictures:
         if key not in batch or key == self.first_stage_key:
             return None
         image = images_of(batch, key, self.device)[:count]
-        return image if image.shape[1] in (1, 3) else None
+        return image.expand(-1, 3, -1, -1) if image.shape[1] in (1, 3) else None
 
     def _draw(
         self,
@@ -197,8 +198,6 @@ class LatentPictures:
         mask[:, :, h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 0.0  # 1 is kept
         inside, _ = self._draw(**draw, mask=mask, x0=z)
         outside, _ = self._draw(**draw, mask=1.0 - mask, x0=z)
-        return {
-            "samples_inpainting": self.decode_first_stage(inside),
-            "mask": 2.0 * mask - 1.0,
-            "samples_outpainting": self.decode_first_stage(outside),
-        }
+        inside, outside = self.decode_first_stage(inside), self.decode_first_stage(outside)
+        shown = F.interpolate(2.0 * mask - 1.0, size=inside.shape[2:]).expand(-1, 3, -1, -1)
+        return {"samples_inpainting": inside, "mask": shown, "samples_outpainting": outside}
