@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -241,6 +242,11 @@ class ShapesDataset:
             raise IndexError(f"index {index} is outside 0..{self.size - 1}")
         rng = np.random.default_rng((self.seed, index))
         return random_scene(rng, 1 + int(rng.choice(len(self.shares), p=self.shares)), self.held_out)
+
+    def describe(self) -> dict[str, Any]:
+        """What fixes the pictures: a cache made of others is refused."""
+        shares = [round(float(share), 6) for share in self.shares]
+        return {"size": self.size, "seed": self.seed, "object_weights": shares, "held_out": self.held_out}
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         """A caption of scene `index`: `rng` chooses what it leaves out."""
