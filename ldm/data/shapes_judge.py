@@ -103,7 +103,7 @@ def _fit(alpha: np.ndarray) -> tuple[float, str, float, float, float]:
         y = (top + bottom) / 2 - radius * (low + high)[1] / 2
         drawn = coverage(shape, x, y, radius, len(alpha))
         iou = float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum())
-        best = max(best, (iou, shape, x, y, radius))
+        best = max(best, (iou, shape, float(x), float(y), float(radius)))
     return best
 
 

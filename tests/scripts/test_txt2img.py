@@ -198,7 +198,7 @@ def test_failure_keeps_what_is_done(script, inference, capsys):
     assert len(names(Path("out/samples"))) == 3
 
 
-@pytest.mark.parametrize("name", ["txt2img", "img2img"])
+@pytest.mark.parametrize("name", ["txt2img", "img2img", "evaluate"])
 def test_help_imports_nothing_heavy_and_runs_anywhere(name, tmp_path):
     program = (
         "import runpy, sys\n"
@@ -213,4 +213,4 @@ def test_help_imports_nothing_heavy_and_runs_anywhere(name, tmp_path):
     # -I: neither the current folder nor PYTHONPATH helps to find the package
     done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--n_samples" in done.stdout
+    assert "--config" in done.stdout

@@ -1,0 +1,124 @@
+"""Distances between two folders of pictures, by features of the pictures; the arithmetic is torchmetrics'."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.data.folder import scan
+from ldm.images import load_image
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+logger = logging.getLogger(__name__)
+
+Features = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) uint8 to (B, D) float64
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes it
+_POSITIONS = 4  # latents are averaged to this many positions a side
+_KERNEL_SUBSET, _KERNEL_SUBSETS = 1000, 100  # as published (Binkowski et al. 2018)
+
+
+def first_stage_features(model: LatentDiffusion) -> Features:
+    """The latents of a model's first stage, averaged to 4x4 positions: D = 16 times its channels."""
+
+    @torch.no_grad()
+    def features(pictures: Tensor) -> Tensor:
+        model.latent_size(*pictures.shape[2:])
+        encoded = model.encode_first_stage(pictures.to(model.device).float() / 127.5 - 1)
+        latents = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded  # (B, C, h, w)
+        return nn.functional.adaptive_avg_pool2d(latents.float(), _POSITIONS).flatten(1).cpu().double()
+
+    return features
+
+
+def inception_features(device: torch.device) -> Features:
+    """The 2048 features of Inception v3 that FID is published with, from torch-fidelity and its weights on disk.
+
+    Raises ImportError or FileNotFoundError where one of them is missing: nothing is downloaded.
+    """
+    if find_spec("torch_fidelity") is None:
+        raise ImportError("Inception features need torch-fidelity: install it, or use --features first-stage")
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"there are no Inception weights at {weights}: put torch-fidelity's {INCEPTION_FILE} there, or use "
+            "--features first-stage"
+        )
+    network = NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
+    network = network.to(device)
+
+    @torch.no_grad()
+    def features(pictures: Tensor) -> Tensor:
+        return network(pictures.to(device)).cpu().double()
+
+    return features
+
+
+def folder_features(
+    folder: Path, features: Features, batch: int, size: tuple[int, int] | None = None
+) -> tuple[Tensor, tuple[int, int]]:
+    """(features (N, D), (width, height)) of the pictures in a folder, which need one size: `size` if that is given.
+
+    Raises ValueError for fewer than two pictures, unequal sizes and files that are no pictures.
+    """
+    names, _ = scan(folder)
+    if len(names) < 2:
+        raise ValueError(f"{folder} holds one picture, and a distance needs two or more in each folder")
+    found, pictures = [], []
+    for number, name in enumerate(tqdm(names, desc=folder.name, unit="picture"), 1):
+        picture = load_image(folder / name)
+        size = size or picture.size
+        if picture.size != size:
+            given, wanted = ("x".join(map(str, pair)) for pair in (picture.size, size))
+            raise ValueError(f"{folder / name} is {given}, but the pictures before it are {wanted}: use one size")
+        pictures.append(np.asarray(picture))
+        if len(pictures) == batch or number == len(names):
+            found.append(features(torch.from_numpy(np.stack(pictures)).movedim(-1, 1).contiguous()))
+            pictures = []
+    return torch.cat(found), size
+
+
+def distances(one: Tensor, other: Tensor) -> dict[str, float]:
+    """Frechet distance (Heusel et al. 2017) and kernel distance (Binkowski et al. 2018) of features (N, D), (M, D).
+
+    The kernel distance is the mean over random subsets, with its standard deviation beside it; as an unbiased estimate
+    it is below 0 about as often as above where nothing differs.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    counts = (len(one), len(other))
+    if min(counts) <= one.shape[1]:
+        logger.warning(
+            "%d pictures for %d features: too few to know their covariance, and the Frechet distance depends on the "
+            "number of pictures",
+            min(counts),
+            one.shape[1],
+        )
+    as_given = nn.Identity()
+    as_given.num_features = one.shape[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that features take memory
+        kernel = KernelInceptionDistance(as_given, _KERNEL_SUBSETS, min(_KERNEL_SUBSET, *counts))
+    frechet = FrechetInceptionDistance(as_given)
+    for metric in (frechet, kernel):
+        metric.update(one.double(), real=True)
+        metric.update(other.double(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the subsets
+        mean, deviation = kernel.compute()
+    return {"frechet": float(frechet.compute()), "kernel": float(mean), "kernel_deviation": float(deviation)}

@@ -1,0 +1,136 @@
+#!/usr/bin/env python
+"""Score a model of drawn scenes by the judge, on prompts drawn afresh; or measure how far two folders of pictures are
+apart, with `evaluate.py distance FOLDER FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
+
+from ldm import cli
+from ldm.devices import DEVICES
+from ldm.util import public_path
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+KINDS = ("single", "single-full", "relation", "relation-plain", "held-out", "held-out-relation")
+SAMPLERS = ("ddim", "plms", "dpm_solver")
+
+
+def parser() -> cli.ArgumentParser:
+    options = cli.ArgumentParser(description=__doc__)
+    count = cli.number(int, 1)
+    options.add_argument("--prompts", type=count, default=1000, help="prompts of each kind (%(default)s)")
+    options.add_argument(
+        "--kinds", type=_kinds, default=KINDS, metavar="KIND,...", help=f"of {', '.join(KINDS)} (all of them)"
+    )
+    options.add_argument("--sampler", choices=SAMPLERS, default="dpm_solver", help="(%(default)s)")
+    options.add_argument("--steps", type=cli.number(int, 1, 1000), default=20, help="(%(default)s)")
+    options.add_argument("--scale", type=cli.number(float), help="guidance scale (the model's own, else 7.5)")
+    options.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="(%(default)s)")
+    options.add_argument("--out", type=cli.user_path, default="outputs/evaluation", help="folder (%(default)s)")
+    _add_model(options)
+    commands = options.add_subparsers(dest="command", metavar="distance")
+    distance = commands.add_parser("distance", help="the distance between two folders of pictures")
+    distance.add_argument("folders", nargs=2, type=cli.user_path, metavar="FOLDER")
+    distance.add_argument(
+        "--features",
+        choices=("first-stage", "inception"),
+        default="first-stage",
+        help="what pictures are compared by: a model's first stage, or Inception where its weights are (%(default)s)",
+    )
+    _add_model(distance)
+    return options
+
+
+def _add_model(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--ckpt", type=cli.user_path, metavar="FILE", help="the model (the bundled one)")
+    options.add_argument("--config", type=cli.user_path, metavar="FILE", help="its YAML (found from the checkpoint)")
+    options.add_argument("--batch", type=cli.number(int, 1), default=100, help="pictures at once (%(default)s)")
+    options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+
+
+def _kinds(text: str) -> list[str]:
+    unknown = [kind for kind in text.split(",") if kind not in KINDS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(KINDS)}")
+    return text.split(",")
+
+
+def load(args: argparse.Namespace) -> LatentDiffusion:
+    """The model to look at: the bundled one, if none is named."""
+    from ldm import inference
+
+    ckpt = args.ckpt or public_path(inference.BUNDLED_CKPT)
+    if ckpt is None:
+        raise FileNotFoundError(f"the bundled {inference.BUNDLED_CKPT} is not there: name a --ckpt")
+    return inference.load_model(args.config, ckpt, device=args.device, precision="full")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score the kinds one by one; what is done is on disk, whatever happens to the rest."""
+    from ldm import inference
+    from ldm.evaluation import report, scores
+
+    model = load(args)
+    scores.check_model(model)
+    steps, sampler, scale = inference.sampling_settings(model, 7.5, args.steps, args.sampler, args.scale)
+    sampling = {"steps": steps, "sampler": sampler, "scale": scale}
+    run = {"model": cli.model_name(model), "prompts": args.prompts, "seed": args.seed, "batch": args.batch}
+    run["device"] = str(model.device)
+    folder = report.new_folder(Path(args.out))
+    first, originals, back = scores.score_first_stage(model, args.prompts, args.batch, args.seed)
+    pairs = [picture for pair in zip(originals, back) for picture in pair]
+    wrong = [2 * entry["index"] + 1 for entry in first["wrong"]]
+    report.sheet(pairs, wrong).save(folder / "reconstructions.png")
+    results = {"settings": run | sampling, "first stage": first, "kinds": {}}
+    for kind in args.kinds:
+        prompts = scores.prompts_of(kind, args.prompts, args.seed)
+        pictures = scores.draw_all(model, prompts, args.batch, args.seed, title=kind, **sampling)
+        found = scores.summary(prompts, scores.judge_all(pictures, prompts))
+        results["kinds"][kind] = found
+        report.sheet(pictures, [entry["index"] for entry in found["wrong"]]).save(folder / f"{kind}.png")
+        report.write(folder, results)
+    cli.say(f"{report.markdown(results)}\nTable, numbers and pictures: {folder}", sys.stdout)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """The distance between two folders, and what it may be compared with."""
+    from ldm.devices import choose_device
+    from ldm.evaluation import distances
+
+    if args.features == "inception":
+        features, means = distances.inception_features(choose_device(args.device)), "Inception v3, as FID and KID"
+    else:
+        model = load(args)
+        features, means = distances.first_stage_features(model), f"the first stage of {cli.model_name(model)}"
+    size, found = None, []
+    for folder in args.folders:
+        one, size = distances.folder_features(Path(folder), features, args.batch, size)
+        found.append(one)
+    result = distances.distances(*found)
+    counts = " and ".join(str(len(one)) for one in found)
+    cli.say(
+        f"Frechet distance {result['frechet']:.6g}\n"
+        f"kernel distance  {result['kernel']:.6g} +- {result['kernel_deviation']:.2g}\n"
+        f"of {counts} pictures, by {found[0].shape[1]} features of {means}",
+        sys.stdout,
+    )
+    if args.features != "inception":
+        cli.say("Not the published FID or KID: comparable only with distances by these features.", sys.stdout)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    (measure if args.command == "distance" else evaluate)(args)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

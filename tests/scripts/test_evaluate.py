@@ -1,0 +1,79 @@
+"""scripts/evaluate.py on the bundled model: a handful of prompts, and the distance of what it writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm import cli, inference
+from ldm.evaluation.scores import KINDS
+from scripts import evaluate
+from tests.tiny import write_tiny
+
+
+def run(*argv: object) -> int:
+    return cli.run(evaluate.main, [str(word) for word in argv])
+
+
+def test_the_script_knows_what_there_is() -> None:
+    assert tuple(KINDS) == evaluate.KINDS and inference.SAMPLERS == evaluate.SAMPLERS
+
+
+def test_the_same_command_gives_the_same_table_in_a_folder_of_its_own(tmp_path: Path, capsys) -> None:
+    command = ("--prompts", 3, "--kinds", "held-out-relation,single", "--steps", 2, "--batch", 2, "--device", "cpu")
+    for _ in range(2):
+        assert run(*command, "--out", tmp_path / "out") == 0
+    output = capsys.readouterr().out
+    assert "First stage: " in output and f"Table, numbers and pictures: {tmp_path / 'out-2'}" in output
+    files = ["held-out-relation.png", "reconstructions.png", "results.json", "results.md", "single.png"]
+    for folder in (tmp_path / "out", tmp_path / "out-2"):
+        assert sorted(path.name for path in folder.iterdir()) == files
+    assert (tmp_path / "out/results.json").read_text() == (tmp_path / "out-2/results.json").read_text()
+    assert (tmp_path / "out/single.png").read_bytes() == (tmp_path / "out-2/single.png").read_bytes()
+
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(results["kinds"]) == ["held-out-relation", "single"]
+    assert results["settings"]["steps"] == 2 and results["settings"]["sampler"] == "dpm_solver"
+    assert results["first stage"]["psnr"] > 25 and results["first stage"]["prompts"] == 3
+
+
+def test_distance_of_folders(tmp_path: Path, capsys) -> None:
+    for name, colours in {"a": ("red", "blue", "tan"), "b": ("green", "blue")}.items():
+        (tmp_path / name).mkdir()
+        for colour in colours:
+            Image.new("RGB", (32, 32), colour).save(tmp_path / name / f"{colour}.png")
+    shutil.copytree(tmp_path / "a", tmp_path / "same")
+    model = ("--ckpt", write_tiny(tmp_path), "--device", "cpu")
+    assert run("distance", tmp_path / "a", tmp_path / "same", *model) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert abs(float(lines[-4].removeprefix("Frechet distance "))) < 1e-5
+    assert lines[-2].startswith("of 3 and 3 pictures, by 64 features of the first stage of ")
+    assert lines[-1].startswith("Not the published FID or KID")
+    assert run("distance", tmp_path / "a", tmp_path / "b", *model) == 0
+    assert float(capsys.readouterr().out.splitlines()[-4].removeprefix("Frechet distance ")) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--kinds", "single,triple"], "argument --kinds: 'triple' is not one of single, single-full"),
+        (["--prompts", "0"], "'0' is not a whole number of at least 1"),
+        (["distance", "one"], "the following arguments are required: FOLDER"),
+        (["distance", "nowhere", "."], "there is no folder nowhere"),
+        (["--ckpt", "tiny"], "the judge reads drawn scenes of 64x64 pixels, but this model draws 32x32"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = [str(write_tiny(tmp_path)) if word == "tiny" else word for word in argv]
+    try:
+        code = run(*argv)
+    except SystemExit as end:  # argparse's way
+        code = end.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not Path("outputs").exists()
