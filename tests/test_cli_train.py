@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -10,14 +11,18 @@ import pytest
 from ldm.cli_train import parse_train
 
 
+def parsed(text: str) -> argparse.Namespace:
+    return parse_train(text.split())
+
+
 def test_public_command():
-    args = parse_train("--base configs/autoencoder/x.yaml -t --gpus 0,".split())
+    args = parsed("--base configs/autoencoder/x.yaml -t --gpus 0,")
     assert args.base == ["configs/autoencoder/x.yaml"] and args.train is True and args.trainer == {"gpus": "0,"}
     assert (args.seed, args.scale_lr, args.no_test, args.logdir) == (None, None, False, "logs")
 
 
 def test_settings_may_stand_anywhere():
-    args = parse_train("-b a.yaml b.yaml model.x=1 -t data.params.y=[1,2] --max_steps 5 model.z.w=a=b".split())
+    args = parsed("-b a.yaml b.yaml model.x=1 -t data.params.y=[1,2] --max_steps 5 model.z.w=a=b")
     assert args.base == ["a.yaml", "b.yaml"] and args.trainer == {"max_steps": 5}
     assert sorted(args.dotlist) == ["data.params.y=[1,2]", "model.x=1", "model.z.w=a=b"]
 
@@ -30,7 +35,7 @@ def test_yes_or_no(text, expected):
 
 
 def test_alternative_spellings():
-    args = parse_train("-b a.yaml --no_test --scale_lr False --val_check_interval 0.5 --limit-val-batches 3".split())
+    args = parsed("-b a.yaml --no_test --scale_lr False --val_check_interval 0.5 --limit-val-batches 3")
     assert args.no_test is True and args.scale_lr is False
     assert args.trainer == {"val_check_interval": 0.5, "limit_val_batches": 3}
 
@@ -49,7 +54,7 @@ MISTAKES = [
 @pytest.mark.parametrize("text, message", MISTAKES)
 def test_mistakes(text, message, capsys):
     with pytest.raises(SystemExit) as end:
-        parse_train(text.split())
+        parsed(text)
     err = capsys.readouterr().err
     assert end.value.code == 2 and message in err and err.count("\n") == 1
 

@@ -77,6 +77,7 @@ def _quiet() -> None:
         r".*exists and is not empty",
         r".*no `val_dataloader`|.*defined a `validation_step` but have no",
         r".*GPU available but not used",
+        r".*isinstance\(treespec, LeafSpec\)",
     ):
         warnings.filterwarnings("ignore", message=text)
 
@@ -88,7 +89,7 @@ def build_data(settings: Settings) -> pl.LightningDataModule:
     """The data module, its data sets built. A config that names no seed gets the run's."""
     config = settings.project["data"]
     params = dict(config.get("params") or {})
-    if "target" in config and config["target"].endswith("DataModuleFromConfig"):
+    if str(config.get("target")).endswith("DataModuleFromConfig"):
         params.setdefault("seed", settings.seed)
     data = instantiate_from_config({**config, "params": params})
     data.prepare_data()

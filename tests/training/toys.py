@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import os
 import signal
@@ -69,7 +70,7 @@ class TwoPlayers(pl.LightningModule):
             if (batch_idx + 1) % every == 0 or last:
                 optimizer.step()
             self.untoggle_optimizer(optimizer)
-        self.log("train/loss", self.player(x, rebuilt).detach())
+        self.log("train/loss", self.player(x, rebuilt).detach(), batch_size=len(x))
 
     def player(self, x: Tensor, rebuilt: Tensor) -> Tensor:
         return (x - rebuilt).square().mean() - 0.1 * self.critic(rebuilt).mean()
@@ -78,7 +79,7 @@ class TwoPlayers(pl.LightningModule):
         return self.critic(rebuilt).relu().mean() - self.critic(x).mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.log("val/loss", self.net(batch["jpg"].movedim(-1, 1) + torch.randn(1)).square().mean())
+        self.log("val/loss", self.net(batch["jpg"].movedim(-1, 1) + torch.randn(1)).square().mean(), batch_size=2)
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.average.lerp_(self.net.weight.detach(), 0.1)
@@ -93,6 +94,20 @@ class SignalAt(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.fit_loop.total_batch_idx == self.batch:
             os.kill(os.getpid(), self.signal)
+
+
+class FailAt(pl.Callback):
+    """Raises an error, given as "Kind: text", in the batch of that number."""
+
+    def __init__(self, batch: int, error: str) -> None:
+        name, _, text = error.partition(": ")
+        self.batch = batch
+        self.error = getattr(torch, name, None) or getattr(builtins, name)
+        self.text = text
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            raise self.error(self.text)
 
 
 def diffusion(**changes: Any) -> dict[str, Any]:

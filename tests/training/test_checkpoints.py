@@ -1,0 +1,179 @@
+"""Checkpoint files: whole or not there, of plain values, the right ones kept."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.checkpoint import read_checkpoint
+from ldm.training import checkpoints
+from ldm.training.checkpoints import Checkpoints, WholeFiles, read_training_state, remove_partial_files
+from tests.training.toys import assert_same_weights, config, run, start, two_players, weights
+
+STATE = {"state_dict": {"w": torch.ones(3)}, "loops": {}, "place": {}, "optimizer_states": [], "global_step": 7}
+
+
+def test_files_hold_plain_values(tmp_path):
+    odd = STATE | {"score": np.float64(0.5), "folder": Path("x/y"), "nested": [(np.int64(3), {"k": np.bool_(True)})]}
+    WholeFiles().save_checkpoint(odd, tmp_path / "new" / "a.ckpt")
+    found = WholeFiles().load_checkpoint(tmp_path / "new" / "a.ckpt")
+    assert (found["score"], found["folder"], found["nested"]) == (0.5, "x/y", [(3, {"k": True})])
+    assert read_checkpoint(tmp_path / "new" / "a.ckpt").global_step == 7
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("failed writing file")]
+)
+def test_a_full_disk_costs_nothing(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint(STATE, path)
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    with pytest.raises(OSError, match=f"cannot write last.ckpt to {tmp_path}: No space left on device"):
+        WholeFiles().save_checkpoint(STATE | {"global_step": 8}, path)
+    assert read_training_state(path)["global_step"] == 7 and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+KILLED = """
+import sys, time, torch
+from ldm.training import checkpoints
+
+save = torch.save
+def slow(state, file):
+    save(state, file)
+    file.flush()
+    print("written", flush=True)
+    time.sleep(60)
+
+state = torch.load(sys.argv[1], weights_only=True)
+checkpoints.torch.save = slow
+checkpoints.WholeFiles().save_checkpoint(state | {"global_step": 8}, sys.argv[1])
+"""
+
+
+def test_a_kill_while_saving_costs_nothing(tmp_path):
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint(STATE, path)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    process.kill()
+    process.wait()
+    assert read_training_state(path)["global_step"] == 7 and len(list(tmp_path.iterdir())) == 2
+    remove_partial_files(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_files_that_no_run_can_go_on_from(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match=r"holds weights, but not the state of a run .*model\.params\.ckpt_path"):
+        read_training_state(tmp_path / "weights.ckpt")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint at all")
+    with pytest.raises(ValueError, match="is a text file, not a checkpoint"):
+        read_training_state(tmp_path / "text.ckpt")
+
+
+class FakeTrainer(SimpleNamespace):
+    """Counters of a Trainer, and a `save_checkpoint` that writes the step."""
+
+    def __init__(self) -> None:
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(), epoch_progress=SimpleNamespace())
+        super().__init__(
+            callback_metrics={},
+            current_epoch=0,
+            fast_dev_run=False,
+            fit_loop=loop,
+            global_step=0,
+            is_global_zero=True,
+            sanity_checking=False,
+            strategy=SimpleNamespace(broadcast=lambda x: x),
+        )
+
+    def save_checkpoint(self, path, weights_only=False) -> None:
+        Path(path).write_text(str(self.global_step))
+
+
+@pytest.fixture
+def trainer(monkeypatch) -> FakeTrainer:
+    monkeypatch.setattr(checkpoints, "between_steps", lambda trainer: trainer.global_step % 10 != 9)
+    return FakeTrainer()
+
+
+def validate(saver: Checkpoints, trainer: FakeTrainer, epoch: int, score: float | None) -> None:
+    trainer.current_epoch, trainer.global_step = epoch, 10 * epoch + 5
+    trainer.callback_metrics = {} if score is None else {"val/loss": torch.tensor(score)}
+    saver.on_validation_end(trainer, None)
+    saver.on_train_epoch_end(trainer, None)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_best_stay(tmp_path, trainer):
+    saver = Checkpoints(tmp_path, monitor="val/loss", save_top_k=2)
+    for epoch, score in enumerate([3.0, 1.0, float("nan"), 2.0, 5.0]):
+        validate(saver, trainer, epoch, score)
+        assert (tmp_path / "last.ckpt").read_text() == str(trainer.global_step)
+    assert names(tmp_path) == ["000001.ckpt", "000003.ckpt", "last.ckpt"]
+    again = Checkpoints(tmp_path, monitor="val/loss", save_top_k=2)
+    again.load_state_dict(saver.state_dict())
+    validate(again, trainer, 5, 1.5)
+    assert names(tmp_path) == ["000001.ckpt", "000005.ckpt", "last.ckpt"]
+
+
+def test_the_newest_stay_where_nothing_is_monitored(tmp_path, trainer):
+    saver = Checkpoints(tmp_path, monitor="val/other")
+    for epoch in range(3):
+        validate(saver, trainer, epoch, 1.0)
+    assert names(tmp_path) == ["000002.ckpt", "last.ckpt"]
+
+
+def test_every_so_many_steps_between_optimiser_steps(tmp_path, trainer):
+    saver = Checkpoints(tmp_path, "{step:04}", every_n_train_steps=3, save_top_k=-1, save_last=False)
+    for trainer.global_step in range(12):  # 9 is not between two steps
+        saver.on_train_batch_start(trainer)
+    assert names(tmp_path) == ["0003.ckpt", "0006.ckpt", "0010.ckpt"]
+
+
+def test_nothing_is_overwritten(tmp_path, trainer):
+    (tmp_path / "000000.ckpt").write_text("another run's")
+    saver = Checkpoints(tmp_path)
+    validate(saver, trainer, 0, None)
+    assert names(tmp_path) == ["000000-000000005.ckpt", "000000.ckpt", "last.ckpt"]
+    assert (tmp_path / "000000.ckpt").read_text() == "another run's"
+
+
+def test_mistakes(tmp_path, trainer):
+    with pytest.raises(ValueError, match="mode 'best' is not one of min, max"):
+        Checkpoints(tmp_path, mode="best")
+    with pytest.raises(ValueError, match="nothing logs 'val/psnr'"):
+        validate(Checkpoints(tmp_path, "{val/psnr:.2f}"), trainer, 0, None)
+
+
+def test_an_earlier_checkpoint_leads_to_the_same_end(tmp_path):
+    """Written in the middle of an epoch, at its end and after a validation: all lead back to their place."""
+    content = config(two_players(), length=14, validation=2)
+    content["lightning"]["modelcheckpoint"] = {"params": {"every_n_train_steps": 5, "save_top_k": -1}}
+    content["lightning"]["modelcheckpoint"]["params"]["filename"] = "{step:06}"
+    _, folder = start(tmp_path, content, "--max_steps", 30)  # two optimisers: two steps a batch
+    end = weights(folder)
+    saved = sorted(path.name for path in (folder / "checkpoints").glob("0*.ckpt"))
+    assert len(saved) >= 5
+    for name in saved[:3]:
+        time.sleep(1.1 if name == saved[1] else 0)  # names of what is put aside hold the second
+        assert run("--resume", folder / "checkpoints" / name, "-t") == 0
+        assert_same_weights(weights(folder), end)
+    kept = list((folder / "checkpoints").glob("last-until-*.ckpt"))
+    assert kept and all(os.path.getsize(path) for path in kept)

@@ -1,0 +1,80 @@
+"""A run put together from its settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pytorch_lightning.callbacks import LearningRateMonitor
+
+from ldm.cli_train import parse_train
+from ldm.training.checkpoints import Checkpoints
+from ldm.training.configs import read_settings
+from ldm.training.images import ImageLogger
+from ldm.training.run import build_trainer
+from ldm.util import get_obj_from_str
+from tests.training.toys import TwoPlayers, config, two_players, write
+
+PUBLIC = json.loads((Path(__file__).parent.parent / "reference/public_configs.json").read_text())
+
+
+class Drawing(TwoPlayers):
+    """A model that pictures can be had from."""
+
+    monitor = "val/rec_loss"
+
+    def log_images(self, batch, **kwargs):
+        return {}
+
+
+def built(tmp_path: Path, *configs: dict, model=None, argv=()):
+    paths = [write(tmp_path, content, f"{i}.yaml") for i, content in enumerate(configs)]
+    settings = read_settings(parse_train(["-t", *map(str, argv), "--base", *map(str, paths)]))
+    return settings, build_trainer(settings, model or Drawing(), tmp_path, "now")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PUBLIC if "lightning" in PUBLIC[name]))
+def test_public_lightning_sections(tmp_path, name):
+    toy = config(two_players())
+    toy["lightning"] = {"trainer": {"accelerator": "cpu"}}
+    section = PUBLIC[name]["lightning"]
+    settings, trainer = built(tmp_path, toy, {"lightning": section})
+    (images,) = (callback for callback in trainer.callbacks if isinstance(callback, ImageLogger))
+    assert images.batch_frequency == section["callbacks"]["image_logger"]["params"]["batch_frequency"]
+    assert any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
+    savers = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]
+    assert (savers[0].monitor, savers[0].save_top_k) == ("val/rec_loss", 3)
+    if "modelcheckpoint" in section:
+        assert [saver.every_n_train_steps for saver in savers] == [5000, 10000]
+        assert [saver.save_weights_only for saver in savers] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "name", ["DataModuleFromConfig", "WrappedDataset", "ImageLogger", "SetupCallback", "CUDACallback"]
+)
+def test_public_names(name):
+    assert get_obj_from_str(f"main.{name}").__name__ == name
+
+
+def test_hand_made_optimisation_accumulates_itself(tmp_path):
+    settings, trainer = built(tmp_path, config(two_players()), argv=("--accumulate_grad_batches", 4))
+    assert trainer.accumulate_grad_batches == 1 and settings.trainer["accumulate_grad_batches"] == 4
+
+
+def test_defaults(tmp_path, capsys):
+    _, trainer = built(tmp_path, config(two_players()), model=TwoPlayers())
+    assert trainer.max_epochs == 1000 and trainer.max_steps == -1
+    assert not any(isinstance(callback, ImageLogger) for callback in trainer.callbacks)  # nothing to draw
+    _, trainer = built(tmp_path, config(two_players()), model=TwoPlayers(), argv=("--max_steps", 7))
+    assert trainer.max_steps == 7
+
+
+@pytest.mark.parametrize("target", ["pytorch_lightning.loggers.TestTubeLogger", None])
+def test_removed_logger(tmp_path, caplog, target):
+    content = config(two_players())
+    content["lightning"]["logger"] = {"params": {"name": "testtube"}} | ({"target": target} if target else {})
+    caplog.set_level("INFO", logger="ldm")
+    _, trainer = built(tmp_path, content)
+    assert "metrics are written as CSV" in caplog.text
+    assert trainer.loggers[0].log_dir == str(tmp_path / "metrics")

@@ -1,0 +1,76 @@
+"""Signals: who answers them, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from ldm.training import stopping
+from ldm.training.stopping import Signals, Stopped
+
+
+class Saver:
+    def __init__(self) -> None:
+        self.saved = 0
+
+    def save_last_now(self, trainer) -> str:
+        self.saved += 1
+        return "last.ckpt"
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    monkeypatch.setattr(stopping, "between_steps", lambda trainer: trainer.between)
+    before = [signal.getsignal(number) for number in stopping.STOP + stopping.SAVE]
+    callback = Signals(Saver())
+    callback.on_train_start()
+    yield callback
+    callback.teardown()
+    assert [signal.getsignal(number) for number in stopping.STOP + stopping.SAVE] == before
+
+
+def trainer(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{"between": True, "sanity_checking": False, "fast_dev_run": 0, "world_size": 1} | changes)
+
+
+@pytest.mark.parametrize("number", stopping.STOP)
+def test_stop(signals, number):
+    os.kill(os.getpid(), number)
+    signals.on_train_batch_start(trainer(between=False))
+    assert signals.checkpoints.saved == 0
+    with pytest.raises(Stopped, match=r"last\.ckpt is where it goes on"):
+        signals.on_train_batch_start(trainer())
+    assert signals.checkpoints.saved == 1
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second Ctrl-C ends the process at once
+
+
+def test_save_once_and_go_on(signals):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    for _ in range(2):
+        signals.on_train_batch_start(trainer())
+    assert signals.checkpoints.saved == 1
+
+
+def test_nothing_is_saved_before_the_first_step(signals):
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Stopped, match="before the first step"):
+        signals.on_validation_batch_end(trainer(sanity_checking=True))
+    assert signals.checkpoints.saved == 0
+
+
+@pytest.mark.parametrize("received", [None, signal.SIGTERM])
+def test_one_process_stops_all(signals, received):
+    """Another process was asked to stop, or this one was: the decision is common."""
+    asked = []
+
+    def anyone(decision, all):
+        asked.append(decision)
+        return True
+
+    signals._received = received
+    with pytest.raises(Stopped):
+        signals.on_train_batch_start(trainer(world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=anyone)))
+    assert asked == [received is not None]
