@@ -36,7 +36,8 @@ class ImageLogger(pl.Callback):
     last time. max_images: items of the batch; 0 for none. clamp: kept for public configs; values too large for a
     picture are cut off either way. increase_log_steps: draw at batches 1, 2, 4, 8 ... too. rescale: values are from -1
     to 1, else from 0 to 1. disabled: draw nothing. log_on_batch_idx: count from the beginning of the epoch.
-    log_first_step: draw at batch 0 too. log_images_kwargs: passed on to `log_images`.
+    log_first_step: draw at batch 0 too. log_images_kwargs: passed on to `log_images`. enable_autocast: kept for public
+    configs; pictures are made in the precision of the model's weights.
 
     Pictures that cannot be made or written cost a warning, not the run. Under FSDP, where no process has all of the
     model, there are none.
@@ -53,6 +54,7 @@ class ImageLogger(pl.Callback):
         log_on_batch_idx: bool = False,
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
+        enable_autocast: bool = True,
     ) -> None:
         if batch_frequency < 1:
             raise ValueError(f"batch_frequency must be at least 1, not {batch_frequency}; disabled: true draws nothing")
