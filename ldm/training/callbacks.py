@@ -78,6 +78,12 @@ class ProgressBar(TQDMProgressBar):
         """Lightning's hook."""
         return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Lightning's hook."""
+        # The means of an epoch over all processes: the bar of the first one alone would wait for the others' shares.
+        _ = trainer.progress_bar_metrics
+        super().on_train_epoch_end(trainer, module)
+
 
 class CUDACallback(pl.Callback):
     """Logs how long every epoch took and, on a GPU, the most memory that it held."""

@@ -15,6 +15,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from ldm.data.cache import ensure_caches
+from ldm.devices import choose_device
 from ldm.training import folders
 from ldm.training.callbacks import CUDACallback, ProgressBar, SetupCallback
 from ldm.training.checkpoints import Checkpoints, WholeFiles, read_training_state, remove_partial_files
@@ -32,6 +34,7 @@ MAX_EPOCHS = 1000  # as in the public script, where nothing else ends a run
 IMAGE_LOGGER = {"target": "main.ImageLogger", "params": {"batch_frequency": 750, "max_images": 4, "clamp": True}}
 RATE_LOGGER = {"target": "pytorch_lightning.callbacks.LearningRateMonitor", "params": {"logging_interval": "step"}}
 TRAINSTEP = "metrics_over_trainsteps_checkpoint"
+BY_HAND = {"accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"}
 OURS = ("checkpoint_callback", "setup_callback", "cuda_callback", TRAINSTEP)
 
 
@@ -45,8 +48,10 @@ def train(args: argparse.Namespace) -> None:
         logger.info(note)
     now = folders.timestamp()
     seed_draws(settings.seed)  # the model's first weights
-    data = build_data(settings)
     model = build_model(settings)
+    device = "cpu" if settings.trainer.get("accelerator") == "cpu" else "auto"
+    ensure_caches(model, settings.project["data"], choose_device(device))
+    data = build_data(settings)
     folder = settings.run or _new_folder(args, now)
     try:
         trainer = build_trainer(settings, model, folder, now, anyway=args.resume_anyway)
@@ -98,12 +103,13 @@ def build_data(settings: Settings) -> pl.LightningDataModule:
 
 
 def build_model(settings: Settings) -> pl.LightningModule:
-    """The model of the config, told how many batches make a step if it optimises by hand."""
+    """The model of the config; one that optimises by hand is told those settings of the Trainer that are its business."""
     model = instantiate_from_config(settings.project["model"])
     if not isinstance(model, pl.LightningModule):
         raise ValueError(f"{settings.project['model'].get('target')} is not a model that can be trained")
     if not model.automatic_optimization:
-        model.accumulate_grad_batches = settings.trainer.get("accumulate_grad_batches", 1)
+        for name in BY_HAND & set(settings.trainer):
+            setattr(model, name, settings.trainer[name])
     weights = list(model.parameters())
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     total = sum(weight.numel() for weight in weights)
@@ -134,9 +140,7 @@ def build_trainer(
     """Lightning's Trainer with everything that a run has."""
     options = dict(settings.trainer)
     if not model.automatic_optimization:
-        options.pop("accumulate_grad_batches", None)  # the model's own business
-        if options.pop("gradient_clip_val", None):
-            logger.warning("gradient_clip_val has no effect on %s", type(model).__name__)
+        options = {name: value for name, value in options.items() if name not in BY_HAND}
     if not {"max_epochs", "max_steps", "max_time"} & set(options):
         options["max_epochs"] = MAX_EPOCHS
     if "strategy" in options or "find_unused_parameters" in settings.lightning:
@@ -254,7 +258,7 @@ def _make_room(settings: Settings, checkpoints: Path, now: str) -> None:
     """Before a run goes on: what is newer than the place where it does so is kept under other names."""
     remove_partial_files(checkpoints)
     state = read_training_state(settings.ckpt)
-    forget_after(settings.run, state["global_step"], now)
+    forget_after(settings.run, state["place"]["logged"], now)
     last = checkpoints / folders.LAST
     if last.is_file() and not settings.ckpt.samefile(last):
         kept = checkpoints / f"last-until-{now}.ckpt"
