@@ -18,7 +18,13 @@ setup(
     # configs and the bundled model, where ldm.util.public_path looks for them in an installation
     data_files=[
         (f"share/latent-diffusion/{folder}", [str(path) for path in sorted(Path(folder).glob("*.*")) if path.is_file()])
-        for folder in ("configs/stable-diffusion", "models/ldm/shapes64")
+        for folder in (
+            "configs/autoencoder",
+            "configs/latent-diffusion",
+            "configs/stable-diffusion",
+            "configs/text-encoder",
+            "models/ldm/shapes64",
+        )
     ],
     python_requires=">=3.11",
     install_requires=[
@@ -33,6 +39,11 @@ setup(
         "numpy>=1.26",
         "pillow>=10.3",
         "tqdm>=4.66",
+        "torchmetrics>=1.4",  # distances between folders of pictures
+        "matplotlib>=3.8",  # the curves of a training
     ],
-    extras_require={"test": ["pytest>=8", "diffusers>=0.30", "transformers>=4.40", "ruff>=0.6"]},
+    extras_require={
+        "tensorboard": ["tensorboard>=2.14"],
+        "test": ["pytest>=8", "diffusers>=0.30", "transformers>=4.40", "ruff>=0.6"],
+    },
 )

@@ -22,6 +22,8 @@ def content(batch_size: int, use_ema: bool) -> dict:
     settings = config(diffusion(), length=10, batch_size=batch_size)  # two and a half global batches an epoch
     settings["model"]["params"]["use_ema"] = use_ema
     settings["model"]["params"]["unet_config"]["params"]["dropout"] = 0.0  # each process would draw its own
+    # the first process's bar asks for means that all processes have to add to
+    settings["lightning"]["trainer"]["enable_progress_bar"] = True
     return settings
 
 
