@@ -61,15 +61,17 @@ class ContinueExactly(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning's hook."""
         place = place_of(trainer)
+        logged = _steps_logged(trainer, place)
         checkpoint["epoch"] = place.epoch
         checkpoint["place"] = {
             "epoch": place.epoch,
             "batch": place.batch,
             "total": place.total,
+            "logged": logged,
             "batches": trainer.num_training_batches,
             "processes": trainer.world_size,
         }
-        checkpoint["loops"]["fit_loop"] |= _counters(place, _steps_logged(trainer, place))
+        checkpoint["loops"]["fit_loop"] |= _counters(place, logged)
         for key in [key for key in checkpoint["loops"]["fit_loop"] if ".val_loop." in key]:
             del checkpoint["loops"]["fit_loop"][key]  # a validation that was cut off starts again
 

@@ -103,7 +103,7 @@ def build_data(settings: Settings) -> pl.LightningDataModule:
 
 
 def build_model(settings: Settings) -> pl.LightningModule:
-    """The model of the config; one that optimises by hand is told those settings of the Trainer that are its business."""
+    """The model of the config; one that optimises by hand is told the Trainer's settings that are its own business."""
     model = instantiate_from_config(settings.project["model"])
     if not isinstance(model, pl.LightningModule):
         raise ValueError(f"{settings.project['model'].get('target')} is not a model that can be trained")

@@ -8,6 +8,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ldm import cli
 from ldm.checkpoint import read_checkpoint
 from scripts import train
+from tests.golden import golden_configs
 from tests.tiny import tiny_config
 
 WARM_UP = {
@@ -122,6 +124,19 @@ def two_players() -> dict[str, Any]:
     return {"target": "tests.training.toys.TwoPlayers", "base_learning_rate": 1e-3}
 
 
+def autoencoder() -> dict[str, Any]:
+    """A small AutoencoderKL of 16x16 pictures whose discriminator joins in after two steps."""
+    ddconfig = golden_configs("diffusion")["kl"] | {"resolution": 16}
+    loss = {"disc_start": 2, "perceptual_weight": 0.0, "disc_weight": 0.5, "disc_num_layers": 1}
+    params = {
+        "embed_dim": 4,
+        "image_key": "jpg",
+        "ddconfig": ddconfig,
+        "lossconfig": {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss},
+    }
+    return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params, "base_learning_rate": 1e-4}
+
+
 def config(model: dict[str, Any], length: int = 10, validation: int = 0, **data: Any) -> dict[str, Any]:
     """A whole config: `model` on `length` pictures in batches of two."""
     params = {"batch_size": 2, "num_workers": 0, "train": pictures(length)} | data
@@ -146,8 +161,9 @@ def write(folder: Path, content: dict[str, Any], name: str = "toy.yaml") -> Path
 
 
 def run(*argv: Any) -> int:
-    """The script, in this process: gives its exit code."""
-    return cli.run(train.main, [str(arg) for arg in argv])
+    """The script, in this process: gives its exit code. Curves are not drawn, which would take longer than the run."""
+    with mock.patch("ldm.training.curves.plot_run"):
+        return cli.run(train.main, [str(arg) for arg in argv])
 
 
 def start(folder: Path, content: dict[str, Any], *argv: Any) -> tuple[int, Path]:
