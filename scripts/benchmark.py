@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 1  # steps that are not counted
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD"}
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
@@ -117,12 +117,13 @@ def measure_training(args: argparse.Namespace, device: torch.device, folder: Pat
     """Seconds of (a step of a run, a plain step) on the same weights, `args.steps` pairs.
 
     Plain steps are taken between those of a run, so that both meet the same machine. The run is one of
-    scripts/train.py in all but its pictures and checkpoints, which go to `folder`.
+    scripts/train.py in all but pictures and checkpoints; `folder` is its folder.
     """
     import pytorch_lightning as pl
     import torch
 
     from ldm.training.run import build_data, build_model, build_trainer, set_learning_rate
+    from ldm.training.stopping import Signals
 
     pairs: list[tuple[float, float]] = []
 
@@ -146,7 +147,8 @@ def measure_training(args: argparse.Namespace, device: torch.device, folder: Pat
     data, model = build_data(settings), build_model(settings)
     trainer = build_trainer(settings, model, folder, now="benchmark")
     set_learning_rate(model, settings, data.batch_size, 1)
-    trainer.callbacks = [*(c for c in trainer.callbacks if not isinstance(c, pl.callbacks.Checkpoint)), InTurns()]
+    unwanted = (pl.callbacks.Checkpoint, Signals)  # Ctrl-C has nothing to save
+    trainer.callbacks = [*(c for c in trainer.callbacks if not isinstance(c, unwanted)), InTurns()]
     trainer.fit(model, datamodule=data)
     return pairs
 
