@@ -1,4 +1,4 @@
-"""What `test_processes_share_a_batch` runs: two processes train a first stage together, then one with a discriminator."""
+"""What `test_processes_share_a_batch` runs: two processes train a first stage, then one with a discriminator."""
 
 import sys
 
