@@ -50,10 +50,15 @@ class SeededItems(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         triple = (self.seed, epoch, index)
-        if not isinstance(self.data, Mapping) and hasattr(self.data, "get"):
+        if draws_by_generator(self.data):
             return self.data.get(index, np.random.default_rng(triple))
         with _own_draws(triple):
             return self.data[index]
+
+
+def draws_by_generator(dataset: Any) -> bool:
+    """Whether a data set has a method `get(index, rng)`; that of a mapping is another."""
+    return hasattr(dataset, "get") and not isinstance(dataset, Mapping)
 
 
 @contextmanager
@@ -79,14 +84,22 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     is drawn from (seed, epoch), or is that of the data set. Its beginning is repeated at its end where the processes
     would not get equal shares, as torch's DistributedSampler does.
 
-    `start_at` lets the first pass begin in the middle of an epoch. The length is always that of a whole epoch.
+    `start_at` lets the first pass begin in the middle of an epoch. The length is always that of a whole epoch. With
+    `alike` every pass is through the same epoch.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, shuffle: bool = True, rank: int = 0, world: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        alike: bool = False,
     ) -> None:
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.alike = rank, world, alike
         self.epoch, self.start = 0, 0
 
     @property
@@ -99,8 +112,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch, self.start = epoch, batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning's hook at the start of every epoch."""
-        if epoch != self.epoch:
+        """Lightning's hook at the start of every epoch, and of every validation."""
+        if epoch != self.epoch and not self.alike:
             self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
@@ -121,9 +134,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
     """Data sets as configs, and their loaders.
 
     batch_size: of each process. train, validation, test, predict: configs of map-style data sets. wrap: wrap them in
-    `WrappedDataset`. num_workers: processes that load for each loader; by default twice the batch size, but no more
-    than there are processors. shuffle_test_loader, shuffle_val_dataloader: mix those sets too, always in the same way.
-    use_worker_init_fn: accepted, and not needed, since no data set is split over its workers. seed: see `EpochBatches`.
+    `WrappedDataset`, unless they have `get(index, rng)`. num_workers: processes that load for each loader; by default
+    twice the batch size, but no more than there are processors. shuffle_test_loader, shuffle_val_dataloader: mix those
+    sets too, always in the same way. use_worker_init_fn: accepted, and not needed, since no data set is split over its
+    workers. seed: see `EpochBatches`.
     """
 
     def __init__(
@@ -172,7 +186,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 )
             if len(dataset) == 0:
                 raise ValueError(f"data.params.{name}: {config['target']} has no items")
-            self.datasets[name] = WrappedDataset(dataset) if self.wrap else dataset
+            # what draws by a generator is a data set in full: wrapped it would draw the same in every epoch
+            self.datasets[name] = WrappedDataset(dataset) if self.wrap and not draws_by_generator(dataset) else dataset
 
     def start_at(self, epoch: int, batch: int) -> None:
         """Let training begin with this batch of this epoch."""
@@ -199,9 +214,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _loader(self, name: str, *, shuffle: bool) -> DataLoader:
         dataset, trainer = self.datasets[name], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        alike = name != "train"  # so that the results of two validations can be compared
         return DataLoader(
             SeededItems(dataset, self.seed),
-            batch_sampler=EpochBatches(len(dataset), self.batch_size, self.seed, shuffle, rank, world),
+            batch_sampler=EpochBatches(len(dataset), self.batch_size, self.seed, shuffle, rank, world, alike),
             num_workers=self.num_workers,
             worker_init_fn=_leave_signals_to_the_parent,
             persistent_workers=self.num_workers > 0 and name == "train",
