@@ -37,6 +37,7 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="(%(default)s)")
     options.add_argument("--out", type=cli.user_path, default="outputs/evaluation", help="folder (%(default)s)")
     _add_model(options)
+    options.set_defaults(batch=100, device="auto")
     commands = options.add_subparsers(dest="command", metavar="distance")
     distance = commands.add_parser("distance", help="the distance between two folders of pictures")
     distance.add_argument("folders", nargs=2, type=cli.user_path, metavar="FOLDER")
@@ -46,15 +47,16 @@ def parser() -> cli.ArgumentParser:
         default="first-stage",
         help="what pictures are compared by: a model's first stage, or Inception where its weights are (%(default)s)",
     )
-    _add_model(distance)
+    _add_model(distance, argparse.SUPPRESS)  # what stands before the command counts, too
     return options
 
 
-def _add_model(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--ckpt", type=cli.user_path, metavar="FILE", help="the model (the bundled one)")
-    options.add_argument("--config", type=cli.user_path, metavar="FILE", help="its YAML (found from the checkpoint)")
-    options.add_argument("--batch", type=cli.number(int, 1), default=100, help="pictures at once (%(default)s)")
-    options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+def _add_model(options: argparse.ArgumentParser, default: str | None = None) -> None:
+    path = {"type": cli.user_path, "default": default, "metavar": "FILE"}
+    options.add_argument("--ckpt", **path, help="the model (the bundled one)")
+    options.add_argument("--config", **path, help="its YAML (found from the checkpoint)")
+    options.add_argument("--batch", type=cli.number(int, 1), default=default, help="pictures at once (100)")
+    options.add_argument("--device", choices=DEVICES, default=default, help="where to compute (auto)")
 
 
 def _kinds(text: str) -> list[str]:

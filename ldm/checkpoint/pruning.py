@@ -15,19 +15,20 @@ def prune(state: Mapping[str, Tensor], *, use_ema: bool = True, half: bool = Fal
     """The weights of `state` under their own names, without averages and losses.
 
     use_ema: averaged weights, where there are any, take the place of those that training ended with. half: weights in
-    float16; the noise schedule stays as it is.
+    float16; the noise schedule and the scale of the latents stay as they are.
 
     Raises ValueError if the state holds averages only in part.
     """
-    averaged = {key for key in state if key.startswith(tuple(AVERAGES.values())) and ema_name(key) in state}
+    averaged = {key for key in state if not key.startswith(tuple(AVERAGES)) and ema_name(key) in state}
     copies = [key for key in state if key.startswith(tuple(AVERAGES)) and key not in EMA_COUNTERS]
     if len(averaged) != len(copies):
         raise ValueError(f"{len(copies)} averaged weights stand beside {len(averaged)} weights of the same names")
+    exact = SCHEDULE_BUFFERS | {"scale_factor"}
     pruned = {}
     for key, value in state.items():
         if key.startswith((*AVERAGES, "loss.", "first_stage_model.loss.", "first_stage_model.model_ema.")):
             continue
         value = state[ema_name(key)] if use_ema and key in averaged else value
-        shrinks = half and value.dtype in (torch.float32, torch.float64) and key not in SCHEDULE_BUFFERS
+        shrinks = half and value.dtype in (torch.float32, torch.float64) and key not in exact
         pruned[key] = value.half() if shrinks else value
     return pruned

@@ -20,8 +20,8 @@ class CaptionReader(pl.LightningModule):
     from noise predictions; neither can a small model. Batches hold `caption`, B strings, and `attributes`, (B, K)
     int64. The checkpoint's `cond_stage_model.*` are what `FrozenCLIPEmbedder(ckpt_path=...)` takes from it.
 
-    cond_stage_config: the text encoder. scheduler_config: of the learning rate, as diffusion models take it. classes: the number of values of each of the K attributes. width: the
-    encoder's output channels.
+    cond_stage_config: the text encoder. classes: the number of values of each of the K attributes. width: the encoder's
+    output channels. scheduler_config: of the learning rate, as diffusion models take it.
     """
 
     def __init__(

@@ -36,6 +36,18 @@ def test_halves_weights_and_not_the_schedule() -> None:
     pruned = prune(trained().state_dict(), half=True)
     assert pruned["alphas_cumprod"].dtype == torch.float32
     assert {value.dtype for key, value in pruned.items() if key.startswith("model.")} == {torch.float16}
+    pruned = prune(trained(scale_by_std=True, scale_factor=0.18215).state_dict(), half=True)
+    assert pruned["scale_factor"] == torch.tensor(0.18215)
+
+
+def test_averages_of_a_first_stage() -> None:
+    state = {
+        "encoder.conv_in.weight": torch.zeros(2),
+        "loss.logvar": torch.zeros(()),
+        "model_ema.decay": torch.ones(()),
+    }
+    pruned = prune(state | {"model_ema.encoderconv_inweight": torch.ones(2)})
+    assert set(pruned) == {"encoder.conv_in.weight"} and pruned["encoder.conv_in.weight"].eq(1).all()
 
 
 def test_a_part_of_the_averages_is_refused() -> None:

@@ -52,6 +52,16 @@ def test_samples_of_cached_batches_and_trained_encoders():
     assert trained.training  # as it was
 
 
+def test_labels_for_no_condition():
+    model = build()
+    empty = model.get_learned_conditioning([""])
+    for label in (None, "", [""]):  # the last as public configs have it
+        assert torch.equal(model.get_unconditional_conditioning(2, label), empty.expand(2, -1, -1))
+    with pytest.raises(ValueError, match="one label for no txt, not"):
+        model.get_unconditional_conditioning(2, ["a", "red"])
+    assert model.to("meta").get_unconditional_conditioning(2, "").is_meta  # where the model is now
+
+
 @pytest.mark.parametrize("steps", [0, 200, None])
 def test_step_counts_that_do_not_fit_are_clamped(steps):
     log = point(timesteps=4).log_images({"image": torch.rand(1, 8, 8, 4)}, ddim_steps=steps)

@@ -23,6 +23,11 @@ def test_the_script_knows_what_there_is() -> None:
     assert tuple(KINDS) == evaluate.KINDS and inference.SAMPLERS == evaluate.SAMPLERS
 
 
+def test_options_before_and_behind_the_command() -> None:
+    args = evaluate.parser().parse_args(["--ckpt", "a", "--batch", "7", "distance", "x", "y", "--batch", "8"])
+    assert (args.ckpt, args.batch, args.device) == ("a", 8, "auto")
+
+
 def test_the_same_command_gives_the_same_table_in_a_folder_of_its_own(tmp_path: Path, capsys) -> None:
     command = ("--prompts", 3, "--kinds", "held-out-relation,single", "--steps", 2, "--batch", 2, "--device", "cpu")
     for _ in range(2):

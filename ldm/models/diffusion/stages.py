@@ -123,6 +123,10 @@ class LatentStages:
 
         Without either it is no text, or what the encoder itself offers; ValueError if it has none to offer.
         """
+        if isinstance(null_label, (list, tuple)):  # public configs write [""]
+            if len(null_label) != 1:
+                raise ValueError(f"guidance needs one label for no {self.cond_stage_key}, not {null_label}")
+            null_label = null_label[0]
         if null_label is None:
             null_label = self.condition_dropout.value_of(self.cond_stage_key)
         if null_label is None and self.cond_stage_key in TEXT_KEYS:
@@ -139,7 +143,7 @@ class LatentStages:
     def empty_context(self, value: Any) -> Tensor:
         """The encoding (1, L, D) of a prompt or label that means none; computed once if the encoder is frozen."""
         known = self._empty_contexts.get(value)
-        if known is None or self.cond_stage_trainable:
+        if known is None or known.device != self.device or self.cond_stage_trainable:
             key = self.cond_stage_key
             c = {key: torch.tensor([value], device=self.device)} if key in CLASS_KEYS else [value]
             known = self._empty_contexts[value] = self.get_learned_conditioning(c)
