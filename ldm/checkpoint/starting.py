@@ -22,9 +22,9 @@ def init_from_checkpoint(
 ) -> list[str]:
     """Copy into a module what fits of a file; one log message says what was left out and what stays as it is.
 
-    Only keys that start with `prefix` count, without it; those that start with one of `ignore_keys` are left out. The
-    noise schedule stays the module's own. A file with averaged weights only gives those. A module on the meta device
-    is left alone, for `fill_model` will bring all of its weights.
+    Only keys that start with `prefix` count, without it; those that, with it, start with one of `ignore_keys` do not.
+    The noise schedule stays the module's own. A file with averaged weights only gives those. A module on the meta
+    device is left alone, for `fill_model` will bring all of its weights.
 
     Returns the module's own keys that nothing was found for.
     Raises CheckpointError, a ValueError, if less than half of the network's weights fit: a start that is nearly random
@@ -38,7 +38,7 @@ def init_from_checkpoint(
     ignored = tuple(ignore_keys)
     given = {k.removeprefix(prefix): v for k, v in checkpoint.state.items() if k.startswith(prefix)}
     source, _ = match_ema(own, given)
-    wanted = [k for k in own if not k.startswith(ignored) and k.rpartition(".")[2] not in COMPUTED]
+    wanted = [k for k in own if not f"{prefix}{k}".startswith(ignored) and k.rpartition(".")[2] not in COMPUTED]
     found = {k: given[source[k]] for k in wanted if source[k] in given}
     fitting = {k: value for k, value in found.items() if value.shape == own[k].shape}
     _check_enough(wanted, fitting, f"{path} looks like {describe(checkpoint.shapes)}")

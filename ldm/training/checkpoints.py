@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,7 @@ def _same_file(path: Path, link: Path) -> None:
         try:
             os.link(path, partial)
         except OSError:
-            partial.write_bytes(path.read_bytes())
+            shutil.copyfile(path, partial)
         os.replace(partial, link)
     except OSError as error:
         raise _cannot_save(link, error) from error

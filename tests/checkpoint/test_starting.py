@@ -63,7 +63,9 @@ def test_ignored_keys_and_prefix(file, caplog):
     init_from_checkpoint(model, path, ignore_keys=["cond_stage_model."])
     assert torch.equal(model.cond_stage_model.table.weight, before)
     wrapper = Wrapper()
-    init_from_checkpoint(wrapper, path, prefix="model.")
+    before = wrapper.diffusion_model.out.bias.clone()
+    init_from_checkpoint(wrapper, path, ignore_keys=["model.diffusion_model.out.bias"], prefix="model.")
+    assert torch.equal(wrapper.diffusion_model.out.bias, before)
     assert torch.equal(wrapper.diffusion_model.out.weight, given.state["model.diffusion_model.out.weight"])
     init_from_checkpoint(tiny(), "absent.ckpt")  # on meta: fill_model will bring everything
 
