@@ -352,10 +352,20 @@ class _Console(logging.Handler):
 
 
 def say(text: str, stream: TextIO | None) -> None:
-    """Print a line. A stream that is closed, full or absent (`| head`, daemons) does not stop the work."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    """Print a line, above progress bars. A stream that is closed, full or absent (`| head`, daemons) stops nothing."""
+    bars = sys.modules.get("tqdm")
+    above = bars.tqdm.external_write_mode(file=stream) if bars else contextlib.nullcontext()
+    with contextlib.suppress(OSError, ValueError, AttributeError), above:
         stream.write(text + "\n")
         stream.flush()
+
+
+def _end_bars() -> None:
+    """Leave the progress bars of work that failed where they are, and the next line to what is said of it."""
+    bars = sys.modules.get("tqdm")
+    for bar in list(getattr(bars.tqdm, "_instances", ())) if bars else ():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            bar.close()
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
@@ -386,6 +396,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 def _fail(code: int, message: str) -> int:
     if sys.flags.dev_mode and code != 130:
         raise  # the exception that the caller is handling
+    _end_bars()
     say(message, sys.stderr)
     return code
 

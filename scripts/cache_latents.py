@@ -40,7 +40,7 @@ def parser() -> cli.ArgumentParser:
 def read_config(files: Sequence[str], overrides: Sequence[str]) -> Any:
     """The files merged from left to right, then the `key.sub=value` overrides, with all references resolved."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     from ldm.training.configs import read_yaml
 
@@ -50,6 +50,8 @@ def read_config(files: Sequence[str], overrides: Sequence[str]) -> Any:
     try:
         config = OmegaConf.merge(*map(read_yaml, files), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    except MissingMandatoryValue as error:
+        raise ValueError(f"the config leaves {error.full_key} to you: add {error.full_key}=... at the end") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"the config cannot be put together: {' '.join(str(error).split())}") from error
 

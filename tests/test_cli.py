@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from argparse import Namespace
 
 import pytest
@@ -267,3 +269,21 @@ def test_memory_errors_say_how_much(capsys):
 def test_lines_of_a_prompt_file(tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa\r\nb\u2028c\x0cd\r\n".encode())
     assert cli.prompt_batches(parse("--from-file", str(tmp_path / "p.txt"))) == [["a", "b\u2028c\x0cd"]]
+
+
+def test_messages_and_errors_have_lines_of_their_own_beside_a_progress_bar(monkeypatch):
+    from tqdm import tqdm
+
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def main(argv):
+        bar = tqdm(total=2, file=terminal)
+        bar.update()
+        logging.getLogger("ldm").warning("a picture is broken")
+        raise ValueError("no more pictures")
+
+    assert cli.run(main) == 2
+    lines = [line.rstrip().rpartition("\r")[2] for line in terminal.getvalue().split("\n")]
+    assert "warning: a picture is broken" in lines and "error: no more pictures" in lines

@@ -155,8 +155,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         seed: int = 23,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 and whole, not {batch_size!r}")
         self.batch_size = batch_size
         self.seed = seed
         self.wrap = wrap

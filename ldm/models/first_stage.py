@@ -183,9 +183,10 @@ class FirstStage(pl.LightningModule):
         if self.trainer.world_size > 1:  # all stop together, or the others would wait forever
             finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
         if not finite:
-            bad = [f"{name} = {float(value):g}" for name, value in parts.items() if not value.isfinite()]
+            bad = [f"{name} = {float(value.detach()):g}" for name, value in parts.items() if not value.isfinite()]
             raise FloatingPointError(
-                f"loss is not finite at step {self.global_step}: {', '.join(bad) or 'in another process'}"
+                f"loss is not finite at step {self.global_step}: {', '.join(bad) or 'in another process'}; "
+                "try a lower learning rate, or lightning.trainer.gradient_clip_val=1.0"
             )
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.training.folders import find_run, stored_configs
@@ -17,6 +19,15 @@ from ldm.training.trainer_settings import translate_trainer
 from ldm.util import public_path
 
 DEFAULT_SEED = 23
+
+# What the sections hold. Other names at the top of a config are variables for ${name}.
+SECTIONS = {
+    "model": ("base_learning_rate", "params", "target"),
+    "data": ("params", "target"),
+    "lightning": (
+        "callbacks", "find_unused_parameters", "logger", "modelcheckpoint", "scale_lr", "seed", "trainer",
+    ),
+}  # fmt: skip
 
 # Settings that a run which goes on may change: they alter neither its weights nor its data.
 _HARMLESS_TRAINER_KEYS = (
@@ -77,6 +88,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     dotlist = _dotlist(args.dotlist)
     lightning = {name: value for name, value in (("seed", args.seed), ("scale_lr", args.scale_lr)) if value is not None}
     lightning["trainer"] = translate_trainer(args.trainer)[0]
+    _check_names([*stored, *given], dotlist)
     before = _merge(stored)
     merged, notes = _split(_merge([*stored, *given, dotlist]), lightning)
     notes += translate_trainer(args.trainer)[1]
@@ -110,10 +122,44 @@ def _dotlist(texts: Sequence[str]) -> DictConfig:
         raise ValueError(f"cannot read the settings {' '.join(texts)}: {error}") from error
 
 
+def _check_names(files: Sequence[DictConfig], dotlist: DictConfig) -> None:
+    """Raise ValueError for a name at the top of the configs, or of their sections, that nothing reads."""
+    plain = [OmegaConf.to_container(config, resolve=False) for config in (*files, dotlist)]
+    texts = "".join(OmegaConf.to_yaml(config) for config in files)
+    for config in plain:
+        for name, value in config.items():
+            known = SECTIONS.get(name)
+            for key in value if known and isinstance(value, Mapping) else ():
+                if key not in known:
+                    raise ValueError(f"the {name} section has no setting {key!r}{_near(key, known)}")
+            near = _near(name, SECTIONS)
+            if known is None and isinstance(value, Mapping) and near and not _is_variable(name, texts):
+                raise ValueError(f"there is no section {name!r}{near}")
+    declared = {name for config in plain[:-1] for name in config}
+    for name in plain[-1]:
+        if name not in SECTIONS and name not in declared and not _is_variable(name, texts):
+            raise ValueError(
+                f"nothing in the config reads the setting {name}=...{_near(name, [*SECTIONS, *sorted(declared)])} "
+                "(settings have their full names, such as data.params.batch_size=8)"
+            )
+
+
+def _is_variable(name: str, texts: str) -> bool:
+    return bool(re.search(r"\$\{\s*" + re.escape(name) + r"\s*[.}\[]", texts))
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
     """All configs, later ones on top, as plain values."""
     try:
         return OmegaConf.to_container(OmegaConf.merge(*configs), resolve=True, throw_on_missing=True) if configs else {}
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ValueError(f"the config leaves {key} to you: add {key}=... at the end of the line") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"the config cannot be put together: {' '.join(str(error).split())}") from error
 
@@ -135,9 +181,11 @@ def _check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], run: P
         if old.get(key) != new.get(key) and not any(key == name or key.startswith(name + ".") for name in HARMLESS)
     ]
     if changed:
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ValueError(
-            f"{run} was started with other settings ({'; '.join(changed)}), so it would not go on as it was: leave "
-            "them as they were, add --resume_anyway, or start a new run from its weights with model.params.ckpt_path="
+            f"{run} was started with other settings ({'; '.join(changed[:5])}{more}), so it would not go on as it "
+            "was: leave them as they were, add --resume_anyway, or start a new run from its weights with "
+            "model.params.ckpt_path="
         )
 
 

@@ -122,15 +122,19 @@ def set_learning_rate(model: pl.LightningModule, settings: Settings, batch_size:
     base = settings.project["model"].get("base_learning_rate")
     if base is None:
         raise ValueError("the config's model section has no base_learning_rate: add model.base_learning_rate=1.0e-4")
+    try:
+        base = float(base)
+    except (TypeError, ValueError):
+        raise ValueError(f"model.base_learning_rate is a number, not {base!r}") from None
     accumulated = settings.trainer.get("accumulate_grad_batches", 1)
     if settings.lightning["scale_lr"]:
-        model.learning_rate = accumulated * processes * batch_size * float(base)
+        model.learning_rate = accumulated * processes * batch_size * base
         logger.info(
             "Learning rate %.2e = %d accumulated batches * %d processes * %d items a batch * base_learning_rate %.2e",
             *(model.learning_rate, accumulated, processes, batch_size, base),
         )
     else:
-        model.learning_rate = float(base)
+        model.learning_rate = base
         logger.info("Learning rate %.2e", model.learning_rate)
 
 
@@ -159,7 +163,7 @@ def build_trainer(
             use_distributed_sampler=False,  # the data module deals the shares
             enable_autolog_hparams=False,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, TypeError) as error:  # TypeError: devices of another kind than the accelerator's
         raise ValueError(f"the Trainer's settings do not fit: {error}") from error
 
 
@@ -236,10 +240,13 @@ def _fit(
             raise ValueError("the config has no data.params.train, so there is nothing to train with")
         data.check_batch_size(trainer.num_devices * trainer.num_nodes)
     checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+    steps_before = None
     if settings.run and folders.is_first_process():
-        _make_room(settings, checkpoints.dirpath, now)
+        steps_before = _make_room(settings, checkpoints.dirpath, now)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=settings.ckpt)
+        if trainer.global_step == steps_before:
+            logger.info("The run was at its end already: a larger --max_steps or --max_epochs lets it go on")
     except Stopped as stopped:
         if not folders.is_first_process():
             return
@@ -254,16 +261,25 @@ def _fit(
         raise readable from error
 
 
-def _make_room(settings: Settings, checkpoints: Path, now: str) -> None:
-    """Before a run goes on: what is newer than the place where it does so is kept under other names."""
+def _make_room(settings: Settings, checkpoints: Path, now: str) -> int:
+    """Before a run goes on: what is newer than the place where it does so is kept under other names.
+
+    Returns Lightning's count of steps at that place.
+    """
     remove_partial_files(checkpoints)
-    state = read_training_state(settings.ckpt)
+    try:
+        state = read_training_state(settings.ckpt)
+    except ValueError as error:
+        others = sorted(str(path) for path in checkpoints.glob("*.ckpt") if not path.samefile(settings.ckpt))
+        hint = f"; the run's other checkpoints are {', '.join(others)} (--resume takes one of them, too)"
+        raise ValueError(f"{error}{hint if others else ''}") from error
     forget_after(settings.run, state["place"]["logged"], now)
     last = checkpoints / folders.LAST
     if last.is_file() and not settings.ckpt.samefile(last):
         kept = checkpoints / f"last-until-{now}.ckpt"
         os.replace(last, kept)
         logger.info("%s does not go on from %s, which is kept as %s", settings.ckpt, last, kept.name)
+    return state["global_step"]
 
 
 def _end_other_processes(trainer: pl.Trainer) -> None:

@@ -103,7 +103,7 @@ def test_weights_may_come_by_the_config_and_sections_may_be_cached_already(confi
     ("argv", "message"),
     [
         (["pictures=photos"], "the first stage has no weights: give the whole model's by --ckpt"),
-        (["--ckpt", "model.ckpt"], "the config cannot be put together: Missing mandatory value: pictures"),
+        (["--ckpt", "model.ckpt"], "the config leaves pictures to you: add pictures=..."),
         (["--ckpt", "model.ckpt", "pictures=elsewhere"], "there is no folder elsewhere"),
         (["--ckpt", "other.ckpt", "pictures=photos"], "there is no checkpoint at other.ckpt"),
         (["--fips", "pictures=photos"], "'--fips' is neither an option (see --help) nor of the form key.sub=value"),

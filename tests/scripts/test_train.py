@@ -67,7 +67,7 @@ def test_the_result_draws(trained):
     assert content["global_step"] == 10 and content["state_dict"]["model_ema.num_updates"] == 10
 
 
-def test_going_on_with_more_steps_is_as_if_it_had_not_ended(trained, tmp_path):
+def test_going_on_with_more_steps_is_as_if_it_had_not_ended(trained, tmp_path, capsys):
     content = config(two_players())
     _, whole = start(tmp_path / "whole", content, "--max_steps", 16)
     _, parts = start(tmp_path / "parts", content, "--max_steps", 6)  # in the middle of an epoch
@@ -79,6 +79,10 @@ def test_going_on_with_more_steps_is_as_if_it_had_not_ended(trained, tmp_path):
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
     assert steps == sorted(set(steps)) and len(steps) == 8  # two optimisers: a batch is two steps
     assert len(list((moved / "configs").iterdir())) == 4
+    capsys.readouterr()
+    assert run("--resume", moved, "-t", "--max_steps", 16) == 0
+    assert "The run was at its end already: a larger --max_steps" in capsys.readouterr().out
+    assert_same_weights(weights(moved), weights(whole))
 
 
 def test_learning_rate(tmp_path, capsys):
@@ -172,8 +176,15 @@ MISTAKES = [
     ("model.params", {"chanels": 3}, "chanels"),
     ("model.target", "ldm.models.Nothing", "'ldm.models.Nothing'"),
     ("model.base_learning_rate", None, "base_learning_rate"),
+    ("model.base_learning_rate", "fast", "model.base_learning_rate is a number, not 'fast'"),
+    ("model.base_learning_rat", 1e-3, "no setting 'base_learning_rat': did you mean base_learning_rate?"),
+    ("modle.params.channels", 3, "no section 'modle': did you mean model?"),
+    ("lightning.callback", {}, "no setting 'callback': did you mean callbacks?"),
+    ("lightning.trainer.devices", "0,", "the Trainer's settings do not fit"),
+    ("folder", "???", "leaves folder to you: add folder=..."),
     ("data.target", None, "'target'"),
     ("data.params.batch_sise", 3, "batch_sise"),
+    ("data.params.batch_size", "four", "batch_size must be at least 1 and whole, not 'four'"),
     ("data.params.batch_size", 100, "batch_size 100 is larger than the training set, which has 10 items"),
     ("data.params.train", None, "data.params.train"),
     ("data.params.train", pictures(0), "data.params.train: tests.training.toys.Pictures has no items"),
@@ -193,6 +204,15 @@ def test_mistakes_end_in_one_line_and_leave_nothing(tmp_path, capsys, path, valu
     assert not list((tmp_path / "logs").glob("*"))
 
 
+def test_settings_that_nothing_reads(tmp_path, capsys):
+    base = write(tmp_path, config(two_players()) | {"width": 3, "also": "${ width }"})
+    assert run("--base", base, "-t", "false", "-l", tmp_path, "width=4") == 0
+    capsys.readouterr()
+    for given, message in {"max_steps=3": "max_steps=...", "widht=3": "widht=...: did you mean width?"}.items():
+        assert run("--base", base, "-t", "-l", tmp_path / "logs", given) == 2
+        assert f"nothing in the config reads the setting {message}" in capsys.readouterr().err
+
+
 def test_no_config(tmp_path, capsys):
     assert run("--base", tmp_path / "nothing.yaml", "-t") == 2
     assert "there is no such file" in capsys.readouterr().err
@@ -210,14 +230,19 @@ def test_going_on_from_another_config(trained, tmp_path, capsys):
     assert "--resume_anyway" in err and "max_epochs" not in err
 
 
-@pytest.mark.parametrize("what", ["missing", "empty", "loose", "weights"])
+@pytest.mark.parametrize("what", ["missing", "empty", "loose", "weights", "damaged"])
 def test_nothing_to_go_on_from(trained, tmp_path, capsys, what):
     folder = tmp_path / "run"
     (folder / "configs").mkdir(parents=True)
     if what != "missing":
         for path in (trained / "configs").iterdir():
             (folder / "configs" / path.name).write_bytes(path.read_bytes())
-    path = {"missing": folder, "empty": folder, "loose": tmp_path / "a.ckpt", "weights": folder / "w.ckpt"}[what]
+    path = {"loose": tmp_path / "a.ckpt", "weights": folder / "w.ckpt"}.get(what, folder)
+    if what == "damaged":
+        (folder / "checkpoints").mkdir()
+        whole = (trained / "checkpoints/last.ckpt").read_bytes()
+        for name, content in {"last.ckpt": whole[: len(whole) // 2], "000001.ckpt": whole}.items():
+            (folder / "checkpoints" / name).write_bytes(content)
     if path.suffix:
         torch.save({"state_dict": {"w": torch.ones(1)}}, path)
     messages = {
@@ -225,6 +250,7 @@ def test_nothing_to_go_on_from(trained, tmp_path, capsys, what):
         "empty": "the run ended before it wrote any",
         "loose": "model.params.ckpt_path",
         "weights": "holds weights, but not the state of a run",
+        "damaged": f"the run's other checkpoints are {folder / 'checkpoints/000001.ckpt'}",
     }
     assert run("--resume", path, "-t") == 2
     err = capsys.readouterr().err

@@ -20,7 +20,10 @@ CLASS_KEYS = ("class_label", "cls")  # conditions whose encoder takes the whole 
 def entry_of(batch: Mapping[str, Any], key: str) -> Any:
     """`batch[key]`; ValueError, naming what there is, without it."""
     if key not in batch:
-        raise ValueError(f"batches have no {key!r}, only {', '.join(sorted(batch))}: fix the data, or the model's keys")
+        raise ValueError(
+            f"batches have no {key!r}, only {', '.join(sorted(batch))}: "
+            "give the data some (docs/own-pictures.md says how), or name another key in the model's params"
+        )
     return batch[key]
 
 

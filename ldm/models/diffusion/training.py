@@ -168,12 +168,12 @@ class DiffusionTraining(GaussianDiffusion):
             finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
         if finite:
             return
-        bad = [f"{name} = {float(value):g}" for name, value in parts.items() if not torch.isfinite(value)]
+        bad = [f"{name} = {float(value.detach()):g}" for name, value in parts.items() if not torch.isfinite(value)]
         spoilt = [name for name, parameter in self.named_parameters() if not torch.isfinite(parameter).all()]
         weights = f"; {len(spoilt)} weights are not finite either, {spoilt[0]} first" if spoilt else ""
         raise FloatingPointError(
             f"loss is not finite at step {self.global_step}: {', '.join(bad) or 'in another process'}{weights}; "
-            "the last good checkpoint is kept"
+            "try a lower learning rate, or lightning.trainer.gradient_clip_val=1.0"
         )
 
     # ---- averages ----
