@@ -78,6 +78,11 @@ class ProgressBar(TQDMProgressBar):
         """Lightning's hook."""
         return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Lightning's hook."""
+        super().on_train_start(trainer, module)
+        self.on_train_epoch_start(trainer, module)  # which Lightning leaves out where a run goes on within an epoch
+
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Lightning's hook."""
         # The means of an epoch over all processes: the bar of the first one alone would wait for the others' shares.

@@ -73,7 +73,9 @@ def test_going_on_with_more_steps_is_as_if_it_had_not_ended(trained, tmp_path, c
     _, parts = start(tmp_path / "parts", content, "--max_steps", 6)  # in the middle of an epoch
     (tmp_path / "elsewhere").mkdir()
     moved = parts.rename(tmp_path / "elsewhere" / "moved")
-    assert run("--resume", moved / "checkpoints/last.ckpt", "-t", "--max_steps", 16) == 0
+    bar = "lightning.trainer.enable_progress_bar=true"
+    assert run("--resume", moved / "checkpoints/last.ckpt", "-t", "--max_steps", 16, bar) == 0
+    assert "Epoch 0: 100%" in capsys.readouterr().out  # the epoch that it goes on within has a length
     assert_same_weights(weights(moved), weights(whole))
     with (moved / "metrics/metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
