@@ -37,7 +37,7 @@ class ImageLogger(pl.Callback):
     picture are cut off either way. increase_log_steps: draw at batches 1, 2, 4, 8 ... too. rescale: values are from -1
     to 1, else from 0 to 1. disabled: draw nothing. log_on_batch_idx: count from the beginning of the epoch.
     log_first_step: draw at batch 0 too. log_images_kwargs: passed on to `log_images`. enable_autocast: kept for public
-    configs; pictures are made in the precision of the model's weights.
+    configs; pictures are made in the precision of the run.
 
     Pictures that cannot be made or written cost a warning, not the run. Under FSDP, where no process has all of the
     model, there are none.
