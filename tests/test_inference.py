@@ -48,8 +48,8 @@ def test_loading_says_what_it_does(ckpt, caplog):
 
 
 def test_bundled_model_stands_in_for_a_missing_default(ckpt, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(inference, "BUNDLED_CKPT", str(ckpt))
-    monkeypatch.setattr(inference, "DEFAULT_CKPT", "nowhere/model.ckpt")
+    monkeypatch.setattr(inference.loading, "BUNDLED_CKPT", str(ckpt))
+    monkeypatch.setattr(inference.loading, "DEFAULT_CKPT", "nowhere/model.ckpt")
     with caplog.at_level(logging.INFO, "ldm"):
         assert load_model(device="cpu").checkpoint_path == str(ckpt)
     assert "small bundled model" in caplog.text
@@ -173,7 +173,7 @@ def test_strength_zero_is_the_first_stage_round_trip(model, photo):
     (image,) = img2img(model, ["a red circle"], photo, strength=0.0, seed=4, progress=False)
     inference.seed_everything(4)
     latents = inference.encode_image(model, photo)
-    assert (pixels([image]) == pixels(inference._decode(model, latents))).all()
+    assert (pixels([image]) == pixels(inference.decode(model, latents))).all()
 
 
 def test_more_strength_changes_more(model, photo):
@@ -202,7 +202,7 @@ STEP_COUNTS = [1, 2, 3, 9, 27, 36, 101, 333, 501, 999, 1000]
 @pytest.mark.parametrize("steps", STEP_COUNTS)
 def test_every_step_count_can_be_laid_out(model, sampler, steps):
     """Counts that indexed past the schedule in the public code among them; see also the schedule's own test."""
-    solver = inference._sampler(model, sampler)
+    solver = inference.drawing.make_sampler(model, sampler)
     solver.make_schedule(steps, verbose=False)
     run = solver._run(solver.schedule, None, None, 1.0)
     run.denoise = lambda x, t: x * 0.1

@@ -1,0 +1,48 @@
+"""From prompts to pictures: load a model, then draw with it.
+
+from ldm.inference import load_model, txt2img
+
+model = load_model()
+for image in txt2img(model, ["a red circle"], seed=42):
+    image.save("circle.png")
+
+loading   files to models    tasks   what a model draws from    drawing   text to picture, picture to picture
+"""
+
+from ldm.inference.drawing import (
+    Guided,
+    decode,
+    default_size,
+    draw,
+    encode_image,
+    img2img,
+    redraw,
+    resolve_size,
+    seed_everything,
+    skip_txt2img,
+    start_latent,
+    text_condition,
+    txt2img,
+)
+from ldm.inference.loading import SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
+
+__all__ = [
+    "Guided",
+    "SAMPLERS",
+    "decode",
+    "default_size",
+    "draw",
+    "encode_image",
+    "img2img",
+    "load_first_stage",
+    "load_model",
+    "read_config",
+    "redraw",
+    "resolve_size",
+    "sampling_settings",
+    "seed_everything",
+    "skip_txt2img",
+    "start_latent",
+    "text_condition",
+    "txt2img",
+]

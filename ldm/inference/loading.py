@@ -1,0 +1,217 @@
+"""Models ready to draw with: which config a file needs, and what its weights say about that config."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from yaml import YAMLError
+
+from ldm.checkpoint import Checkpoint, build_on_meta, config_for, detect_config, fill_model, read_checkpoint
+from ldm.checkpoint.families import describe, family_of
+from ldm.devices import choose_device, choose_precision
+from ldm.inference.tasks import TEXT, task_of
+from ldm.util import public_path
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.first_stage import FirstStage
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
+BUNDLED_CKPT = "models/ldm/shapes64/model.ckpt"
+
+SAMPLERS = ("ddim", "plms", "dpm_solver")
+DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_model(
+    config: str | Path | None = None,
+    ckpt: str | Path | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "autocast",
+) -> LatentDiffusion:
+    """A model ready to sample from, on `device` ("auto": CUDA, else MPS, else the CPU).
+
+    ckpt: a .ckpt or .safetensors file; None is Stable Diffusion v1 at its public place, or else the bundled model.
+    config: a YAML file; None is what the checkpoint's keys and shapes tell, or a config.yaml beside it. Where they fit
+    models of noise and of v alike (Stable Diffusion v2), the network is asked which it is.
+    precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
+
+    Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
+    """
+    where = choose_device(device)
+    precision = choose_precision(precision, where)
+    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
+    place = config or _config_beside(checkpoint)
+    model = _filled(read_config(place), checkpoint, where, precision)
+    seen = predicts(model)
+    if seen is not None and seen != model.parameterization:
+        other = None if config else _same_but(seen, checkpoint)
+        if other is not None:
+            logger.info("%s predicts %s: using %s", checkpoint.path, seen, other)
+            return _filled(read_config(other), checkpoint, where, precision)
+        logger.warning(
+            "%s looks like a model of %s, or like one that is not trained, but %s says parameterization: %s; "
+            "if the pictures are noise or flat colours, change that in a config of your own",
+            *(checkpoint.path, seen, place, model.parameterization),
+        )
+    return model
+
+
+def load_first_stage(
+    config: str | Path | None = None, ckpt: str | Path | None = None, *, device: str = "auto", precision: str = "full"
+) -> FirstStage:
+    """An autoencoder ready for use: that of an autoencoder's own file, or of a latent diffusion model's.
+
+    The options and errors are those of `load_model`.
+    """
+    where = choose_device(device)
+    precision = choose_precision(precision, where)
+    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
+    settings = read_config(config or _config_beside(checkpoint))
+    model = build_on_meta(settings["model"])
+    fill_model(model, checkpoint, dtype=DTYPES[precision])
+    model = getattr(model, "first_stage_model", model)
+    if not hasattr(model, "downsampling_factor"):
+        raise ValueError(f"{settings['model'].get('target')} has no first stage: fix the config")
+    model.checkpoint_path = str(checkpoint.path)
+    return model.to(where).eval()
+
+
+def _read(path: Path) -> Checkpoint:
+    logger.info("Loading model from %s", path)
+    checkpoint = read_checkpoint(path)
+    if checkpoint.global_step is not None:
+        logger.info("Global Step: %d", checkpoint.global_step)
+    return checkpoint
+
+
+def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, precision: str) -> LatentDiffusion:
+    """The model of a config, with a file's weights and what drawing wants to know."""
+    model = build_on_meta(settings["model"])
+    if not hasattr(getattr(model, "first_stage_model", None), "downsampling_factor"):
+        raise ValueError(
+            f"{settings['model'].get('target')} is no latent diffusion model with a first stage: fix the config"
+        )
+    fill_model(model, checkpoint, dtype=DTYPES[precision])
+    model.checkpoint_path = str(checkpoint.path)
+    model.global_step_of_file = checkpoint.global_step
+    model.family = describe(checkpoint.shapes)
+    model.autocast_dtype = torch.float16 if precision == "autocast" else None
+    model.one_scale = bool(settings.get("one_scale", False))
+    model.sampling = _own_sampling(settings)
+    return model.to(device).eval()
+
+
+def read_config(path: str | Path) -> DictConfig:
+    """A model's YAML config. Raises FileNotFoundError or ValueError if it is none."""
+    place = Path(path) if Path(path).is_file() else public_path(str(path))
+    if place is None:
+        raise FileNotFoundError(f"config {path}: there is no such file")
+    try:
+        config = OmegaConf.load(place)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(config, DictConfig) or "model" not in config:
+        raise ValueError(f"config {path} has no `model:` section, so it does not describe a model")
+    return config
+
+
+def _own_sampling(config: DictConfig) -> dict[str, Any]:
+    """The `sampling:` section of a config, checked: scale, sampler and steps to use where the user names none."""
+    own = dict(config.get("sampling", None) or {})
+    valid = {
+        "scale": lambda value: isinstance(value, (int, float)) and math.isfinite(value),
+        "sampler": lambda value: value in SAMPLERS,
+        "steps": lambda value: isinstance(value, int) and value > 0,
+    }
+    for name, value in own.items():
+        if name not in valid or isinstance(value, bool) or not valid[name](value):
+            raise ValueError(
+                f"the config's `sampling:` has {name}: {value!r}; it takes a number `scale`, a `sampler` of "
+                f"{', '.join(SAMPLERS)}, and a whole number of `steps`"
+            )
+    return own
+
+
+def sampling_settings(
+    model: LatentDiffusion,
+    public_scale: float,
+    steps: int | None = None,
+    sampler: str | None = None,
+    scale: float | None = None,
+    eta: float = 0.0,
+    public_steps: int = 50,
+) -> tuple[int, str, float]:
+    """(steps, sampler, scale), each None as the model's own (`sampling:` in its config), else as the public default.
+
+    The public defaults are `public_steps` of DDIM at `public_scale`. Only DDIM adds noise, so `eta` above 0 asks for
+    it.
+    """
+    if sampler is None and eta != 0:
+        sampler = "ddim"
+    own = {"steps": public_steps, "sampler": "ddim", "scale": public_scale} | getattr(model, "sampling", {})
+    given = {"steps": steps, "sampler": sampler, "scale": scale}
+    return tuple(own[name] if value is None else value for name, value in given.items())
+
+
+def _default_checkpoint() -> Path:
+    public = public_path(DEFAULT_CKPT)
+    if public is not None:
+        return public
+    bundled = public_path(BUNDLED_CKPT)
+    if bundled is None:
+        raise FileNotFoundError(f"there is neither {DEFAULT_CKPT} nor the bundled {BUNDLED_CKPT}: name a checkpoint")
+    logger.info("No --ckpt and no %s: using the small bundled model, which draws shapes at 64x64", DEFAULT_CKPT)
+    return bundled
+
+
+def _config_beside(checkpoint: Checkpoint) -> str | Path:
+    beside = Path(checkpoint.path).with_name("config.yaml")
+    if detect_config(checkpoint.shapes) is None and beside.is_file():
+        return beside
+    return config_for(checkpoint)
+
+
+# ---- what a network predicts ----
+
+
+def _same_but(parameterization: str, checkpoint: Checkpoint) -> str | None:
+    """Another public config for a file of this family, one with this `parameterization`."""
+    family = family_of(checkpoint.shapes)
+    for place in family.configs if family else ():
+        if read_config(place)["model"]["params"].get("parameterization", "eps") == parameterization:
+            return place
+    return None
+
+
+@torch.no_grad()
+def predicts(model: LatentDiffusion) -> str | None:
+    """What a text-to-image network seems to predict, "eps" or "v", from one small forward pass; None if not asked.
+
+    At the last timestep there is nothing but noise: a network that predicts noise gives its input back, while
+    v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans and Ho 2022) hardly depends on it. Untrained networks look like v.
+    """
+    if task_of(model) is not TEXT or model.parameterization not in ("eps", "v"):
+        return None
+    noise = torch.randn((1, model.channels, 16, 16), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
+        model.device
+    )
+    last = torch.full((1,), model.num_timesteps - 1, device=model.device)
+    autocast = getattr(model, "autocast_dtype", None)
+    with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None), model.ema_scope():
+        output = model.apply_model(noise, last, model.get_learned_conditioning([""]))
+    return "eps" if _correlation(output.float(), noise) > 0.5 else "v"
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return nn.functional.cosine_similarity(a.flatten() - a.mean(), b.flatten() - b.mean(), dim=0).item()
