@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import textwrap
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,33 @@ def load_image(path: str | Path, shrink_to: int | None = None) -> Image.Image:
     Raises FileNotFoundError if there is no such file, ValueError if it is a folder, not a picture, damaged, or larger
     than Pillow's limit against decompression bombs.
     """
+    with _opened(path) as image:
+        if shrink_to is not None:
+            image.draft(None, (shrink_to, shrink_to))
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def load_gray(path: str | Path) -> Tensor:
+    """A mask or a depth map: the brightness in a picture file as float32 (1, 1, H, W) from 0 to 1.
+
+    Files of 16 bits keep their precision. Turned and composed as by `load_image`, with the same errors.
+    """
+    with _opened(path) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        deep = image.mode.startswith("I") or image.mode == "F"
+        levels = np.asarray(image if deep else _to_rgb(image).convert("L"), dtype=np.float32)
+    if image.mode == "F":
+        levels = (levels - levels.min()) / max(np.ptp(levels), 1e-12)  # floats have no range of their own
+    else:
+        levels = levels / (65535 if deep else 255)
+    return torch.from_numpy(levels.copy())[None, None]
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The picture file, open; what goes wrong in the block is said as `load_image` says it."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a picture")
@@ -38,10 +66,7 @@ def load_image(path: str | Path, shrink_to: int | None = None) -> Image.Image:
             # Pillow warns at half the size that it refuses at; photos of that size are common.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if shrink_to is not None:
-                    image.draft(None, (shrink_to, shrink_to))
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                yield image
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture that Pillow can read: convert it to PNG or JPEG") from None
     except Image.DecompressionBombError as error:
@@ -210,7 +235,7 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
 
     Lines for `prompt` and, if it is not empty, `negative_prompt`, then one line of "Name: value" for the rest.
     """
-    lines = [settings["prompt"]]
+    lines = [settings.get("prompt", "")]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     values = {name: settings[key] for key, name in _PARAMETER_NAMES.items() if settings.get(key) is not None}

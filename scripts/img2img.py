@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
+
+logger = logging.getLogger("ldm.img2img")
 
 
 def parser() -> cli.ArgumentParser:
@@ -23,6 +26,12 @@ def parser() -> cli.ArgumentParser:
         default=0.75,
         help="how much to change the picture: 0 keeps it, 1 keeps next to nothing of it (%(default)s)",
     )
+    options.add_argument(
+        "--depth",
+        type=cli.user_path,
+        metavar="FILE",
+        help="for depth-to-image models: a picture of the depth, near parts light (default: estimated)",
+    )
     return options
 
 
@@ -30,11 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     batches = cli.prompt_batches(args)
     if args.fixed_code:
-        cli.logger.warning("--fixed_code has no effect here, as in the public script: the start is the picture")
+        logger.warning("--fixed_code has no effect here, as in the public script: the start is the picture")
 
-    from ldm.images import load_image
+    from ldm.images import load_gray, load_image
 
     init_image = load_image(args.init_img)
+    depth = load_gray(args.depth) if args.depth else None
 
     from ldm import inference
 
@@ -43,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
         inference.seed_everything(args.seed)
         latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
+        if depth is not None or inference.needs_depth(model):
+            depth = inference.depth_map(model, init_image, depth, size=latents.shape[2:])
         for prompts in batches * args.n_iter:
-            options = {"strength": args.strength, **cli.sampling_options(args)}
+            options = {"strength": args.strength, "depth": depth, **cli.sampling_options(args)}
             images = inference.img2img(model, prompts, latents[: len(prompts)], **options)
             writer.save(images, prompts)
     cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)

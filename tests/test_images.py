@@ -275,3 +275,18 @@ def test_png_metadata_holds_everything_as_json():
     metadata = images.png_metadata(settings)
     assert json.loads(metadata["ldm"]) == settings
     assert metadata["parameters"] == "猫\nSteps: 5"
+
+
+def test_load_gray_gives_brightness_from_0_to_1_with_the_precision_of_the_file(tmp_path):
+    ramp = np.linspace(0, 1, 32).reshape(1, 1, 4, 8)
+    Image.fromarray((ramp[0, 0] * 255).astype(np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray((ramp[0, 0] * 65535).astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray((ramp[0, 0] * 7 + 3).astype(np.float32)).save(tmp_path / "f.tiff")
+    for name, bound in (("8.png", 1 / 255), ("16.png", 1 / 65535), ("f.tiff", 1e-6)):
+        gray = images.load_gray(tmp_path / name)
+        assert gray.shape == (1, 1, 4, 8) and gray.dtype == torch.float32
+        assert np.abs(gray.numpy() - ramp).max() <= bound
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert images.load_gray(tmp_path / "clear.png").eq(1).all()  # an erased part of a mask is one to fill
+    with pytest.raises(FileNotFoundError, match="there is no picture"):
+        images.load_gray(tmp_path / "none.png")

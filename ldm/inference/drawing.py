@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
 from ldm.inference.loading import SAMPLERS, sampling_settings
-from ldm.inference.tasks import TEXT, require
+from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH, require, task_of
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.gaussian import square
@@ -57,7 +57,7 @@ def resolve_size(model: LatentDiffusion, height: int | None = None, width: int |
     return size
 
 
-def fit(model: LatentDiffusion, image: Image.Image, height: int | None, width: int | None) -> Image.Image:
+def fit(model: LatentDiffusion, image: Image.Image, height: int | None = None, width: int | None = None) -> Image.Image:
     """`image` at a size that the model can take: the one asked for, or its own, floored to a multiple of 32.
 
     A model of one scale (`one_scale: true` in its config, as the bundled one's) has pictures brought to that.
@@ -143,6 +143,7 @@ def img2img(
     init: Image.Image | Tensor,
     *,
     strength: float = 0.75,
+    depth: Tensor | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
@@ -156,10 +157,11 @@ def img2img(
     """One picture a prompt, made from `init`: a picture, or its latents (B, C, h, w) from `encode_image`.
 
     strength: how much of the schedule to go through: 0 gives the picture back as the first stage sees it, 1 keeps next
-    to nothing of it. height, width: resize a picture to these; by default its own size, floored to a multiple of 32.
+    to nothing of it. depth: for depth-to-image models, what `depth_map` gives for the picture, which is estimated if
+    None. height, width: resize a picture to these; by default its own size, floored to a multiple of 32.
     The rest as in `txt2img`, but for the public default of scale, which is 5 (SDEdit, Meng et al. 2022).
     """
-    require(model, TEXT)
+    task = require(model, TEXT, TEXT_AND_DEPTH)
     check_strength(strength)
     steps, sampler, scale = sampling_settings(model, 5.0, steps, sampler, scale, eta)
     if seed is not None:
@@ -167,10 +169,40 @@ def img2img(
     latents = init if isinstance(init, Tensor) else encode_image(model, init, len(prompts), height, width)
     if len(latents) != len(prompts):
         raise ValueError(f"init has {len(latents)} latents for {len(prompts)} prompts")
+    if task is TEXT_AND_DEPTH and depth is None:
+        if isinstance(init, Tensor):
+            raise ValueError("latents say nothing of depth: give this model `depth`, what depth_map makes")
+        depth = depth_map(model, init, size=latents.shape[2:])
     with drawing(model):
         guided = text_condition(model, prompts, negative_prompt, scale)
+        if task is TEXT_AND_DEPTH:
+            guided = guided.beside(c_concat=depth.expand(len(prompts), -1, -1, -1))
+        elif depth is not None:
+            raise ValueError("a depth map has no effect on this model: leave it out, or use a depth-to-image model")
         latents = redraw(model, guided, latents, strength, steps=steps, sampler=sampler, eta=eta, progress=progress)
         return decode(model, latents)
+
+
+def needs_depth(model: LatentDiffusion) -> bool:
+    """Whether `model` takes a depth map beside a prompt."""
+    return task_of(model) is TEXT_AND_DEPTH
+
+
+@torch.no_grad()
+def depth_map(
+    model: LatentDiffusion, image: Image.Image, depth: Tensor | None = None, size: Sequence[int] | None = None
+) -> Tensor:
+    """The condition (1, 1, h, w) of a depth-to-image model, at the size (h, w) of the latents of the fitted picture.
+
+    depth: (1, 1, H, W), larger is nearer, on any scale; None has the model's estimator look at `image`.
+    """
+    require(model, TEXT_AND_DEPTH)
+    if size is None:
+        fitted = fit(model, image)
+        size = model.latent_size(fitted.height, fitted.width)
+    if depth is None:
+        depth = model.estimate_depth(image_to_tensor(image).to(model.device))
+    return model.depth_condition(depth.to(model.device), size)
 
 
 def check_strength(strength: float) -> None:

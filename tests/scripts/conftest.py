@@ -38,6 +38,9 @@ class FakeInference(ModuleType):
 
     sampling_settings = staticmethod(real.sampling_settings)
 
+    def needs_depth(self, model):
+        return False
+
     def default_size(self, model):
         return 32
 

@@ -28,6 +28,7 @@ def test_defaults_are_those_of_the_public_script(script, inference, photo, capsy
         "prompts": ["a painting of a virus monster playing guitar"] * 2,
         "negative_prompt": "",
         "strength": 0.75,
+        "depth": None,
         "steps": 50,
         "sampler": "ddim",
         "eta": 0.0,

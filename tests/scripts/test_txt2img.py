@@ -160,7 +160,7 @@ def test_metadata_names_models_with_the_public_file_name_by_their_folder(script)
     [
         (["--plms", "--ddim_eta", "0.1"], "--plms needs --ddim_eta 0, not 0.1"),
         (["--from-file", "none.txt"], "--from-file none.txt: there is no such file"),
-        (["--laion400m"], "--laion400m needs configs/latent-diffusion/txt2img-1p4B-eval.yaml, which is not there"),
+        (["--laion400m"], "--laion400m needs models/ldm/text2img-large/model.ckpt, which is not there"),
         (["--C", "8"], "--C 8 does not fit this model, which has 4"),
         (["--f", "4"], "--f 4 does not fit this model, which has 8"),
         (["--H", "100"], "height 100 does not fit: the nearest are 96 and 104"),

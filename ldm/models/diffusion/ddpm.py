@@ -6,6 +6,7 @@ What they inherit: the formulas (`gaussian`), losses and training steps (`traini
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -367,10 +368,17 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def __getattr__(name: str) -> Any:
-    # Public home of a class that has a file of its own, and builds on this one.
-    if name == "LatentInpaintDiffusion":
-        from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
+# Public names of classes that have files of their own, and build on those here.
+_ELSEWHERE = {
+    "LatentFinetuneDiffusion": "finetuning",
+    "LatentInpaintDiffusion": "inpainting",
+    "LatentDepth2ImageDiffusion": "depth",
+    "LatentUpscaleDiffusion": "upscaling",
+    "ImageEmbeddingConditionedLatentDiffusion": "unclip",
+}
 
-        return LatentInpaintDiffusion
+
+def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(f"ldm.models.diffusion.{_ELSEWHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

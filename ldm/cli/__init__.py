@@ -1,0 +1,48 @@
+"""What the scripts share: options, the model they name, writing pictures, reporting errors.
+
+Nothing heavy is imported until it is needed, so that `--help` answers at once.
+"""
+
+from ldm.cli.models import load_model, model_name
+from ldm.cli.options import (
+    MAX_SEED,
+    ArgumentParser,
+    add_amount,
+    add_model,
+    add_output,
+    add_prompt,
+    add_sampler,
+    add_size,
+    number,
+    parse,
+    prompt_batches,
+    sampling_options,
+    sampling_parser,
+    user_path,
+)
+from ldm.cli.reporting import FAREWELL, run, say
+from ldm.cli.writing import Interrupted, SampleWriter
+
+__all__ = [
+    "FAREWELL",
+    "MAX_SEED",
+    "ArgumentParser",
+    "Interrupted",
+    "SampleWriter",
+    "add_amount",
+    "add_model",
+    "add_output",
+    "add_prompt",
+    "add_sampler",
+    "add_size",
+    "load_model",
+    "model_name",
+    "number",
+    "parse",
+    "prompt_batches",
+    "run",
+    "sampling_options",
+    "sampling_parser",
+    "say",
+    "user_path",
+]

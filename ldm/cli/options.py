@@ -1,0 +1,243 @@
+"""Options of the scripts, in groups that a script puts together, and what follows from them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ldm.devices import DEVICES, PRECISIONS
+
+logger = logging.getLogger(__name__)
+
+PROMPT = "a painting of a virus monster playing guitar"
+MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_everything allowed
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that takes "-" and "_" in option names as the same, and reports errors in one line."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._spelling(arg) for arg in args], namespace)
+
+    def _spelling(self, arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        known = {option.replace("-", "_"): option for option in self._option_string_actions}
+        return known.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else arg
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse `type` for a finite number of `kind` (int or float) from `low` to `high`."""
+    span = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
+    wanted = ("a whole number" if kind is int else "a number") + span
+
+    def _parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value in (math.inf, -math.inf):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return _parse
+
+
+def user_path(text: str) -> str:
+    """An argparse `type` for files and folders: `~` is the home folder, even in `--option=~/x`."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return os.path.expanduser(text)
+
+
+def add_prompt(parser: ArgumentParser) -> None:
+    """--prompt, --negative_prompt, --from-file and how often to use its lines."""
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--prompt", default=PROMPT, help="what the picture shows (%(default)s)")
+    group.add_argument("--negative_prompt", default="", help="what the picture should not show")
+    group.add_argument(
+        "--from-file",
+        type=user_path,
+        metavar="FILE",
+        help="read prompts from a text file, one a line; empty ones count",
+    )
+    group.add_argument(
+        "--repeat", type=number(int, 1), default=1, help="use each line of --from-file this often (%(default)s)"
+    )
+
+
+def add_amount(parser: ArgumentParser, n_samples: int, n_iter: int | None = None) -> None:
+    """--n_samples, --seed, and --n_iter unless None."""
+    group = parser.add_argument_group("how many")
+    count = number(int, 1)
+    group.add_argument("--n_samples", type=count, default=n_samples, help="pictures in a batch (%(default)s)")
+    if n_iter is not None:
+        group.add_argument(
+            "--n_iter", type=count, default=n_iter, help="how often to go through all prompts (%(default)s)"
+        )
+    group.add_argument(
+        "--seed", type=number(int, 0, MAX_SEED), default=42, help="start of the random numbers (%(default)s)"
+    )
+
+
+def add_size(parser: ArgumentParser) -> None:
+    """--H and --W."""
+    group = parser.add_argument_group("how large")
+    group.add_argument("--H", type=number(int, 1), metavar="PIXELS", help="height of the pictures")
+    group.add_argument("--W", type=number(int, 1), metavar="PIXELS", help="width of the pictures")
+
+
+def add_sampler(
+    parser: ArgumentParser, scale: float, steps: int = 50, eta: float = 0.0, also: Mapping[str, Sequence[str]] = {}
+) -> None:
+    """The sampler, its steps, its noise, and guidance; `scale` and `steps` are for models that name none of their own.
+
+    also: further spellings of --ddim_steps and --ddim_eta in a public script, {"ddim_steps": ["-c"], ...}.
+    """
+    group = parser.add_argument_group("how to sample")
+    group.add_argument(
+        "--ddim_steps",
+        "--steps",
+        *also.get("ddim_steps", ()),
+        type=number(int, 1, 1000),
+        help=f"steps of any sampler (the model's own, else {steps})",
+    )
+    group.add_argument("--ddim", action="store_true", help="use the DDIM sampler (the model's own, else DDIM)")
+    group.add_argument("--plms", action="store_true", help="use the PLMS sampler")
+    group.add_argument("--dpm_solver", "--dpm", action="store_true", help="use DPM-Solver++ (2M); wins over the others")
+    group.add_argument(
+        "--ddim_eta",
+        *also.get("ddim_eta", ()),
+        type=number(float, 0),
+        default=eta,
+        help="noise of each DDIM step, 0 for none (%(default)s); more than 0 means DDIM",
+    )
+    group.add_argument(
+        "--scale", type=number(float), help=f"guidance scale, 1 for no guidance (the model's own, else {scale:g})"
+    )
+    parser.set_defaults(public_scale=scale, public_steps=steps)
+
+
+def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if present, else the bundled model") -> None:
+    """--ckpt, --config, --device, --precision. default: in words, the checkpoint that serves without --ckpt."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("--ckpt", type=user_path, metavar="FILE", help=f".ckpt or .safetensors ({default})")
+    group.add_argument(
+        "--config", type=user_path, metavar="FILE", help="YAML file of the model (default: found from the checkpoint)"
+    )
+    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default="autocast", help="(%(default)s; on a CPU that is full)"
+    )
+    group.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="same as --precision bf16")
+
+
+def add_output(parser: ArgumentParser, outdir: str) -> None:
+    """--outdir, what to write there, and whether to say how it was made: what `SampleWriter` goes by."""
+    group = parser.add_argument_group("the output")
+    group.add_argument(
+        "--outdir", type=user_path, default=outdir, metavar="FOLDER", help="where to write (%(default)s)"
+    )
+    group.add_argument("--skip_save", action="store_true", help="do not write the single pictures")
+    group.add_argument("--skip_grid", action="store_true", help="do not write the grid of all pictures")
+    group.add_argument(
+        "--n_rows", type=number(int, 0), default=0, help="pictures in a row of the grid (as --n_samples)"
+    )
+    group.add_argument("--no_metadata", action="store_true", help="leave prompt and settings out of the PNG files")
+
+
+def sampling_parser(description: str, scale: float, outdir: str, n_iter: int, n_samples: int) -> ArgumentParser:
+    """A parser with the options that txt2img and img2img share, under the names of the public scripts.
+
+    The others are the defaults in which the scripts differ.
+    """
+    parser = ArgumentParser(description=description)
+    add_prompt(parser)
+    add_amount(parser, n_samples, n_iter)
+    add_size(parser)
+    add_sampler(parser, scale)
+    parser.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise (txt2img)")
+    add_model(parser)
+    parser.add_argument(
+        "--C", type=number(int, 1), metavar="CHANNELS", help="latent channels, if you want them checked"
+    )
+    parser.add_argument(
+        "--f", type=number(int, 1), metavar="FACTOR", help="downsampling factor, if you want it checked"
+    )
+    add_output(parser, outdir)
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options in `argv` (None: the command line), and the `sampler` that they choose; None is the model's own.
+
+    Exits as argparse does on options that it refuses. Raises ValueError for options that do not go together.
+    """
+    args = parser.parse_args(argv)
+    args.sampler = _sampler(args)
+    return args
+
+
+def _sampler(args: argparse.Namespace) -> str | None:
+    if args.dpm_solver:
+        for name in ("plms", "ddim"):
+            if getattr(args, name):
+                logger.warning("--dpm_solver and --%s are both given: using DPM-Solver", name)
+        return "dpm_solver"
+    if args.plms and args.ddim:
+        raise ValueError("--plms and --ddim are both given; leave one of the two out")
+    if args.plms and args.ddim_eta != 0:
+        raise ValueError(f"--plms needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
+    if args.plms:
+        return "plms"
+    return "ddim" if args.ddim else None
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_sampler`, and the negative prompt if there is one, as `ldm.inference` takes them."""
+    text = {"negative_prompt": args.negative_prompt} if hasattr(args, "negative_prompt") else {}
+    return text | {
+        "steps": args.ddim_steps,
+        "sampler": args.sampler,
+        "eta": args.ddim_eta,
+        "scale": args.scale,
+    }
+
+
+def prompt_batches(args: argparse.Namespace) -> list[list[str]]:
+    """The prompts of one iteration in batches of `n_samples`: the prompt repeated, or the lines of --from-file.
+
+    The last batch of a file may be smaller. Raises FileNotFoundError or ValueError if the file has no prompts to give.
+    """
+    if args.from_file is None:
+        batches = [[args.prompt] * args.n_samples]
+    else:
+        lines = [line for line in _read_lines(Path(args.from_file)) for _ in range(args.repeat)]
+        batches = [lines[i : i + args.n_samples] for i in range(0, len(lines), args.n_samples)]
+    for text in (args.negative_prompt, *sum(batches, [])):
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"the prompt {text!r} is not valid text: check the terminal's encoding (UTF-8)")
+    return batches
+
+
+def _read_lines(path: Path) -> list[str]:
+    if path.is_dir():
+        raise ValueError(f"--from-file {path} is a folder, not a text file")
+    if not path.exists():
+        raise FileNotFoundError(f"--from-file {path}: there is no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig").rstrip()
+    except UnicodeDecodeError:
+        raise ValueError(f"--from-file {path} is not UTF-8 text: save it as UTF-8") from None
+    if not text:
+        raise ValueError(f"--from-file {path} holds no prompts")
+    return text.split("\n")  # not splitlines: a prompt may hold other characters that end lines somewhere

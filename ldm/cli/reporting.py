@@ -1,0 +1,84 @@
+"""What a script says, and how it ends: messages as plain lines, errors as one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from ldm.processes import environment
+
+FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."
+
+
+class _Console(logging.Handler):
+    """Messages as plain lines on stdout, as the public scripts print them; warnings and errors on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        prefix = f"{record.levelname.lower()}: " if warning else ""
+        say(f"{prefix}{record.getMessage()}", sys.stderr if warning else sys.stdout)
+
+
+def say(text: str, stream: TextIO | None) -> None:
+    """Print a line, above progress bars. A stream that is closed, full or absent (`| head`, daemons) stops nothing."""
+    bars = sys.modules.get("tqdm")
+    above = bars.tqdm.external_write_mode(file=stream) if bars else contextlib.nullcontext()
+    with contextlib.suppress(OSError, ValueError, AttributeError), above:
+        stream.write(text + "\n")
+        stream.flush()
+
+
+def _end_bars() -> None:
+    """Leave the progress bars of work that failed where they are, and the next line to what is said of it."""
+    bars = sys.modules.get("tqdm")
+    for bar in list(getattr(bars.tqdm, "_instances", ())) if bars else ():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            bar.close()
+
+
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Call a script's `main` and return its exit code, with what went wrong as one line on stderr.
+
+    0: all well. 2: the user can mend it (files, options). 1: it failed while running (memory). 130: Ctrl-C.
+    Other exceptions are bugs and keep their traceback; `python -X dev` shows it for every error.
+    """
+    library = logging.getLogger("ldm")
+    console = _Console()
+    library.addHandler(console)
+    library.setLevel(logging.INFO if environment()[0] == 0 else logging.WARNING)  # of several processes, one reports
+    try:
+        main(argv)
+        return 0
+    except KeyboardInterrupt as error:
+        return _fail(130, str(error) or "interrupted; nothing written")
+    except ModuleNotFoundError as error:
+        return _fail(2, f"error: {error}: install the requirements first (pip install -r requirements.txt)")
+    except (ValueError, ImportError, OSError) as error:
+        return _fail(2, f"error: {_one_line(error)}")
+    except (RuntimeError, ArithmeticError, MemoryError) as error:
+        return _fail(1, f"error: {_one_line(error)}")
+    finally:
+        library.removeHandler(console)
+
+
+def _fail(code: int, message: str) -> int:
+    if sys.flags.dev_mode and code != 130:
+        raise  # the exception that the caller is handling
+    _end_bars()
+    say(message, sys.stderr)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        size = re.search(r"tried to allocate ([\d.]+ ?\w*)", text, re.IGNORECASE)
+        tried = f" (it takes another {size[1]})" if size else ""
+        return f"not enough memory{tried}. Try --n_samples 1, a smaller --H and --W, or (on a GPU) --precision fp16"
+    return text

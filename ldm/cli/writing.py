@@ -1,0 +1,109 @@
+"""What a script writes: pictures as they come, under free names, with how they were made; their grid at the end."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ldm import __version__
+from ldm.cli.options import sampling_options
+from ldm.processes import ALONE, Processes
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SAMPLE_NAME = "{:05}.png"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after the finished pictures were written; the message says how many."""
+
+
+class SampleWriter:
+    """Writes a run's pictures as they come, and their grid when the `with` block ends, however it ends.
+
+    Files are `<outdir>/samples/00000.png` ... and `<outdir>/grid-0000.png` ...; numbers go on after the highest there.
+    `settings` go into the metadata of every picture. Several `processes` number and grid their pictures as one would,
+    if each calls `skip` for the batches of the others.
+    """
+
+    def __init__(self, args: Namespace, processes: Processes = ALONE, **settings: Any) -> None:
+        self.outdir = Path(args.outdir)
+        self.samples = self.outdir / "samples"
+        for folder in (self.outdir, self.samples):
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file, not a folder: choose another --outdir")
+        self.samples.mkdir(parents=True, exist_ok=True)
+        for folder in (self.outdir, self.samples):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(f"{folder} is not writable: choose another --outdir")
+        self.written = 0
+        self._args = args
+        self._processes = processes
+        self._settings = settings
+        self._index = 0
+        self._first = None if processes.world == 1 else processes.agree(self._next_number())
+        self._for_grid: list[tuple[int, Image.Image]] = []
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._processes.rank == 0 or kind is None:  # after an error the others' pictures cannot be waited for
+            self._write_grid(self._processes.gather(self._for_grid) if kind is None else self._for_grid)
+        if kind is KeyboardInterrupt:
+            raise Interrupted(f"interrupted; {self.written} images written to {self.samples}")
+
+    def _next_number(self) -> int:
+        from ldm.images import next_free_index
+
+        return next_free_index(self.samples, SAMPLE_NAME)
+
+    def _write_grid(self, pictures: list[tuple[int, Image.Image]]) -> None:
+        if pictures:
+            from ldm.images import make_grid, save_png
+
+            in_order = [picture for _, picture in sorted(pictures, key=lambda pair: pair[0])]
+            grid = make_grid(in_order, nrow=self._args.n_rows or self._args.n_samples)
+            save_png(grid, self.outdir, "grid-{:04}.png")
+
+    def skip(self, count: int) -> None:
+        """Leave out `count` pictures that another process draws."""
+        self._index += count
+
+    def save(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+        """Write a batch unless --skip_save, and keep it for the grid unless --skip_grid.
+
+        prompts: what each picture was drawn from; empty texts where that is no text.
+        """
+        from ldm.images import save_png
+
+        for image, prompt in zip(images, prompts, strict=True):
+            if not self._args.skip_save:
+                number = None if self._first is None else self._first + self._index
+                save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt), number)
+                self.written += 1
+            if not self._args.skip_grid:
+                self._for_grid.append((self._index, image))
+            self._index += 1
+
+    def _metadata(self, image: Image.Image, prompt: str) -> dict[str, str]:
+        from ldm.images import png_metadata
+
+        args = self._args
+        if args.no_metadata:
+            return {}
+        settings = sampling_options(args) | self._settings
+        if args.scale == 1.0:
+            settings.pop("negative_prompt", None)  # of no effect without guidance
+        if args.sampler != "ddim":
+            del settings["eta"]  # no other sampler has it
+        size = f"{image.width}x{image.height}"
+        run = {"seed": args.seed, "size": size, "batch_size": args.n_samples, "index": self._index}
+        return png_metadata({"prompt": prompt, **settings, **run, "version": f"ldm {__version__}"})
