@@ -1,6 +1,6 @@
-"""What a checkpoint is, told from its keys and shapes: the public config it needs, or why it cannot serve.
+"""What a checkpoint is, told from its keys and shapes: the public configs that fit it, or why it cannot serve.
 
-A further family is one more row of `FAMILIES`; set `loads` once its config is in the repository.
+A further family is one more row of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from ldm.checkpoint.reading import Checkpoint, CheckpointError
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNET = "model.diffusion_model."
-FIRST_CONV = UNET + "input_blocks.0.0.weight"
 
 # Where each kind of conditioning keeps its table of tokens or classes.
 TEXT_TOWERS = {
@@ -40,114 +39,207 @@ def ema_name(key: str) -> str:
 class Features:
     """The few sizes that tell families apart; None where a file has no such part."""
 
-    unet: bool  # any weight of a UNet, plain or EMA
-    in_channels: int | None  # of the UNet: latent 4, inpainting 9, ...
-    width: int | None  # the UNet's model_channels
-    context: int | None  # width of cross-attention's context
-    text: str | None  # one of TEXT_TOWERS
-    vocabulary: int | None
-    labelled: bool  # a class or vector conditioning enters with the timestep
+    unet: bool = False  # any weight of a UNet, plain or EMA
+    in_channels: int | None = None  # of the UNet: latent 4, inpainting 9, ...
+    width: int | None = None  # the UNet's model_channels
+    context: int | None = None  # width of cross-attention's context
+    vector: int | None = None  # width of the class or vector that enters with the timestep
+    text: str | None = None  # one of TEXT_TOWERS
+    vocabulary: int | None = None
+    # of an autoencoder in a file of its own; its factor is pixels per latent, a side
+    ae_width: int | None = None
+    ae_factor: int | None = None
+    ae_channels: int | None = None
+    ae_codes: int | None = None  # entries of the codebook
+    ae_attention: bool = False
 
 
 def features(shapes: Shapes) -> Features:
     """The `Features` of a file whose tensors have these shapes, under published names."""
-    conv = shapes.get(FIRST_CONV) or shapes.get(ema_name(FIRST_CONV)) or (None, None)
+    if not any(key.startswith((UNET, ema_name(UNET))) for key in shapes):
+        return Features(**_tower(shapes), **_autoencoder(shapes))
+    width, in_channels = _unet_shape(shapes, "input_blocks.0.0.weight", 4)[:2]
     contexts = (shape[-1] for key, shape in shapes.items() if re.search(r"attn2\.?to_k\.?weight$", key) and shape)
-    text = next((name for name, key in TEXT_TOWERS.items() if key in shapes), None)
+    vectors = (_unet_shape(shapes, name, 2)[-1] for name in ("label_emb.weight", "label_emb.0.0.weight"))
     return Features(
-        unet=any(key.startswith((UNET, ema_name(UNET))) for key in shapes),
-        in_channels=conv[1] if len(conv) > 1 else None,
-        width=conv[0],
+        unet=True,
+        in_channels=in_channels,
+        width=width,
         context=next(contexts, None),
-        text=text,
-        vocabulary=shapes[TEXT_TOWERS[text]][0] if text else None,
-        labelled=any(key.startswith(UNET + "label_emb.") for key in shapes),
+        vector=next((vector for vector in vectors if vector is not None), None),
+        **_tower(shapes),
     )
+
+
+def _unet_shape(shapes: Shapes, name: str, axes: int) -> tuple[int | None, ...]:
+    """The shape of the UNet's weight `name`, plain or averaged; all None if there is none of so many axes."""
+    shape = shapes.get(UNET + name) or shapes.get(ema_name(UNET + name)) or ()
+    return shape if len(shape) == axes else (None,) * axes
+
+
+def _tower(shapes: Shapes) -> dict[str, Any]:
+    text = next((name for name, key in TEXT_TOWERS.items() if shapes.get(key)), None)
+    return {"text": text, "vocabulary": shapes[TEXT_TOWERS[text]][0] if text else None}
+
+
+def _autoencoder(shapes: Shapes) -> dict[str, Any]:
+    """What is known of a file that holds an autoencoder alone, with nothing before its names."""
+    first, latent = shapes.get("encoder.conv_in.weight"), shapes.get("post_quant_conv.weight")
+    if not first or not latent:
+        return {}
+    levels = {match[1] for key in shapes if (match := re.match(r"encoder\.down\.(\d+)\.", key))}
+    return {
+        "ae_width": first[0],
+        "ae_factor": 2 ** (len(levels) - 1),
+        "ae_channels": latent[1],
+        "ae_codes": shapes.get("quantize.embedding.weight", (None,))[0],
+        "ae_attention": "decoder.mid.attn_1.q.weight" in shapes,
+    }
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model, the public configs that fit its files (several if shapes cannot tell) and its features."""
+    """A kind of model, the public configs that fit its files and what tells it from others.
+
+    Where shapes cannot tell several configs apart, the first serves unless whoever loads knows more: Stable Diffusion
+    v2's two differ in what the network predicts, which the loader finds out by asking it; configs for other data sets
+    differ in nothing that sampling uses. A family without configs is named only to be refused.
+    """
 
     name: str
-    configs: tuple[str, ...]
+    configs: tuple[str, ...] = ()
     wants: Mapping[str, Any] = field(default_factory=dict)  # features that a file of this family has
+    tower: Mapping[str, Any] = field(default_factory=dict)  # features that it has unless it lacks the tower
     part: str | None = None  # a beginning of keys that a file of this family has
-    loads: bool = False
+    whole: bool = True  # a model to draw with, and not an autoencoder alone
+
+    @property
+    def loads(self) -> bool:
+        return bool(self.configs)
 
     def fits(self, found: Features, shapes: Shapes) -> bool:
         if self.part is not None and not any(key.startswith(self.part) for key in shapes):
             return False
+        if found.text is not None and any(getattr(found, name) != value for name, value in self.tower.items()):
+            return False
         return all(getattr(found, name) == value for name, value in self.wants.items())
 
     def __str__(self) -> str:
-        return f"{self.name} ({' or '.join(self.configs)})" if self.configs else self.name
+        named = " or ".join(self.configs[:2]) + (", ..." if len(self.configs) > 2 else "")
+        return f"{self.name} ({named})" if named else self.name
 
 
 _SD = "configs/stable-diffusion/"
-_V1 = {"width": 320, "context": 768}
-_V2 = {"width": 320, "context": 1024}
+_LDM = "configs/latent-diffusion/"
 
-UNKNOWN = Family("a latent diffusion model of a kind that is not known here", (), {"unet": True})
+
+def _unet(width: int, in_channels: int, context: int | None = None, vector: int | None = None) -> dict[str, Any]:
+    return {"unet": True, "width": width, "in_channels": in_channels, "context": context, "vector": vector}
+
+
+def _first_stage(name: str, factor: int, channels: int, codes: int | None = None, *others: str) -> Family:
+    kind = "KL-regularised" if codes is None else "vector-quantised"
+    wants = {"unet": False, "ae_width": 128, "ae_factor": factor, "ae_channels": channels, "ae_codes": codes}
+    return Family(
+        f"the {kind} autoencoder {name} alone",
+        (f"models/first_stage_models/{name}/config.yaml", *others),
+        wants | {"ae_attention": "noattn" not in name},
+        whole=False,
+    )
+
+
+UNKNOWN = Family("a latent diffusion model of a kind that is not known here", wants={"unet": True})
 
 # The first row that fits counts.
 FAMILIES = (
-    Family("SDXL", (), part="conditioner.embedders."),
-    Family("Stable Diffusion 3", (), part=UNET + "joint_blocks."),
-    Family("Flux", (), part=UNET + "double_blocks."),
-    Family("Flux", (), part="double_blocks."),
-    Family("Stable Diffusion v1", (_SD + "v1-inference.yaml",), {**_V1, "in_channels": 4}, loads=True),
+    Family("SDXL", part="conditioner.embedders."),
+    Family("Stable Diffusion 3", part=UNET + "joint_blocks."),
+    Family("Flux", part=UNET + "double_blocks."),
+    Family("Flux", part="double_blocks."),
+    Family("Stable Diffusion v1", (_SD + "v1-inference.yaml",), _unet(320, 4, 768)),
+    Family("Stable Diffusion v1 inpainting", (_SD + "v1-inpainting-inference.yaml",), _unet(320, 9, 768)),
+    Family("InstructPix2Pix on Stable Diffusion v1", (), _unet(320, 8, 768)),
+    Family("Stable Diffusion v2", (_SD + "v2-inference.yaml", _SD + "v2-inference-v.yaml"), _unet(320, 4, 1024)),
+    Family("Stable Diffusion v2 inpainting", (_SD + "v2-inpainting-inference.yaml",), _unet(320, 9, 1024)),
+    Family("Stable Diffusion v2 depth2img", (_SD + "v2-midas-inference.yaml",), _unet(320, 5, 1024)),
     Family(
-        "Stable Diffusion v1 inpainting",
-        (_SD + "v1-inpainting-inference.yaml",),
-        {**_V1, "in_channels": 9},
-        loads=True,
-    ),
-    Family("InstructPix2Pix on Stable Diffusion v1", (), {**_V1, "in_channels": 8}),
-    Family(
-        "Stable Diffusion v2 unCLIP",
-        (_SD + "v2-1-stable-unclip-h-inference.yaml", _SD + "v2-1-stable-unclip-l-inference.yaml"),
-        {**_V2, "in_channels": 4, "labelled": True},
+        "Stable Diffusion v2 unCLIP on ViT-H",
+        (_SD + "v2-1-stable-unclip-h-inference.yaml",),
+        _unet(320, 4, 1024, vector=2048),
     ),
     Family(
-        "Stable Diffusion v2",
-        (_SD + "v2-inference.yaml", _SD + "v2-inference-v.yaml"),
-        {**_V2, "in_channels": 4},
+        "Stable Diffusion v2 unCLIP on ViT-L",
+        (_SD + "v2-1-stable-unclip-l-inference.yaml",),
+        _unet(320, 4, 1024, vector=1536),
     ),
-    Family("Stable Diffusion v2 inpainting", (_SD + "v2-inpainting-inference.yaml",), {**_V2, "in_channels": 9}),
-    Family("Stable Diffusion v2 depth2img", (_SD + "v2-midas-inference.yaml",), {**_V2, "in_channels": 5}),
+    Family("the Stable Diffusion x4 upscaler", (_SD + "x4-upscaling.yaml",), _unet(256, 7, 1024, vector=1024)),
     Family(
-        "the Stable Diffusion x4 upscaler",
-        (_SD + "x4-upscaling.yaml",),
-        {"width": 256, "context": 1024, "in_channels": 7},
-    ),
-    Family(
-        "the latent diffusion text-to-image model (txt2img-f8-large)",
-        ("configs/latent-diffusion/txt2img-1p4B-eval.yaml",),
-        {"text": "bert", "width": 320, "context": 1280},
+        "the latent diffusion text-to-image model txt2img-f8-large",
+        (_LDM + "txt2img-1p4B-eval.yaml",),
+        _unet(320, 4, 1280),
+        {"text": "bert"},
     ),
     Family(
-        "latent diffusion text2img256",
-        ("models/ldm/text2img256/config.yaml",),
-        {"text": "bert", "width": 192, "context": 640},
+        "latent diffusion text2img256", ("models/ldm/text2img256/config.yaml",), _unet(192, 3, 640), {"text": "bert"}
     ),
     Family(
-        "class-conditional latent diffusion on ImageNet",
-        ("configs/latent-diffusion/cin256-v2.yaml",),
-        {"text": "class", "width": 192, "context": 512},
+        "class-conditional latent diffusion on ImageNet, f4",
+        (_LDM + "cin256-v2.yaml",),
+        _unet(192, 3, 512),
+        {"text": "class", "vocabulary": 1001},
+    ),
+    Family(
+        "class-conditional latent diffusion on ImageNet, f8",
+        ("models/ldm/cin256/config.yaml", _LDM + "cin-ldm-vq-f8.yaml"),
+        _unet(256, 4, 512),
+        {"text": "class", "vocabulary": 1000},
+    ),
+    Family(
+        "unconditional latent diffusion on CelebA-HQ, FFHQ or LSUN bedrooms",
+        (
+            *(f"models/ldm/{name}/config.yaml" for name in ("celeba256", "ffhq256", "lsun_beds256")),
+            *(f"{_LDM}{name}-ldm-vq-4.yaml" for name in ("celebahq", "ffhq", "lsun_bedrooms")),
+        ),
+        _unet(224, 3),
+    ),
+    Family(
+        "unconditional latent diffusion on LSUN churches",
+        ("models/ldm/lsun_churches256/config.yaml", _LDM + "lsun_churches-ldm-kl-8.yaml"),
+        _unet(192, 4),
+    ),
+    Family(
+        "latent diffusion for semantic synthesis",
+        ("models/ldm/semantic_synthesis256/config.yaml", "models/ldm/semantic_synthesis512/config.yaml"),
+        _unet(128, 6),
+    ),
+    Family("latent diffusion for super-resolution", ("models/ldm/bsr_sr/config.yaml",), _unet(160, 6)),
+    Family("latent diffusion for inpainting", ("models/ldm/inpainting_big/config.yaml",), _unet(256, 7)),
+    Family(
+        "layout-to-image latent diffusion",
+        ("models/ldm/layout2img-openimages256/config.yaml",),
+        _unet(128, 3, 512),
+        {"text": "bert", "vocabulary": 8192},
     ),
     Family(
         "retrieval-augmented diffusion",
         ("configs/retrieval-augmented-diffusion/768x768.yaml",),
-        {"width": 448, "in_channels": 16, "context": 768},
+        _unet(448, 16, 768),
     ),
     Family(
         "the bundled model of shapes",
         ("models/ldm/shapes64/config.yaml",),
         {"text": "clip", "vocabulary": 35, "context": 128},
-        loads=True,
     ),
     UNKNOWN,
+    _first_stage("kl-f4", 4, 3, None, "configs/autoencoder/autoencoder_kl_64x64x3.yaml"),
+    _first_stage("kl-f8", 8, 4, None, "configs/autoencoder/autoencoder_kl_32x32x4.yaml"),
+    _first_stage("kl-f16", 16, 16, None, "configs/autoencoder/autoencoder_kl_16x16x16.yaml"),
+    _first_stage("kl-f32", 32, 64, None, "configs/autoencoder/autoencoder_kl_8x8x64.yaml"),
+    _first_stage("vq-f4", 4, 3, 8192),
+    _first_stage("vq-f4-noattn", 4, 3, 8192),
+    _first_stage("vq-f8", 8, 4, 16384),
+    _first_stage("vq-f8-n256", 8, 4, 256),
+    _first_stage("vq-f16", 16, 8, 16384),
 )
 
 # Files that hold no whole model: what they are, and keys that only they have.
@@ -164,7 +256,7 @@ PARTS = (
 
 
 def family_of(shapes: Shapes) -> Family | None:
-    """The first family that `shapes` (published name -> shape) fits; None if they hold no known UNet."""
+    """The first family that `shapes` (published name -> shape) fits; None if they hold nothing that is known."""
     found = features(shapes)
     return next((family for family in FAMILIES if family.fits(found, shapes)), None)
 
@@ -192,10 +284,13 @@ def describe(shapes: Shapes) -> str:
     return str(family) if family else _part_of(shapes) or "no model that is known here"
 
 
-def config_for(checkpoint: Checkpoint) -> str:
-    """`detect_config` for a file that was read; CheckpointError, saying what it is, where there is none."""
+def config_for(checkpoint: Checkpoint, *, whole: bool = True) -> str:
+    """`detect_config` for a file that was read; CheckpointError, saying what it is, where there is none.
+
+    whole: the file must hold a model to draw with; without it, an autoencoder in a file of its own will do.
+    """
     family = family_of(checkpoint.shapes)
-    if family is None:
+    if family is None or (whole and not family.whole):
         raise CheckpointError(not_a_model(checkpoint))
     if family is UNKNOWN:
         raise CheckpointError(f"{checkpoint.path} holds {family}: name its config with --config")

@@ -77,7 +77,7 @@ def load_first_stage(
     where = choose_device(device)
     precision = choose_precision(precision, where)
     checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
-    settings = read_config(config or _config_beside(checkpoint))
+    settings = read_config(config or _config_beside(checkpoint, whole=False))
     model = build_on_meta(settings["model"])
     fill_model(model, checkpoint, dtype=DTYPES[precision])
     model = getattr(model, "first_stage_model", model)
@@ -175,11 +175,11 @@ def _default_checkpoint() -> Path:
     return bundled
 
 
-def _config_beside(checkpoint: Checkpoint) -> str | Path:
+def _config_beside(checkpoint: Checkpoint, *, whole: bool = True) -> str | Path:
     beside = Path(checkpoint.path).with_name("config.yaml")
     if detect_config(checkpoint.shapes) is None and beside.is_file():
         return beside
-    return config_for(checkpoint)
+    return config_for(checkpoint, whole=whole)
 
 
 # ---- what a network predicts ----

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import Checkpoint, CheckpointError, config_for, describe, detect_config, ema_name, read_checkpoint
-from ldm.checkpoint.families import FAMILIES
+from ldm.checkpoint.families import FAMILIES, family_of
 
 ROOT = Path(__file__).parents[2]
 KEYS = ROOT / "tests" / "reference" / "keys"
@@ -37,10 +37,110 @@ def test_the_bundled_model_is_detected_anywhere():
     assert detect_config(bundled.shapes) == "models/ldm/shapes64/config.yaml"
 
 
-def test_configs_of_families_that_load_exist():
-    for family in FAMILIES:
-        if family.loads:
-            assert (ROOT / family.configs[0]).is_file(), family
+def test_every_config_of_a_family_exists_and_is_of_one_family():
+    configs = [config for family in FAMILIES for config in family.configs]
+    assert all((ROOT / config).is_file() for config in configs)
+    assert len(configs) == len(set(configs)) == 41 + 1  # the public ones and the bundled model's
+
+
+def config_of(keys: str) -> str:
+    """The public config of a key list: "ldm.cin256" is of models/ldm/cin256/config.yaml."""
+    folder, _, name = keys.partition(".")
+    places = (f"configs/{folder}/{name}.yaml", f"models/{folder}/{name}/config.yaml")
+    return next(place for place in places if (ROOT / place).is_file())
+
+
+LISTS = sorted(path.stem for path in KEYS.glob("*.tsv"))
+AUTOENCODERS = [name for name in LISTS if name.startswith(("autoencoder.", "first_stage_models."))]
+WHOLE = [name for name in LISTS if name not in AUTOENCODERS]
+
+
+def plain(shapes):
+    """Without averages."""
+    return {key: shape for key, shape in shapes.items() if not key.startswith("model_ema.")}
+
+
+def averages_only(shapes):
+    """As `prune` and other tools leave it: the UNet's averages, and everything but the UNet."""
+    ema = {ema_name(key): shape for key, shape in shapes.items() if key.startswith("model.")}
+    return ema | {key: shape for key, shape in plain(shapes).items() if not key.startswith("model.")}
+
+
+def without_condition(shapes):
+    parts = ("cond_stage_model.", "embedder.", "noise_augmentor.", "low_scale_model.")
+    return {key: shape for key, shape in shapes.items() if not key.startswith(parts)}
+
+
+def unet_alone(shapes):
+    return {key: shape for key, shape in shapes.items() if key.startswith("model.")}
+
+
+@pytest.mark.parametrize("keys", WHOLE)
+@pytest.mark.parametrize("held", [dict, plain, averages_only, without_condition, unet_alone])
+def test_whole_models_are_recognised(keys, held):
+    shapes = held(shapes_of(keys))
+    family = family_of(shapes)
+    assert family.whole and config_of(keys) in family.configs
+    assert detect_config(shapes) == config_for(checkpoint_of(shapes)) == family.configs[0]
+    assert describe(shapes).startswith(f"{family.name} ({family.configs[0]}")
+
+
+@pytest.mark.parametrize("keys", AUTOENCODERS)
+def test_autoencoders_are_recognised_and_no_whole_models(keys):
+    shapes = shapes_of(keys) | {"loss.logvar": (), "loss.discriminator.main.0.weight": (64, 3, 4, 4)}
+    family = family_of(shapes)
+    assert not family.whole and config_of(keys) in family.configs
+    assert detect_config(shapes) == config_for(checkpoint_of(shapes), whole=False) == family.configs[0]
+    with pytest.raises(CheckpointError, match=r"^x.ckpt is an autoencoder \(VAE\) alone, not a whole model"):
+        config_for(checkpoint_of(shapes))
+
+
+def test_a_models_own_first_stage_is_no_autoencoders_file():
+    shapes = {f"first_stage_model.{key}": shape for key, shape in shapes_of("first_stage_models.kl-f8").items()}
+    assert family_of(shapes) is None and describe(shapes) == "an autoencoder (VAE) alone"
+
+
+def test_which_models_shapes_cannot_tell_apart():
+    together = [family.configs for family in FAMILIES if len(family.configs) > 1 and family.whole]
+    names = [[config.removesuffix(".yaml").removesuffix("/config").split("/")[-1] for config in g] for g in together]
+    assert names == [
+        ["v2-inference", "v2-inference-v"],
+        ["cin256", "cin-ldm-vq-f8"],
+        ["celeba256", "ffhq256", "lsun_beds256", "celebahq-ldm-vq-4", "ffhq-ldm-vq-4", "lsun_bedrooms-ldm-vq-4"],
+        ["lsun_churches256", "lsun_churches-ldm-kl-8"],
+        ["semantic_synthesis256", "semantic_synthesis512"],
+    ]
+
+
+def test_depth_to_image_is_recognised():
+    shapes = shapes_of("stable-diffusion.v2-inpainting-inference")
+    shapes |= {"model.diffusion_model.input_blocks.0.0.weight": (320, 5, 3, 3)}
+    for held in (dict, averages_only, unet_alone):
+        assert detect_config(held(shapes)) == "configs/stable-diffusion/v2-midas-inference.yaml"
+
+
+def test_both_kinds_of_unclip_are_told_apart():
+    shapes = shapes_of("stable-diffusion.v2-1-stable-unclip-h-inference")
+    assert "unclip-h" in detect_config(shapes)
+    shapes["model.diffusion_model.label_emb.0.0.weight"] = (1280, 1536)
+    assert "unclip-l" in detect_config(shapes) and "unclip-l" in detect_config(averages_only(shapes))
+    shapes["model.diffusion_model.label_emb.0.0.weight"] = (1280, 1000)
+    assert detect_config(shapes) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "table", "size"),
+    [
+        ("ldm.cin256", "embedding", (10, 512)),
+        ("ldm.layout2img-openimages256", "transformer.token_emb", (30522, 512)),
+        ("ldm.text2img256", "embedding", (30522, 640)),
+    ],
+)
+def test_a_network_of_public_size_with_another_condition_is_not_the_public_model(keys, table, size):
+    own = without_condition(shapes_of(keys)) | {f"cond_stage_model.{table}.weight": size}
+    assert detect_config(own) is None
+    with pytest.raises(CheckpointError, match="name its config with --config"):
+        config_for(checkpoint_of(own))
 
 
 def test_partial_v1_files_are_still_v1():
@@ -52,33 +152,6 @@ def test_partial_v1_files_are_still_v1():
     assert detect_config({**ema, **rest}) == V1
     with_control = {**whole, "control_model.zero_convs.0.0.weight": (320, 320, 1, 1)}
     assert detect_config(with_control) == V1
-
-
-@pytest.mark.parametrize(
-    ("keys", "name"),
-    [
-        ("stable-diffusion.v2-inference", "Stable Diffusion v2 (configs/stable-diffusion/v2-inference.yaml or "),
-        ("stable-diffusion.v2-inference-v", "v2-inference-v.yaml"),
-        ("stable-diffusion.v2-inpainting-inference", "Stable Diffusion v2 inpainting"),
-        ("stable-diffusion.v2-1-stable-unclip-h-inference", "Stable Diffusion v2 unCLIP"),
-        ("stable-diffusion.x4-upscaling", "x4 upscaler"),
-        ("latent-diffusion.txt2img-1p4B-eval", "configs/latent-diffusion/txt2img-1p4B-eval.yaml"),
-        ("ldm.text2img256", "models/ldm/text2img256/config.yaml"),
-        ("latent-diffusion.cin256-v2", "ImageNet"),
-        ("retrieval-augmented-diffusion.768x768", "retrieval-augmented diffusion"),
-        ("ldm.celeba256", "a latent diffusion model of a kind"),
-        ("ldm.inpainting_big", "a latent diffusion model of a kind"),
-        ("first_stage_models.kl-f8", "an autoencoder (VAE) alone"),
-        ("first_stage_models.vq-f4", "an autoencoder (VAE) alone"),
-    ],
-)
-def test_other_public_families_are_named_and_refused(keys, name):
-    shapes = shapes_of(keys)
-    assert detect_config(shapes) is None
-    assert name in describe(shapes)
-    with pytest.raises(CheckpointError, match=r"^x\.ckpt ") as caught:
-        config_for(checkpoint_of(shapes))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("channels", [(8, "InstructPix2Pix"), (5, "of a kind that is not known")])
