@@ -6,25 +6,23 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 INIT = (Path(__file__).parent / "ldm" / "__init__.py").read_text(encoding="utf-8")
+# all configs, and the bundled model; not the weights that a user has put beside configs
+SHARED = sorted(
+    {*Path("configs").rglob("*.yaml"), *Path("models").rglob("config.yaml"), *Path("models/ldm/shapes64").glob("*.*")}
+)
 
 setup(
     name="latent-diffusion",
     version=re.search(r'__version__ = "(.+?)"', INIT)[1],
-    description="Latent diffusion and Stable Diffusion v1: the CompVis `ldm` system, reimplemented",
+    description="Latent diffusion and Stable Diffusion v1 and v2: the CompVis `ldm` system, reimplemented",
     long_description="See README.md in the repository.",
     license="MIT",
     packages=find_packages(include=["ldm", "ldm.*"]),
     package_data={"ldm.modules.encoders": ["data/*"]},
-    # configs and the bundled model, where ldm.util.public_path looks for them in an installation
+    # where ldm.util.public_path looks for them in an installation
     data_files=[
-        (f"share/latent-diffusion/{folder}", [str(path) for path in sorted(Path(folder).glob("*.*")) if path.is_file()])
-        for folder in (
-            "configs/autoencoder",
-            "configs/latent-diffusion",
-            "configs/stable-diffusion",
-            "configs/text-encoder",
-            "models/ldm/shapes64",
-        )
+        (f"share/latent-diffusion/{folder.as_posix()}", [str(path) for path in SHARED if path.parent == folder])
+        for folder in sorted({path.parent for path in SHARED})
     ],
     python_requires=">=3.11",
     install_requires=[

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
+import setuptools
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -85,3 +87,13 @@ def test_state_dict_is_the_published_one(name):
     ]
     published = (REFERENCE / "keys" / f"{list_name(name)}.tsv").read_text().splitlines()
     assert sorted(rows) == sorted(published)
+
+
+def test_an_installation_finds_every_config(monkeypatch):
+    said = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **settings: said.update(settings))
+    runpy.run_path("setup.py")
+    places = {f"{folder}/{file.rpartition('/')[2]}" for folder, files in said["data_files"] for file in files}
+    wanted = {*PUBLIC, "models/ldm/shapes64/config.yaml", "models/ldm/shapes64/model.ckpt"}
+    assert {f"share/latent-diffusion/{name}" for name in wanted} <= places
