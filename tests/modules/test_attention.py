@@ -1,4 +1,4 @@
-"""`attend`: the two ways to compute attention are one function."""
+"""`attend`: the ways to compute attention are one function, whatever the precision."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ldm.modules import attention
 from ldm.modules.attention import CrossAttention, attend
+from ldm.modules.diffusionmodules.openaimodel import AttentionBlock
 
 
 def inputs(keys: int, dtype: torch.dtype, queries: int = 24) -> list[torch.Tensor]:
@@ -62,3 +63,59 @@ def test_masked_keys_do_not_count_in_bfloat16():
     x, context = torch.randn(2, 5, 16).bfloat16(), torch.randn(2, 6, 8).bfloat16()
     mask = torch.arange(6).expand(2, -1) < 4
     torch.testing.assert_close(layer(x, context, mask), layer(x, context[:, :4]), rtol=0.02, atol=0.01)
+
+
+def large(dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k, v in float16 whose scores, as Stable Diffusion 2's, are finite only in a wider type."""
+    q, k, v = (x.detach().to(dtype) for x in inputs(24, torch.float32))
+    return [q * 200, k * 200, v]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("exact_devices", [attention.EXACT, ()])  # torch's kernel as it is, and as other devices get it
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_beyond_float16(monkeypatch, causal, exact_devices, autocast):
+    monkeypatch.setattr(attention, "EXACT", exact_devices)
+    q, k, v = large(torch.float16)
+    plain = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
+    assert not torch.isfinite(plain).all()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        ours = attend(q, k, v, causal=causal)
+    assert ours.dtype == torch.float16
+    assert (ours - exact(q, k, v, causal)).abs().max() <= 2e-3
+
+
+def test_float16_is_widened_where_kernels_are_not_known_to_do_it(monkeypatch):
+    seen = []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((q.dtype, k.dtype, torch.is_autocast_enabled("cpu")))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(attention, "EXACT", ())
+    for dtype in (torch.float16, torch.float32):
+        with torch.autocast("cpu", torch.float16):
+            attend(*inputs(24, dtype))
+    assert seen == [(torch.float32, torch.float32, False), (torch.float32, torch.float32, True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_in_float16_with_large_scores(autocast):
+    """Queries and keys a hundred times as large as a new layer's: the layer's answer is that of float32."""
+    torch.manual_seed(0)
+    layer, block = CrossAttention(16, 8, heads=2, dim_head=8), AttentionBlock(32, num_heads=4)
+    for weight in (layer.to_q.weight, layer.to_k.weight, block.qkv.weight[:64]):
+        weight *= 300
+    torch.nn.init.normal_(block.proj_out.weight)
+    x, context, image = torch.randn(2, 5, 16), torch.randn(2, 6, 8), torch.randn(2, 32, 4, 4)
+    wanted = layer(x, context), block(image)
+    if not autocast:
+        layer, block, x, context, image = (y.half() for y in (layer, block, x, context, image))
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        found = layer(x, context), block(image)
+    for ours, truth in zip(found, wanted):
+        assert torch.isfinite(ours).all()
+        assert (ours - truth).abs().mean() <= 0.02 * truth.abs().mean()

@@ -25,14 +25,14 @@ def make_beta_schedule(
     """Betas (n_timestep,) in float64 of the schedule called "linear", "cosine", "sqrt_linear" or "sqrt".
 
     The names are the public ones: "linear" is linear in sqrt(beta), and "sqrt_linear" is linear in beta.
-    "cosine" is Nichol and Dhariwal 2021, eq. 17.
+    "cosine" is Nichol and Dhariwal 2021, eq. 17, and "squaredcos_cap_v2" another public name of it.
     """
     if n_timestep < 1 or linear_start <= 0 or linear_end <= 0:
         given = f"{n_timestep}, {linear_start}, {linear_end}"
         raise ValueError(f"a schedule needs timesteps, linear_start and linear_end above 0, not {given}")
     if schedule == "linear":
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
-    if schedule == "cosine":
+    if schedule in ("cosine", "squaredcos_cap_v2"):
         steps = np.arange(n_timestep + 1, dtype=np.float64) / n_timestep
         a = np.cos((steps + cosine_s) / (1 + cosine_s) * np.pi / 2) ** 2
         return np.clip(1 - a[1:] / a[:-1], 0, 0.999)
@@ -40,7 +40,7 @@ def make_beta_schedule(
         return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64)
     if schedule == "sqrt":
         return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64) ** 0.5
-    raise ValueError(f"beta_schedule {schedule!r} is not one of linear, cosine, sqrt_linear, sqrt")
+    raise ValueError(f"beta_schedule {schedule!r} is not one of linear, cosine, squaredcos_cap_v2, sqrt_linear, sqrt")
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attention import attend
+from ldm.modules.encoders.base import TowerConfig, check_heads
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(TowerConfig):
     """Size of a text tower, in the names that transformers uses; the defaults are ViT-L/14's, as in v1."""
 
     vocab_size: int = 49408
@@ -38,20 +38,9 @@ class CLIPTextConfig:
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {self.hidden_act!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
-            )
+        check_heads(self.hidden_size, self.num_attention_heads, "hidden_size", "num_attention_heads")
         if not 0 <= self.eos_token_id < self.vocab_size:
             raise ValueError(f"eos_token_id {self.eos_token_id} is outside the vocabulary of {self.vocab_size} ids")
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
-        """Build from a config section; names left out keep their defaults. ValueError for an unknown name."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"a text tower has no option {unknown}; the options are {sorted(known)}")
-        return cls(**{str(key): value for key, value in values.items()})
 
 
 class CLIPTextOutput(NamedTuple):

@@ -9,21 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
+from ldm.modules.encoders.base import AbstractEncoder, check_length, check_vocabulary, resolve_tokenizer
+from ldm.modules.encoders.clip_image import (
+    CLIPEmbeddingNoiseAugmentation,
+    ClipImageEmbedder,
+    FrozenOpenCLIPImageEmbedder,
+)
 from ldm.modules.encoders.clip_text import CLIPTextConfig, CLIPTextModel
-from ldm.modules.encoders.tokenizer import CLIPTokenizer, Tokenizer
+from ldm.modules.encoders.open_clip import FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.tokenizer import Tokenizer
 from ldm.modules.encoders.wordpiece import BERTTokenizer
 from ldm.modules.x_transformer import TransformerWrapper
-from ldm.util import instantiate_from_config
+
+__all__ = [
+    "AbstractEncoder",
+    "BERTEmbedder",
+    "CLIPEmbeddingNoiseAugmentation",
+    "ClassEmbedder",
+    "ClipImageEmbedder",
+    "FrozenCLIPEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "FrozenOpenCLIPImageEmbedder",
+    "SpatialRescaler",
+]
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
-
-
-class AbstractEncoder(nn.Module):
-    """Base of the conditioning encoders: `encode` is the name by which latent diffusion models call them."""
-
-    def encode(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The conditioning of one batch: the same as calling the encoder."""
-        return self(*args, **kwargs)
 
 
 class FrozenCLIPEmbedder(AbstractEncoder):
@@ -63,10 +73,9 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         super().__init__()
         if config is None and version != VIT_L_14:
             raise ValueError(f"unknown text tower {version!r}: use {VIT_L_14!r}, or give its sizes as `config`")
-        self.tokenizer = _resolve_tokenizer(tokenizer)
+        self.tokenizer = resolve_tokenizer(tokenizer)
         tower = _tower_config(config or {}, self.tokenizer)
-        if not 2 <= max_length <= tower.max_position_embeddings:
-            raise ValueError(f"this tower takes max_length 2 to {tower.max_position_embeddings}, got {max_length}")
+        check_length(max_length, tower.max_position_embeddings)
         _check_layer(layer, layer_idx, tower.num_hidden_layers)
         self.max_length = max_length
         self.layer = layer
@@ -76,10 +85,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             init_from_checkpoint(self, ckpt_path, prefix="cond_stage_model.")
         if freeze:
             self.freeze()
-
-    def freeze(self) -> None:
-        """Eval mode, and no gradients for the weights."""
-        self.eval().requires_grad_(False)
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """B prompts to (B, max_length, D), or (B, 1, D) for the pooled layer, on the device of the weights.
@@ -114,7 +119,7 @@ class BERTEmbedder(AbstractEncoder):
         tokenizer: Tokenizer | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.tokenizer = _resolve_tokenizer(tokenizer, BERTTokenizer) if use_tokenizer else None
+        self.tokenizer = resolve_tokenizer(tokenizer, BERTTokenizer) if use_tokenizer else None
         if self.tokenizer is not None and self.tokenizer.vocab_size > vocab_size:
             raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} ids, vocab_size is only {vocab_size}")
         self.transformer = TransformerWrapper(vocab_size, max_seq_len, n_embed, n_layer, embedding_dropout)
@@ -179,19 +184,10 @@ class SpatialRescaler(AbstractEncoder):
         return x if self.channel_mapper is None else self.channel_mapper(x)
 
 
-def _resolve_tokenizer(
-    tokenizer: Tokenizer | Mapping[str, Any] | None, default: type[Tokenizer] = CLIPTokenizer
-) -> Tokenizer:
-    if tokenizer is None:
-        return default()
-    return tokenizer if isinstance(tokenizer, Tokenizer) else instantiate_from_config(tokenizer)
-
-
 def _tower_config(config: Mapping[str, Any], tokenizer: Tokenizer) -> CLIPTextConfig:
     """The tower that `config` describes; it must know every id of the tokenizer and the same end token."""
     vocab_size = config.get("vocab_size", CLIPTextConfig.vocab_size)
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the text tower only {vocab_size}")
+    check_vocabulary(tokenizer, vocab_size)
     if config.get("eos_token_id", tokenizer.end_id) != tokenizer.end_id:
         raise ValueError(f"eos_token_id is {config['eos_token_id']}, the tokenizer ends with {tokenizer.end_id}")
     return CLIPTextConfig.from_mapping({**config, "eos_token_id": tokenizer.end_id})
