@@ -196,12 +196,16 @@ def _same_but(parameterization: str, checkpoint: Checkpoint) -> str | None:
 
 @torch.no_grad()
 def predicts(model: LatentDiffusion) -> str | None:
-    """What a text-to-image network seems to predict, "eps" or "v", from one small forward pass; None if not asked.
+    """What a text-to-image network seems to predict, "eps" or "v", from one small forward pass; None if it cannot tell.
 
     At the last timestep there is nothing but noise: a network that predicts noise gives its input back, while
     v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans and Ho 2022) hardly depends on it. Untrained networks look like v.
     """
     if task_of(model) is not TEXT or model.parameterization not in ("eps", "v"):
+        return None
+    try:
+        nothing = model.get_learned_conditioning([""])
+    except FileNotFoundError:  # a tokenizer without its vocabulary, which is for drawing to complain about
         return None
     noise = torch.randn((1, model.channels, 16, 16), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
         model.device
@@ -209,7 +213,7 @@ def predicts(model: LatentDiffusion) -> str | None:
     last = torch.full((1,), model.num_timesteps - 1, device=model.device)
     autocast = getattr(model, "autocast_dtype", None)
     with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None), model.ema_scope():
-        output = model.apply_model(noise, last, model.get_learned_conditioning([""]))
+        output = model.apply_model(noise, last, nothing)
     return "eps" if _correlation(output.float(), noise) > 0.5 else "v"
 
 

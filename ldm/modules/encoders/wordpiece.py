@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.modules.encoders.tokenizer import Tokenizer, Tokens
+from ldm.util import public_path
 
 if TYPE_CHECKING:
     import tokenizers
 
 VOCABULARY = "bert-base-uncased"
+OWN_PLACE = f"models/{VOCABULARY}/vocab.txt"  # in the repository's layout
 URL = "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt"
 
 
 class BERTTokenizer(Tokenizer):
     """WordPiece with BERT's uncased vocabulary (Devlin et al. 2019): 30,522 ids, padded with 0.
 
-    vocab: the file `vocab.txt`, one token a line; by default it is looked for in the Hugging Face cache. It is read
-    when the first text comes; FileNotFoundError if there is none, ValueError if it is another vocabulary.
+    vocab: the file `vocab.txt`, one token a line, or a folder that holds it; by default it is looked for at
+    models/bert-base-uncased/vocab.txt and in the Hugging Face cache. It is read when the first text comes;
+    FileNotFoundError if there is none, ValueError if it is another vocabulary.
     """
 
     start_id, end_id, pad_id = 101, 102, 0
@@ -50,17 +53,18 @@ class BERTTokenizer(Tokenizer):
 
 
 def find_vocabulary(path: str | None) -> Path:
-    """The file named, or the one in the Hugging Face cache."""
+    """The file named, or that of the folder named; by default the repository's own or the one in the hub's cache."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     if path is not None:
-        places = [Path(path).expanduser()]
+        given = Path(path).expanduser()
+        places = [given, given / "vocab.txt"]
     else:
-        places = sorted(hub.glob(f"models--*{VOCABULARY}/snapshots/*/vocab.txt"))
+        own = public_path(OWN_PLACE)
+        places = [own] if own else sorted(hub.glob(f"models--*{VOCABULARY}/snapshots/*/vocab.txt"))
     if found := next((place for place in places if place.is_file()), None):
         return found
     raise FileNotFoundError(
-        f"BERT's vocabulary is not {f'at {path}' if path else f'in {hub}'}: download {URL} and name it in the params "
-        "of the text encoder, as "
-        "tokenizer: {target: ldm.modules.encoders.wordpiece.BERTTokenizer, params: {vocab: path/to/vocab.txt}}"
+        f"this model reads text with BERT's vocabulary, which is not at {path or f'{OWN_PLACE} or in {hub}'}: "
+        f"download {URL} and put it at {OWN_PLACE}"
     )

@@ -112,10 +112,11 @@ def test_texts_too_long_are_reported(vocab, caplog):
 def test_where_the_vocabulary_is_looked_for(vocab, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     embedder = BERTEmbedder(8, 1)  # building needs no file
-    with pytest.raises(FileNotFoundError, match=r"is not in .*hub: download https://.*vocab.txt and name it"):
+    with pytest.raises(FileNotFoundError, match=r"in .*hub: download https://.*vocab.txt and put it at models/"):
         embedder("a")
-    with pytest.raises(FileNotFoundError, match="is not at none.txt"):
+    with pytest.raises(FileNotFoundError, match="is not at none.txt: download"):
         BERTTokenizer("none.txt")("a", 4)
     (tmp_path / "bad.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"bad.txt is not the vocabulary of bert-base-uncased \(2 tokens\)"):
@@ -124,3 +125,9 @@ def test_where_the_vocabulary_is_looked_for(vocab, tmp_path, monkeypatch):
     snapshot.mkdir(parents=True)
     (snapshot / "vocab.txt").symlink_to(vocab)
     assert BERTTokenizer()("a", 4).tolist() == [[101, 2000, 102, 0]]
+    own = tmp_path / "models/bert-base-uncased"
+    own.mkdir(parents=True)
+    (own / "vocab.txt").write_text("a\nb\n")  # comes before the cache, and can be named as a folder
+    for tokenizer in (BERTTokenizer(), BERTTokenizer(str(own))):
+        with pytest.raises(ValueError, match="bert-base-uncased/vocab.txt is not the vocabulary"):
+            tokenizer("a", 4)
