@@ -48,6 +48,11 @@ HARMLESS_EXTRAS = (
     r"denoiser\.",  # k-diffusion's schedule, saved by programs that wrap a model in it
     # the picture half and the heads of CLIP, where a whole CLIPModel was saved as the text tower
     r"cond_stage_model\.(transformer\.)?(vision_model|visual_projection|text_projection|logit_scale)\b",
+    # the other half of CLIP beside a tower of OpenCLIP's names, and what follows from a tower's sizes
+    r"cond_stage_model\.model\.(attn_mask|visual)\b",
+    r"embedder\.(mean$|std$|model\.(attn_mask|transformer|token_embedding|positional_embedding|ln_final)\b)",
+    r"embedder\.model\.(text_projection|logit_scale)$",
+    r"depth_model\.model\.pretrained\.model\.head\.",  # MiDaS keeps the classes of its ViT, and does not use them
 )
 _HARMLESS = re.compile("|".join(HARMLESS_EXTRAS))
 
@@ -80,13 +85,21 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     Weights and their EMA copies become `dtype`; buffers keep the dtype that the model declares. A file with only
     one of weights and EMA copies serves a model that has both, or only the other.
 
-    Everything is checked before the model is touched. Raises CheckpointError if a weight is missing or has another
-    shape, RuntimeError if the model holds something on the meta device that no file can fill.
+    A part of the model that its `optional_parts` name becomes None if the file has nothing of it, unless it has
+    weights already. Everything is checked before the model is touched. Raises CheckpointError if a weight is missing or
+    has another shape, RuntimeError if the model holds something on the meta device that no file can fill.
     """
     own = model.state_dict()
+    absent = _absent_options(model, checkpoint.state)
+    own = {key: tensor for key, tensor in own.items() if not (tensor.is_meta and key.startswith(absent))}
     _check_fillable(model, own)
     source, ema = match_ema(own, checkpoint.state)
-    kept = {key for key in own if _keeps_own(key, own[key], checkpoint.state.get(source[key]))}
+    again = {key: first for key, first in _second_names(model).items() if key in own}
+    for key, first in again.items():  # a file may have either name
+        source[key] = source[first] = source[first] if source[first] in checkpoint.state else source[key]
+    kept = {
+        key for key in own if key.startswith(absent) or _keeps_own(key, own[key], checkpoint.state.get(source[key]))
+    }
     _check_fit(own, source, kept, checkpoint)
     notes = _check_schedule(own, kept, checkpoint)
 
@@ -97,12 +110,18 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
         if key in kept:
             tensors[key] = tensor
             continue
+        if key in again:
+            tensors[key] = tensors[again[key]]
+            continue
         given = checkpoint.state[source[key]]
         weight = tensor.is_floating_point() and (key in parameters or _is_ema_copy(key))
         value = given.to(dtype if weight else tensor.dtype)
         # training changes weights in place, so a weight and its average may not share memory
         tensors[key] = value.clone() if value is given and source[key] in taken else value
         taken.add(source[key])
+    for part in absent:
+        if not any(key.startswith(part) for key in own):
+            setattr(model, part.rstrip("."), None)
     model.load_state_dict(tensors, strict=True, assign=True)
     _check_none_on_meta(model)
     model.to("cpu")  # moves nothing, but tells a Lightning module, which noted the meta device, where it is
@@ -120,6 +139,13 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
 
 
 # --- which tensor of the file goes where ----------------------------------------------------------
+
+
+def _second_names(model: nn.Module) -> dict[str, str]:
+    """Keys under which a state dict lists a tensor again, for a module that is used twice; and each tensor's first."""
+    first: dict[int, str] = {}
+    listed = model.state_dict(keep_vars=True)
+    return {key: first[id(value)] for key, value in listed.items() if first.setdefault(id(value), key) != key}
 
 
 def _is_ema_copy(key: str) -> bool:
@@ -149,6 +175,12 @@ def match_ema(own: Iterable[str], state: Iterable[str]) -> tuple[dict[str, str],
             found = "holds plain and EMA weights; the plain ones are used (use_ema is off)"
         words = words or found
     return source, words
+
+
+def _absent_options(model: nn.Module, state: Iterable[str]) -> tuple[str, ...]:
+    """How the keys of the model's `optional_parts` begin, of those that a file has nothing of."""
+    parts = tuple(f"{part}." for part in getattr(model, "optional_parts", ()))
+    return tuple(part for part in parts if not any(key.startswith(part) for key in state))
 
 
 def _keeps_own(key: str, own: Tensor, given: Tensor | None) -> bool:

@@ -18,11 +18,17 @@ COMPUTED = SCHEDULE_BUFFERS | {"position_ids"}  # follow from the config
 
 
 def init_from_checkpoint(
-    module: nn.Module, path: str | os.PathLike[str], ignore_keys: Sequence[str] = (), prefix: str = ""
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    ignore_keys: Sequence[str] = (),
+    prefix: str = "",
+    widen: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Copy into a module what fits of a file; one log message says what was left out and what stays as it is.
 
     Only keys that start with `prefix` count, without it; those that, with it, start with one of `ignore_keys` do not.
+    widen: weights, with `prefix`, that may have fewer input channels in the file, and how many of these to take; the
+    module's other input channels become zero there.
     The noise schedule stays the module's own. A file with averaged weights only gives those. A module on the meta
     device is left alone, for `fill_model` will bring all of its weights.
 
@@ -31,7 +37,7 @@ def init_from_checkpoint(
     should be a random one. The network is a latent diffusion model's UNet, or else all of the module.
     """
     own = module.state_dict()
-    if all(parameter.is_meta for parameter in module.parameters()):
+    if any(parameter.is_meta for parameter in module.parameters()):
         logger.debug("%s is not read: the model is filled later", path)
         return []
     checkpoint = read_checkpoint(path)
@@ -40,6 +46,8 @@ def init_from_checkpoint(
     source, _ = match_ema(own, given)
     wanted = [k for k in own if not f"{prefix}{k}".startswith(ignored) and k.rpartition(".")[2] not in COMPUTED]
     found = {k: given[source[k]] for k in wanted if source[k] in given}
+    widened = _widened(found, own, {k.removeprefix(prefix): keep for k, keep in (widen or {}).items()})
+    found |= widened
     fitting = {k: value for k, value in found.items() if value.shape == own[k].shape}
     _check_enough(wanted, fitting, f"{path} looks like {describe(checkpoint.shapes)}")
     module.load_state_dict(fitting, strict=False)
@@ -47,8 +55,21 @@ def init_from_checkpoint(
     missing = sorted(own.keys() - fitting.keys())
     used = {source[k] for k in found}
     extra = [k for k in given if k not in used and k.rpartition(".")[2] not in COMPUTED]
-    _report(path, own, fitting, found, missing, extra)
+    wider = [f"{k} ({given[source[k]].shape[1]} of {own[k].shape[1]} are the file's)" for k in sorted(widened)]
+    _report(path, own, fitting, found, missing, extra, wider)
     return missing
+
+
+def _widened(found: Mapping[str, Tensor], own: Mapping[str, Tensor], keep: Mapping[str, int]) -> dict[str, Tensor]:
+    """Weights (O, C, k, k) in `keep` that have more input channels here: that many of the file's, then zeros."""
+    result: dict[str, Tensor] = {}
+    for key in keep.keys() & found.keys():
+        given, shape = found[key], own[key].shape
+        alike = given.ndim == len(shape) == 4 and (given.shape[0], *given.shape[2:]) == (shape[0], *shape[2:])
+        if alike and given.shape[1] < shape[1]:
+            result[key] = given.new_zeros(shape)
+            result[key][:, : keep[key]] = given[:, : keep[key]]
+    return result
 
 
 def _check_enough(wanted: Iterable[str], fitting: Mapping[str, Tensor], looks: str) -> None:
@@ -69,6 +90,7 @@ def _report(
     found: Mapping[str, Tensor],
     missing: Sequence[str],
     extra: Sequence[str],
+    wider: Sequence[str],
 ) -> None:
     unlike = [
         f"{k} ({shape_text(value.shape)} in the file, {shape_text(own[k].shape)} here)"
@@ -78,6 +100,7 @@ def _report(
     # averages that the file lacks start from the weights
     initial = [k for k in missing if not k.startswith(tuple(AVERAGES)) and k.rpartition(".")[2] not in COMPUTED]
     parts = [f"{len(fitting)} of {len(own)} weights taken"]
+    parts += [f"new input channels start at zero: {', '.join(wider)}"] if wider else []
     parts += [f"{len(unlike)} have another shape: {few(unlike, 5)}"] if unlike else []
     parts += [f"{len(initial)} stay at their initial values: {_by_module(initial)}"] if initial else []
     parts += [f"{len(extra)} of the file are left out: {_by_module(extra)}"] if extra else []

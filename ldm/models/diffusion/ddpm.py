@@ -127,19 +127,28 @@ class DDPM(DiffusionPictures, DiffusionTraining):
         if train_only is not None:
             self.train_only(train_only)
 
-    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> list[str]:
         """Load what fits from a checkpoint, but for keys that start with one of `ignore_keys`; log what is left out.
 
-        only_model: load the network alone.
+        only_model: load the network alone. Gives the keys of what was to be loaded that the file has nothing for.
         """
         missing = init_from_checkpoint(
-            self.model if only_model else self, path, ignore_keys, prefix="model." if only_model else ""
+            self.model if only_model else self,
+            path,
+            ignore_keys,
+            prefix="model." if only_model else "",
+            widen=self.widened_keys(),
         )
         self.restarted_from_ckpt = True
         for average, module in self.averages():
             name = next(name for name, child in self.named_children() if child is average)
             if only_model or any(key.startswith(f"{name}.") for key in missing):
                 average.reset(module)
+        return missing
+
+    def widened_keys(self) -> dict[str, int]:
+        """Weights that may have fewer input channels in a file to start from, and how many of these to take."""
+        return {}
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output for x_noisy (B, C, H, W) at timesteps t (B,), which may be fractional."""

@@ -1,0 +1,1 @@
+"""Depth from a picture, as the depth-to-image model sees it."""
