@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.checkpoint import (
@@ -20,7 +18,6 @@ from ldm.checkpoint import (
     save_checkpoint,
 )
 from ldm.modules.ema import LitEma
-from tests.checkpoint.test_families import KEYS, ROOT
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -266,25 +263,3 @@ def test_file_of_another_kind():
 def test_buffers_that_no_file_can_fill():
     with pytest.raises(RuntimeError, match=r"non-persistent buffers .*grid"):
         fill_model(tiny(lost=True), checkpoint())
-
-
-# ---- the public models ----
-
-
-@pytest.mark.parametrize("name", ["v1-inference", "v1-inpainting-inference"])
-def test_public_configs_have_the_public_keys(name):
-    model = build_on_meta(OmegaConf.load(ROOT / f"configs/stable-diffusion/{name}.yaml").model)
-    rows = [
-        f"{key}\t{'x'.join(map(str, value.shape)) or '-'}\t{str(value.dtype).removeprefix('torch.')}"
-        for key, value in model.state_dict().items()
-        if not key.startswith("loss.")
-    ]
-    assert sorted(rows) == sorted((KEYS / f"stable-diffusion.{name}.tsv").read_text().splitlines())
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert not [key for key, buffer in model.named_buffers() if buffer.is_meta and key not in model.state_dict()]
-
-
-def test_public_config_is_the_public_one():
-    public = json.loads((ROOT / "tests/reference/public_configs.json").read_text())
-    for name in ("configs/stable-diffusion/v1-inference.yaml", "configs/stable-diffusion/v1-inpainting-inference.yaml"):
-        assert OmegaConf.to_container(OmegaConf.load(ROOT / name))["model"] == public[name]["model"]
