@@ -59,11 +59,12 @@ def user_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def add_prompt(parser: ArgumentParser) -> None:
-    """--prompt, --negative_prompt, --from-file and how often to use its lines."""
+def add_prompt(parser: ArgumentParser, negative: bool = True) -> None:
+    """--prompt, --from-file and how often to use its lines; --negative_prompt unless the model takes none."""
     group = parser.add_argument_group("what to draw")
     group.add_argument("--prompt", default=PROMPT, help="what the picture shows (%(default)s)")
-    group.add_argument("--negative_prompt", default="", help="what the picture should not show")
+    if negative:
+        group.add_argument("--negative_prompt", default="", help="what the picture should not show")
     group.add_argument(
         "--from-file",
         type=user_path,
@@ -223,7 +224,7 @@ def prompt_batches(args: argparse.Namespace) -> list[list[str]]:
     else:
         lines = [line for line in _read_lines(Path(args.from_file)) for _ in range(args.repeat)]
         batches = [lines[i : i + args.n_samples] for i in range(0, len(lines), args.n_samples)]
-    for text in (args.negative_prompt, *sum(batches, [])):
+    for text in (getattr(args, "negative_prompt", ""), *sum(batches, [])):
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise ValueError(f"the prompt {text!r} is not valid text: check the terminal's encoding (UTF-8)")
     return batches
