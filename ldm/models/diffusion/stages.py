@@ -98,7 +98,9 @@ class LatentStages:
     # ---- condition ----
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """What the condition's encoder makes of `c` (prompts, labels, images ...)."""
+        """What the condition's encoder makes of `c` (prompts, labels, images ...), or of the text in its `c_crossattn`."""
+        if isinstance(c, Mapping) and "c_crossattn" in c:
+            return {**c, "c_crossattn": [self.get_learned_conditioning(part) for part in c["c_crossattn"]]}
         if self.cond_stage_forward is not None:
             return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
         encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
