@@ -225,7 +225,8 @@ def _check_fit(own: Mapping[str, Tensor], source: Mapping[str, str], kept: set[s
     unlike = [key for key in own if source[key] in shapes and shapes[source[key]] != tuple(own[key].shape)]
     if not missing and not unlike:
         return
-    if len(missing) == len(needed) and family_of(shapes) is None:
+    family = family_of(shapes)
+    if len(missing) == len(needed) and not (family and family.whole):
         raise CheckpointError(not_a_model(checkpoint))
     faults = []
     if missing:
