@@ -7,6 +7,7 @@ for image in txt2img(model, ["a red circle"], seed=42):
     image.save("circle.png")
 
 loading   files to models    tasks   what a model draws from    drawing   text to picture, picture to picture
+reconstruction   what a first stage keeps of a picture    tiling   large pictures in pieces
 """
 
 from ldm.inference.drawing import (
@@ -27,6 +28,7 @@ from ldm.inference.drawing import (
     txt2img,
 )
 from ldm.inference.loading import SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
+from ldm.inference.reconstruction import reconstruct
 
 __all__ = [
     "Guided",
@@ -41,6 +43,7 @@ __all__ = [
     "load_model",
     "needs_depth",
     "read_config",
+    "reconstruct",
     "redraw",
     "resolve_size",
     "sampling_settings",

@@ -338,11 +338,11 @@ def redraw(
 
 def decode(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:
     """Pictures of latents (B, C, h, w), decoded one by one, since that is where memory peaks."""
-    _check_finite(latents, "the latents")
+    check_finite(latents, "the latents")
     images: list[Image.Image] = []
     for latent in latents.to(first_stage_dtype(model)).split(1):
         pixels = model.decode_first_stage(latent).float()  # (1, 3, H, W)
-        _check_finite(pixels, "the picture")
+        check_finite(pixels, "the picture")
         images += tensor_to_images(pixels)
     return images
 
@@ -352,7 +352,8 @@ def first_stage_dtype(model: LatentDiffusion) -> torch.dtype:
     return next((parameter.dtype for parameter in model.first_stage_model.parameters()), torch.float32)
 
 
-def _check_finite(x: Tensor, what: str) -> None:
+def check_finite(x: Tensor, what: str) -> None:
+    """ArithmeticError, saying what to try, unless all of `x`, which is `what` in words, is finite."""
     if not torch.isfinite(x).all():
         raise ArithmeticError(
             f"{what} came out as NaN or infinite, and would be black: try --precision full, or another checkpoint"

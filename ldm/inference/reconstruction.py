@@ -1,0 +1,55 @@
+"""What a first stage keeps of a picture: there and back again, and how far off that is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ldm.images import image_to_tensor, tensor_to_images
+from ldm.inference.drawing import check_finite
+from ldm.inference.tiling import pad_to_multiple, tiled
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.first_stage import psnr
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.models.first_stage import FirstStage
+
+
+@torch.no_grad()
+def reconstruct(
+    first_stage: FirstStage, image: Image.Image, *, tile: int | None = None, progress: bool = True
+) -> tuple[Image.Image, float]:
+    """(the picture as `first_stage` gives it back, of the same size; its PSNR in dB over all pixels).
+
+    first_stage: from `load_first_stage`. A KL posterior gives its mean, so nothing is random. tile: pixels a side of
+    the overlapping tiles that larger pictures are cut into; None for none, which takes memory for all of the picture.
+
+    Raises ValueError for tiles that are too small, ArithmeticError if the result is not finite.
+    """
+    like = next(first_stage.parameters(), torch.empty(0))  # an identity has none
+    factor = first_stage.downsampling_factor
+    x = image_to_tensor(image)  # (1, 3, H, W)
+    padded = pad_to_multiple(x, factor).to(like)
+    back = tiled(
+        lambda part: round_trip(first_stage, part),
+        padded,
+        tile,
+        multiple=factor,
+        progress="Tiles" if progress else None,
+    )
+    back = back[:, :, : image.height, : image.width].float().cpu()
+    check_finite(back, "the picture")
+    (reconstruction,) = tensor_to_images(back)
+    return reconstruction, psnr(back, x).item()
+
+
+def round_trip(first_stage: FirstStage, x: Tensor) -> Tensor:
+    """x (B, 3, H, W) in [-1, 1], encoded and decoded, by any first stage."""
+    if isinstance(first_stage, AutoencoderKL):
+        return first_stage(x, sample_posterior=False)[0]
+    answer = first_stage(x)
+    return answer[0] if isinstance(answer, tuple) else answer  # an identity gives no codebook loss

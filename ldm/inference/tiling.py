@@ -1,0 +1,92 @@
+"""Large pictures in pieces: a function of maps, applied to overlapping tiles whose results fade into each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+def tiled(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, *, multiple: int = 1, progress: str | None = None
+) -> Tensor:
+    """`function` of x (B, C, H, W), tile by tile: (B, C', s H, s W), where s is what `function` scales sizes by.
+
+    function: (B, C, h, w) -> (B, C', s h, s w); only the work of one tile is in memory at a time. tile: the longest
+    side of a tile; sides of x that are no longer are not cut, and with None none is. multiple: tiles begin and end at
+    multiples of this, and H and W are some. progress: the title of a progress bar; None for none.
+
+    Neighbours share at least a quarter of a tile and fade linearly into each other in the middle half of that. Where
+    `function` looks no farther than a quarter of what is shared, the result is therefore the same as without tiles.
+    """
+    rows, columns = (spans(length, tile or length, multiple) for length in x.shape[2:])
+    if len(rows) == len(columns) == 1:
+        return function(x)
+    shared = _shared(tile, multiple)
+    result: Tensor | None = None
+    with tqdm(total=len(rows) * len(columns), desc=progress, disable=progress is None) as bar:
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                part = function(x[:, :, row, column])
+                if result is None:
+                    scale = Fraction(part.shape[2], row.stop - row.start)
+                    height, width = (int(length * scale) for length in x.shape[2:])
+                    result = part.new_zeros((*part.shape[:2], height, width))
+                    down, across = _faders(rows, scale, shared), _faders(columns, scale, shared)
+                (to_row, high), (to_column, wide) = down[i], across[j]
+                result[:, :, to_row, to_column] += part * (high[:, None] * wide).to(part)
+                bar.update()
+    return result
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """x (B, C, H, W) with H and W brought up to multiples by mirroring what lies at the lower and right edge."""
+    below, beside = (-length % multiple for length in x.shape[2:])
+    # numpy's, unlike torch's, mirrors small pictures as often as it takes
+    return torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, below), (0, beside)), mode="reflect"))
+
+
+def spans(length: int, tile: int, multiple: int = 1) -> list[slice]:
+    """Where tiles lie on a side of `length`: evenly, each as long as `tile` allows, the last one ending at the end.
+
+    Neighbours share at least a quarter of a tile. ValueError for tiles too small for that, or a `length` that is no
+    multiple.
+    """
+    shared = _shared(tile, multiple)
+    if length <= tile:
+        return [slice(0, length)]
+    if tile < 2 * multiple or tile < 4:
+        raise ValueError(f"tiles of {tile} are too small: they need at least {max(2 * multiple, 4)} a side")
+    if length % multiple:
+        raise ValueError(f"a side of {length} cannot be cut at multiples of {multiple}: pad it first")
+    tile -= tile % multiple
+    free, stride = (length - tile) // multiple, (tile - shared) // multiple
+    last = -(-free // stride)
+    starts = [number * free // last * multiple for number in range(last + 1)]
+    return [slice(start, start + tile) for start in starts]
+
+
+def _shared(tile: int, multiple: int) -> int:
+    """What neighbours share at least: a quarter of a tile, rounded up to a multiple."""
+    return -(-tile // 4 // multiple) * multiple
+
+
+def _faders(places: Sequence[slice], scale: Fraction, shared: int) -> list[tuple[slice, Tensor]]:
+    """For each tile of a side, at the output's scale: where it goes, and its weights, which sum to 1 everywhere."""
+    shared = float(shared * scale)
+    moved = [slice(int(place.start * scale), int(place.stop * scale)) for place in places]
+    total = np.zeros(moved[-1].stop)
+    weights = []
+    for number, place in enumerate(moved):
+        depth = np.arange(place.stop - place.start) + 0.5  # of pixels' middles behind the tile's edge
+        ramp = np.clip((depth - shared / 4) / (shared / 2), 0.0, 1.0)
+        weight = np.ones_like(ramp)
+        weight *= ramp if number > 0 else 1.0
+        weight *= ramp[::-1] if number < len(moved) - 1 else 1.0
+        total[place] += weight
+        weights.append(weight)
+    return [(place, torch.from_numpy(weight / total[place]).float()) for place, weight in zip(moved, weights)]

@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Show what a first stage keeps of pictures: original and reconstruction side by side, with their PSNR."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
+
+from ldm import cli
+
+logger = logging.getLogger("ldm.reconstruct")
+
+
+def parser() -> cli.ArgumentParser:
+    options = cli.ArgumentParser(description=__doc__)
+    options.add_argument("images", nargs="+", type=cli.user_path, metavar="IMAGE", help="pictures of any size")
+    options.add_argument(
+        "--tile",
+        type=cli.number(int, 0),
+        default=1024,
+        metavar="PIXELS",
+        help="longest side that goes through at once: larger pictures do in overlapping tiles; 0: never (%(default)s)",
+    )
+    cli.add_model(options, "an autoencoder or a whole model: Stable Diffusion v1 if present, else the bundled model")
+    options.add_argument(
+        "--outdir",
+        type=cli.user_path,
+        default="outputs/reconstructions",
+        metavar="FOLDER",
+        help="where to write (%(default)s)",
+    )
+    options.set_defaults(precision="full")
+    return options
+
+
+def write_pair(images: list, outdir: Path, path: str, settings: dict[str, str]) -> Path:
+    """Original and reconstruction as one picture, under the original's name and a number that is free."""
+    from ldm.images import make_grid, save_png
+
+    name = Path(path).stem.replace("{", "{{").replace("}", "}}")
+    return save_png(make_grid(images, nrow=2), outdir, name + "-{:04}.png", settings, index=0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if not any(Path(path).is_file() for path in args.images):
+        raise FileNotFoundError(f"there is no picture {' nor '.join(args.images)}")
+    outdir = Path(args.outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
+
+    from ldm import inference
+    from ldm.images import load_image
+
+    first_stage = inference.load_first_stage(args.config, args.ckpt, device=args.device, precision=args.precision)
+    found: list[float] = []
+    broken: list[str] = []
+    try:
+        for path in args.images:
+            try:
+                image = load_image(path)
+            except (ValueError, OSError) as error:
+                logger.warning("%s", error)
+                broken.append(path)
+                continue
+            reconstruction, psnr = inference.reconstruct(first_stage, image, tile=args.tile or None)
+            settings = {"psnr": f"{psnr:.2f}", "model": cli.model_name(first_stage), "source": Path(path).name}
+            written = write_pair([image, reconstruction], outdir, path, settings)
+            found.append(psnr)
+            cli.say(f"{path}: {psnr:.2f} dB, see {written}", sys.stdout)
+    except KeyboardInterrupt:
+        raise cli.Interrupted(f"interrupted; {len(found)} pictures written to {outdir}") from None
+    if len(found) > 1:
+        cli.say(f"mean of {len(found)} pictures: {mean(found):.2f} dB", sys.stdout)
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(args.images)} pictures could not be read: {', '.join(broken)}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
