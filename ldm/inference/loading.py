@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def load_model(
     *,
     device: str = "auto",
     precision: str = "autocast",
+    overrides: Sequence[str] = (),
 ) -> LatentDiffusion:
     """A model ready to sample from, on `device` ("auto": CUDA, else MPS, else the CPU).
 
@@ -45,6 +47,7 @@ def load_model(
     config: a YAML file; None is what the checkpoint's keys and shapes tell, or a config.yaml beside it. Where they fit
     models of noise and of v alike (Stable Diffusion v2), the network is asked which it is.
     precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
+    overrides: settings to lay over the config, as `model.params.linear_end=0.02`.
 
     Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
     """
@@ -52,13 +55,13 @@ def load_model(
     precision = choose_precision(precision, where)
     checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
     place = config or _config_beside(checkpoint)
-    model = _filled(read_config(place), checkpoint, where, precision)
+    model = _filled(read_config(place, overrides), checkpoint, where, precision)
     seen = predicts(model)
     if seen is not None and seen != model.parameterization:
         other = None if config else _same_but(seen, checkpoint)
         if other is not None:
             logger.info("%s predicts %s: using %s", checkpoint.path, seen, other)
-            return _filled(read_config(other), checkpoint, where, precision)
+            return _filled(read_config(other, overrides), checkpoint, where, precision)
         logger.warning(
             "%s looks like a model of %s, or like one that is not trained, but %s says parameterization: %s; "
             "if the pictures are noise or flat colours, change that in a config of your own",
@@ -112,8 +115,11 @@ def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, 
     return model.to(device).eval()
 
 
-def read_config(path: str | Path) -> DictConfig:
-    """A model's YAML config. Raises FileNotFoundError or ValueError if it is none."""
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """A model's YAML config, with `overrides` (`key.sub=value`) laid over it.
+
+    Raises FileNotFoundError or ValueError if it is none, or has no section of an override's name.
+    """
     place = Path(path) if Path(path).is_file() else public_path(str(path))
     if place is None:
         raise FileNotFoundError(f"config {path}: there is no such file")
@@ -123,7 +129,17 @@ def read_config(path: str | Path) -> DictConfig:
         raise ValueError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig) or "model" not in config:
         raise ValueError(f"config {path} has no `model:` section, so it does not describe a model")
-    return config
+    return _laid_over(config, overrides)
+
+
+def _laid_over(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    try:
+        over = OmegaConf.from_dotlist(list(overrides))
+        if unknown := [name for name in over if name not in config]:
+            raise ValueError(f"the config has no section {unknown[0]!r} to change, only {', '.join(map(str, config))}")
+        return OmegaConf.merge(config, over)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot use the settings {' '.join(overrides)}: {error}") from error
 
 
 def _own_sampling(config: DictConfig) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class GaussianDiffusion(pl.LightningModule):
         """Algorithm 2 from timestep steps - 1 down to 0: (t, x_{t-1}, the network's x_0) of every step."""
         if mask is not None and (known is None or known.shape[2:] != mask.shape[2:]):
             raise ValueError("mask needs x0, of the same height and width")
-        for i in tqdm(reversed(range(steps)), desc="Sampling t", total=steps, disable=not verbose):
+        for i in tqdm(reversed(range(steps)), desc="Sampling t", total=steps, disable=not verbose, leave=None):
             t = torch.full((x.shape[0],), i, device=self.device, dtype=torch.long)
             c = self.condition_at(cond, t)
             x, x0 = self.p_sample(x, c, t, self.clip_denoised, quantize_denoised=quantize_denoised, return_x0=True)

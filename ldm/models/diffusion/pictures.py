@@ -14,7 +14,7 @@ from ldm.images import text_to_tensor
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.gaussian import Condition, GaussianDiffusion
-from ldm.models.diffusion.stages import CLASS_KEYS, TEXT_KEYS, images_of
+from ldm.models.diffusion.stages import CLASS_KEYS, PLAIN_KEYS, images_of
 
 
 def row(panels: Sequence[Tensor]) -> Tensor:
@@ -147,7 +147,7 @@ class LatentPictures:
 
     def _picture_of_condition(self, batch: Mapping[str, Any], count: int, size: Sequence[int]) -> Tensor | None:
         key = self.cond_stage_key
-        if key in TEXT_KEYS + CLASS_KEYS:
+        if key in PLAIN_KEYS + CLASS_KEYS:
             texts = batch.get("human_label", batch.get(key)) if key in CLASS_KEYS else batch.get(key)
             if texts is None:  # only its encoding was cached
                 return None

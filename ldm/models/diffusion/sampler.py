@@ -182,8 +182,7 @@ class Sampler:
             logger.warning("%d conditionings for a batch of %d", size, batch_size)
         if normals_sequence is not None or dynamic_threshold is not None:
             raise ValueError("normals_sequence and dynamic_threshold are not supported: leave them out")
-        if mask is not None and x0 is None:
-            raise ValueError("mask needs x0, the latent to keep where the mask is 1")
+        keep = self._pasting(mask, x0)
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)
         if ucg_schedule is not None and len(ucg_schedule) != len(self.schedule):
             raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(self.schedule)} steps")
@@ -197,7 +196,7 @@ class Sampler:
             temperature=temperature,
             noise_dropout=noise_dropout,
             quantize=self._quantize if quantize_x0 else None,
-            keep=None if mask is None else lambda x: mask * x0 + (1.0 - mask) * x,
+            keep=keep,
             correct=self._corrector(score_corrector, conditioning, corrector_kwargs),
         )
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
@@ -205,7 +204,7 @@ class Sampler:
         def before(x: Tensor, i: int, index: int) -> Tensor:
             if ucg_schedule is not None:
                 run.denoise = self._guide(conditioning, unconditional_conditioning, float(ucg_schedule[i]))
-            return x if mask is None else mask * self._noised(x0, self.schedule.a[index]) + (1.0 - mask) * x
+            return x if keep is None else keep(x, self._noised(x0, self.schedule.a[index]))
 
         def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
             if callback:
@@ -227,7 +226,7 @@ class Sampler:
         verbose: bool = True,
     ) -> Tensor:
         total = len(run.schedule)
-        for i in tqdm(range(total), desc=type(self).__name__, disable=not verbose):
+        for i in tqdm(range(total), desc=type(self).__name__, disable=not verbose, leave=None):
             index = total - 1 - i
             if before:
                 x = before(x, i, index)
@@ -263,12 +262,19 @@ class Sampler:
         use_original_steps: bool = False,
         callback: Callable[[int], None] | None = None,
         verbose: bool = True,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> Tensor:
-        """Walk the last `t_start` steps of the schedule from x_latent (B, C, H, W) to the data."""
+        """Walk the last `t_start` steps of the schedule from x_latent (B, C, H, W) to the data.
+
+        mask, x0: as in `sample`.
+        """
         schedule = self._select(use_original_steps).until(t_start)
-        run = self._run(schedule, cond, unconditional_conditioning, unconditional_guidance_scale)
+        keep = self._pasting(mask, x0)
+        run = self._run(schedule, cond, unconditional_conditioning, unconditional_guidance_scale, keep=keep)
+        before = (lambda x, i, index: keep(x, self._noised(x0, schedule.a[index]))) if keep else None
         after = (lambda x, x0, i, index: callback(i)) if callback else None
-        return self._walk(run, x_latent, after=after, verbose=verbose)
+        return self._walk(run, x_latent, before, after, verbose)
 
     # ---- parts of a run ----
 
@@ -289,6 +295,15 @@ class Sampler:
         if self.model.parameterization != "eps":
             raise ValueError(f"score_corrector needs an eps model, not {self.model.parameterization!r}")
         return lambda eps, x, t: corrector.modify_score(self.model, eps, x, t, cond, **(kwargs or {}))
+
+    @staticmethod
+    def _pasting(mask: Tensor | None, x0: Tensor | None) -> Callable[..., Tensor] | None:
+        """What puts x0, or x0 as it is noised, into an x where the mask is 1; None without a mask."""
+        if mask is None:
+            return None
+        if x0 is None:
+            raise ValueError("mask needs x0, the latent to keep where the mask is 1")
+        return lambda x, known=x0: mask * known + (1.0 - mask) * x
 
     @staticmethod
     def _noised(x0: Tensor, a: float) -> Tensor:

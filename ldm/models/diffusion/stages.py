@@ -13,7 +13,8 @@ from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.dropout import CONTEXT, ConditionDropout
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
-TEXT_KEYS = ("txt", "caption", "coordinates_bbox")  # conditions that a batch holds as they are, not as images
+TEXT_KEYS = ("txt", "caption")
+PLAIN_KEYS = (*TEXT_KEYS, "coordinates_bbox")  # conditions that a batch holds as they are, not as images
 CLASS_KEYS = ("class_label", "cls")  # conditions whose encoder takes the whole batch
 
 
@@ -98,9 +99,14 @@ class LatentStages:
     # ---- condition ----
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """What the condition's encoder makes of `c` (prompts, labels, images ...), or of the text in its `c_crossattn`."""
+        """What the condition's encoder makes of `c` (prompts, labels, images ...), or of the text in its `c_crossattn`.
+
+        Without an encoder (torch.nn.Identity) a batch's labels (B,) are the condition, which `adm` networks embed.
+        """
         if isinstance(c, Mapping) and "c_crossattn" in c:
             return {**c, "c_crossattn": [self.get_learned_conditioning(part) for part in c["c_crossattn"]]}
+        if isinstance(self.cond_stage_model, nn.Identity) and isinstance(c, Mapping):
+            return entry_of(c, self.cond_stage_key).to(self.device)
         if self.cond_stage_forward is not None:
             return getattr(self.cond_stage_model, self.cond_stage_forward)(c)
         encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
@@ -117,7 +123,7 @@ class LatentStages:
                     "encoder: turn that off, or cache no context"
                 )
             return batch[CONTEXT][:bs].to(self.device).float()
-        if key in TEXT_KEYS:
+        if key in PLAIN_KEYS:
             return entry_of(batch, key)[:bs]
         if key in CLASS_KEYS:
             return {name: value[:bs] for name, value in batch.items()}

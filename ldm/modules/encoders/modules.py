@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -137,6 +138,8 @@ class ClassEmbedder(AbstractEncoder):
     the batch's entry with the labels.
     """
 
+    IMAGENET = 1000  # classes of the data that the public models know
+
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
         super().__init__()
         self.key = key
@@ -149,6 +152,19 @@ class ClassEmbedder(AbstractEncoder):
         if wrong := labels[(labels < 0) | (labels >= self.n_classes)].tolist():
             raise ValueError(f"class labels must be 0 to {self.n_classes - 1} (n_classes), not {wrong[:5]}")
         return self.embedding(labels[:, None])
+
+    def get_unconditional_conditioning(self, batch_size: int) -> Tensor:
+        """The vector (batch_size, 1, embed_dim) of no class: with one more class than ImageNet has, the last.
+
+        Raises ValueError where none of the classes is known to mean that.
+        """
+        if self.n_classes != self.IMAGENET + 1:
+            raise ValueError(
+                f"none of this model's {self.n_classes} classes is known to mean no class, which guidance leads away "
+                "from: use scale 1, or name the class as null_class if there is one"
+            )
+        null = torch.full((batch_size,), self.IMAGENET, device=self.embedding.weight.device)
+        return self({self.key: null})
 
 
 class SpatialRescaler(AbstractEncoder):
