@@ -99,6 +99,33 @@ def test_a_start_that_is_mostly_random_is_refused(file):
     init_from_checkpoint(model, path, ignore_keys=["model."])  # nobody expects the network then
 
 
+def test_new_input_channels_start_at_zero(file, caplog):
+    caplog.set_level(logging.INFO)
+    given = checkpoint(ema=True)
+    path = file(given.state)
+    model = Tiny(use_ema=True)
+    conv = model.model.diffusion_model.input_blocks[0][0]
+    conv.weight = nn.Parameter(torch.ones(len(conv.weight), 9, 3, 3))
+    model.model_ema = type(model.model_ema)(model.model)
+    name = "model_ema.diffusion_modelinput_blocks00weight"
+    missing = init_from_checkpoint(model, path, widen={FIRST: 3, name: 4})
+    assert torch.equal(conv.weight[:, :3], given.state[FIRST][:, :3]) and conv.weight[:, 3:].eq(0).all()
+    average = model.model_ema.get_buffer(name.removeprefix("model_ema."))
+    assert torch.equal(average[:, :4], given.state[name]) and average[:, 4:].eq(0).all()
+    assert not {FIRST, name} & set(missing)
+    assert f"new input channels start at zero: {FIRST} (4 of 9 are the file's)" in caplog.text
+    assert caplog.records[0].levelno == logging.INFO
+
+    init_from_checkpoint(model, path)
+    assert f"{FIRST} (6x4x3x3 in the file, 6x9x3x3 here)" in caplog.text
+    whole = torch.rand(conv.weight.shape)
+    init_from_checkpoint(model, file(given.state | {FIRST: whole}), widen={FIRST: 4})
+    assert torch.equal(conv.weight, whole)
+    other = torch.rand(7, 4, 3, 3)  # another network
+    init_from_checkpoint(model, file(given.state | {FIRST: other}), widen={FIRST: 4})
+    assert f"{FIRST} (7x4x3x3 in the file, 6x9x3x3 here)" in caplog.text and torch.equal(conv.weight, whole)
+
+
 def test_text_encoder_of_another_size(file, caplog):
     """A v1-like file starts a model with another text encoder; load_only_unet takes nothing else."""
     torch.manual_seed(0)
