@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from ldm.cli import MAX_SEED, ArgumentParser, number, user_path
+from ldm.cli import MAX_SEED, ArgumentParser, is_setting, number, user_path
 from ldm.training.trainer_settings import TRAINER_KEYS
 
 TRUE, FALSE = ("true", "yes", "on", "1", "y", "t"), ("false", "no", "off", "0", "n", "f")
@@ -103,10 +103,10 @@ def parse_train(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = train_parser()
     args, rest = parser.parse_known_args(_explicit(parser, argv))
-    args.dotlist = [text for text in args.base if _is_setting(text)]  # --base takes all that follow it
-    args.base = [text for text in args.base if not _is_setting(text)]
+    args.dotlist = [text for text in args.base if is_setting(text)]  # --base takes all that follow it
+    args.base = [text for text in args.base if not is_setting(text)]
     for text in rest:
-        if not _is_setting(text):
+        if not is_setting(text):
             parser.error(_unknown(parser, text))
         args.dotlist.append(text)
     names = (*TRAINER_OPTIONS, "gpus")
@@ -130,11 +130,6 @@ def _explicit(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
         if known and following.lower() not in TRUE + FALSE:
             result.append("true")
     return result
-
-
-def _is_setting(text: str) -> bool:
-    key, equals, _ = text.partition("=")
-    return bool(equals and key) and not text.startswith("-")
 
 
 def _unknown(parser: ArgumentParser, text: str) -> str:

@@ -119,13 +119,12 @@ def add_sampler(
         "--ddim_eta",
         *also.get("ddim_eta", ()),
         type=number(float, 0),
-        default=eta,
-        help="noise of each DDIM step, 0 for none (%(default)s); more than 0 means DDIM",
+        help=f"noise of each DDIM step, 0 for none ({eta:g}); more than 0 means DDIM",
     )
     group.add_argument(
         "--scale", type=number(float), help=f"guidance scale, 1 for no guidance (the model's own, else {scale:g})"
     )
-    parser.set_defaults(public_scale=scale, public_steps=steps)
+    parser.set_defaults(public_scale=scale, public_steps=steps, public_eta=eta)
 
 
 def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if present, else the bundled model") -> None:
@@ -178,14 +177,27 @@ def sampling_parser(description: str, scale: float, outdir: str, n_iter: int, n_
     return parser
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(parser: ArgumentParser, argv: Sequence[str] | None, *, with_settings: bool = False) -> argparse.Namespace:
     """The options in `argv` (None: the command line), and the `sampler` that they choose; None is the model's own.
 
-    Exits as argparse does on options that it refuses. Raises ValueError for options that do not go together.
+    with_settings: what else there is, pairs such as `model.params.x=1`, becomes `args.settings`. Exits as argparse does
+    on options that it refuses. Raises ValueError for options that do not go together.
     """
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    unknown = [text for text in rest if not (with_settings and is_setting(text))]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.settings = rest
     args.sampler = _sampler(args)
+    if args.ddim_eta is None:
+        args.ddim_eta = args.public_eta if args.sampler in (None, "ddim") else 0.0
     return args
+
+
+def is_setting(text: str) -> bool:
+    """Whether `text` is like `key.sub=value`, and not an option."""
+    key, equals, _ = text.partition("=")
+    return bool(equals and key) and not text.startswith("-")
 
 
 def _sampler(args: argparse.Namespace) -> str | None:
@@ -196,7 +208,7 @@ def _sampler(args: argparse.Namespace) -> str | None:
         return "dpm_solver"
     if args.plms and args.ddim:
         raise ValueError("--plms and --ddim are both given; leave one of the two out")
-    if args.plms and args.ddim_eta != 0:
+    if args.plms and args.ddim_eta:
         raise ValueError(f"--plms needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
     if args.plms:
         return "plms"
