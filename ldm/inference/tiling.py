@@ -26,7 +26,6 @@ def tiled(
     rows, columns = (spans(length, tile or length, multiple) for length in x.shape[2:])
     if len(rows) == len(columns) == 1:
         return function(x)
-    shared = _shared(tile, multiple)
     result: Tensor | None = None
     with tqdm(total=len(rows) * len(columns), desc=progress, disable=progress is None) as bar:
         for i, row in enumerate(rows):
@@ -36,7 +35,7 @@ def tiled(
                     scale = Fraction(part.shape[2], row.stop - row.start)
                     height, width = (int(length * scale) for length in x.shape[2:])
                     result = part.new_zeros((*part.shape[:2], height, width))
-                    down, across = _faders(rows, scale, shared), _faders(columns, scale, shared)
+                    down, across = _faders(rows, scale), _faders(columns, scale)
                 (to_row, high), (to_column, wide) = down[i], across[j]
                 result[:, :, to_row, to_column] += part * (high[:, None] * wide).to(part)
                 bar.update()
@@ -56,13 +55,13 @@ def spans(length: int, tile: int, multiple: int = 1) -> list[slice]:
     Neighbours share at least a quarter of a tile. ValueError for tiles too small for that, or a `length` that is no
     multiple.
     """
-    shared = _shared(tile, multiple)
     if length <= tile:
         return [slice(0, length)]
     if tile < 2 * multiple or tile < 4:
         raise ValueError(f"tiles of {tile} are too small: they need at least {max(2 * multiple, 4)} a side")
     if length % multiple:
         raise ValueError(f"a side of {length} cannot be cut at multiples of {multiple}: pad it first")
+    shared = -(-tile // 4 // multiple) * multiple
     tile -= tile % multiple
     free, stride = (length - tile) // multiple, (tile - shared) // multiple
     last = -(-free // stride)
@@ -70,23 +69,17 @@ def spans(length: int, tile: int, multiple: int = 1) -> list[slice]:
     return [slice(start, start + tile) for start in starts]
 
 
-def _shared(tile: int, multiple: int) -> int:
-    """What neighbours share at least: a quarter of a tile, rounded up to a multiple."""
-    return -(-tile // 4 // multiple) * multiple
-
-
-def _faders(places: Sequence[slice], scale: Fraction, shared: int) -> list[tuple[slice, Tensor]]:
+def _faders(places: Sequence[slice], scale: Fraction) -> list[tuple[slice, Tensor]]:
     """For each tile of a side, at the output's scale: where it goes, and its weights, which sum to 1 everywhere."""
-    shared = float(shared * scale)
-    moved = [slice(int(place.start * scale), int(place.stop * scale)) for place in places]
-    total = np.zeros(moved[-1].stop)
-    weights = []
-    for number, place in enumerate(moved):
-        depth = np.arange(place.stop - place.start) + 0.5  # of pixels' middles behind the tile's edge
-        ramp = np.clip((depth - shared / 4) / (shared / 2), 0.0, 1.0)
-        weight = np.ones_like(ramp)
-        weight *= ramp if number > 0 else 1.0
-        weight *= ramp[::-1] if number < len(moved) - 1 else 1.0
+    places = [slice(int(place.start * scale), int(place.stop * scale)) for place in places]
+    weights = [np.ones(place.stop - place.start) for place in places]
+    for number, (place, after) in enumerate(zip(places, places[1:])):
+        shared = place.stop - after.start
+        depth = np.arange(shared) + 0.5  # of pixels' middles behind an edge
+        ramp = np.clip(2 * depth / shared - 0.5, 0.0, 1.0)
+        weights[number][-shared:] *= ramp[::-1]
+        weights[number + 1][:shared] *= ramp
+    total = np.zeros(places[-1].stop)  # not 1 where three tiles meet
+    for place, weight in zip(places, weights):
         total[place] += weight
-        weights.append(weight)
-    return [(place, torch.from_numpy(weight / total[place]).float()) for place, weight in zip(moved, weights)]
+    return [(place, torch.from_numpy(weight / total[place]).float()) for place, weight in zip(places, weights)]
