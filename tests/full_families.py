@@ -219,9 +219,8 @@ def run(name: str, folder: Path) -> str:
     (folder / f"{name}.log").write_text(done.stdout + done.stderr)
     if done.returncode:
         return f"| {name} | failed: {done.stderr.strip().splitlines()[-2:]} |"
-    gigabytes = int(peak[1]) / 1e6
-    size = files["ckpt"].stat().st_size / 1e9
-    return f"| {name} | {count / 1e6:.0f} M, {size:.1f} GB | `{case.script}.py` | {case.does} | {seconds:.0f} s | {gigabytes:.1f} GB |"
+    sizes = f"{count / 1e6:.0f} M, {files['ckpt'].stat().st_size / 1e9:.1f} GB"
+    return f"| {name} | {sizes} | `{case.script}.py` | {case.does} | {seconds:.0f} s | {int(peak[1]) / 1e6:.1f} GB |"
 
 
 # Runs a script in a process of its own, and says how much memory that took at its peak, mapped files included.
