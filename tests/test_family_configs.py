@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.checkpoint import build_on_meta
+from ldm.checkpoint.families import family_of
 from ldm.util import MARKERS, get_obj_from_str
 from tests.golden import REFERENCE
 
@@ -87,6 +88,14 @@ def test_state_dict_is_the_published_one(name):
     ]
     published = (REFERENCE / "keys" / f"{list_name(name)}.tsv").read_text().splitlines()
     assert sorted(rows) == sorted(published)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_chooser_finds_the_config(name):
+    shapes = {key: tuple(value.shape) for key, value in model_of(name).state_dict().items()}
+    family = family_of(shapes)
+    assert name in family.configs
+    assert family.whole == ("first_stage_models" not in name and "autoencoder" not in name)
 
 
 def test_an_installation_finds_every_config(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,20 +100,21 @@ def test_an_autoencoders_file_is_no_whole_model():
     ],
 )
 def test_halves_of_clip_and_constants_are_harmless(name):
-    state = dict(tiny().state_dict()) | extras(name)
+    state = tiny_file() | extras(name)
     report = fill_model(build_on_meta(tiny_config()), Checkpoint(Path("x.ckpt"), state))
     assert report.ignored == (name,) and not report.notes
 
 
 @pytest.mark.parametrize("name", ["cond_stage_model.model.transformer.resblocks.24.ln_1.weight", "embedder.proj"])
 def test_more_of_a_tower_than_the_model_has_is_reported(name):
-    state = dict(tiny().state_dict()) | extras(name)
+    state = tiny_file() | extras(name)
     report = fill_model(build_on_meta(tiny_config()), Checkpoint(Path("x.ckpt"), state))
     assert report.unexpected == (name,)
 
 
-def tiny(**changes) -> nn.Module:
-    return filled(instantiate_from_config(tiny_config(**changes)))
+@cache
+def tiny_file() -> dict[str, Tensor]:
+    return dict(filled(instantiate_from_config(tiny_config())).state_dict())
 
 
 # ---- a first stage that encodes the condition, too: one module, listed twice ----
@@ -130,6 +132,7 @@ def inpainting() -> dict[str, Any]:
     return config
 
 
+@cache
 def inpainting_file() -> dict[str, Tensor]:
     return {key: value.clone() for key, value in filled(instantiate_from_config(inpainting())).state_dict().items()}
 
@@ -153,7 +156,6 @@ def test_the_shared_first_stage_is_filled_once(names, dtype):
 
 
 def test_a_shared_first_stage_is_not_made_up():
-    state = inpainting_file()
-    del state[FIRST], state[SECOND]
+    state = {key: value for key, value in inpainting_file().items() if key not in (FIRST, SECOND)}
     with pytest.raises(CheckpointError, match=r"weights are missing, e\.g\. first_stage_model\.encoder\.conv_in"):
         fill_model(build_on_meta(inpainting()), Checkpoint(Path("x.ckpt"), state))
