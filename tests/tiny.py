@@ -45,3 +45,14 @@ def write_tiny(folder: Path, name: str = "model.ckpt", **changes: Any) -> Path:
     path = folder / name
     save_checkpoint(path, filled(instantiate_from_config(config)).state_dict(), global_step=7)
     return path
+
+
+def write_clip(folder: Path, width: int, vocab_size: int = 49408) -> Path:
+    """A small CLIP in transformers' layout in `folder`, with embeddings of `width` numbers and pictures of 28x28."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": vocab_size, "projection_dim": width}
+    vision = {**tower, "image_size": 28, "patch_size": 14, "projection_dim": width}
+    filled(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))).save_pretrained(folder)
+    return folder
