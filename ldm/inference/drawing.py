@@ -46,6 +46,8 @@ def seed_everything(seed: int) -> None:
 
 def default_size(model: LatentDiffusion) -> int:
     """The side in pixels that a model was made for."""
+    if "size" in getattr(model, "sampling", {}):
+        return model.sampling["size"]  # Stable Diffusion v2's config of 768 pixels has the image_size of 512
     return square(model.image_size)[0] * model.first_stage_model.downsampling_factor
 
 
@@ -325,15 +327,19 @@ def redraw(
     sampler: str,
     eta: float = 0.0,
     progress: bool = True,
+    **options: Any,
 ) -> Tensor:
-    """Latents (B, C, h, w) noised by `strength` of the schedule, and drawn anew from there (SDEdit)."""
+    """Latents (B, C, h, w) noised by `strength` of the schedule, and drawn anew from there (SDEdit).
+
+    `options` are further ones of `Sampler.decode`: mask, x0.
+    """
     solver = make_sampler(model, sampler)
     solver.make_schedule(steps, ddim_eta=eta, verbose=False)
     count = int(strength * steps)
     if count == 0:
         return latents
     noised = solver.stochastic_encode(latents, count)
-    return solver.decode(noised, guided.cond, count, guided.scale, guided.uncond, verbose=progress)
+    return solver.decode(noised, guided.cond, count, guided.scale, guided.uncond, verbose=progress, **options)
 
 
 def decode(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:

@@ -143,18 +143,19 @@ def _laid_over(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def _own_sampling(config: DictConfig) -> dict[str, Any]:
-    """The `sampling:` section of a config, checked: scale, sampler and steps to use where the user names none."""
+    """The `sampling:` section of a config, checked: scale, sampler, steps, pixels where the user names none."""
     own = dict(config.get("sampling", None) or {})
     valid = {
         "scale": lambda value: isinstance(value, (int, float)) and math.isfinite(value),
         "sampler": lambda value: value in SAMPLERS,
         "steps": lambda value: isinstance(value, int) and value > 0,
+        "size": lambda value: isinstance(value, int) and value > 0,
     }
     for name, value in own.items():
         if name not in valid or isinstance(value, bool) or not valid[name](value):
             raise ValueError(
                 f"the config's `sampling:` has {name}: {value!r}; it takes a number `scale`, a `sampler` of "
-                f"{', '.join(SAMPLERS)}, and a whole number of `steps`"
+                f"{', '.join(SAMPLERS)}, a whole number of `steps`, and a `size` in pixels"
             )
     return own
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import families
-from ldm.inference import load_first_stage, load_model, read_config
+from ldm.inference import load_first_stage, load_model, read_config, resolve_size
 from ldm.inference.loading import predicts
 from tests.tiny import tiny_config, write_tiny
 
@@ -76,3 +76,14 @@ def test_a_first_stage_comes_from_a_whole_model_or_its_own_file(tmp_path):
     assert whole.downsampling_factor == 2 and not whole.training
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         load_first_stage(ckpt=tmp_path / "none.ckpt")
+
+
+def test_a_config_may_name_the_size_to_draw_at(tmp_path):
+    path = write_tiny(tmp_path)
+    config = read_config(tmp_path / "config.yaml")
+    OmegaConf.save({**config, "sampling": {"size": 48}}, tmp_path / "config.yaml")
+    model = load_model(ckpt=path)
+    assert resolve_size(model) == (48, 48) and resolve_size(model, 32) == (32, 48)
+    OmegaConf.save({**config, "sampling": {"size": "large"}}, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="`sampling:` has size: 'large'"):
+        load_model(ckpt=path)
