@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
 from ldm.modules.encoders.base import AbstractEncoder, check_length, check_vocabulary, resolve_tokenizer
+from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.clip_image import (
     CLIPEmbeddingNoiseAugmentation,
     ClipImageEmbedder,
@@ -29,6 +30,8 @@ __all__ = [
     "ClassEmbedder",
     "ClipImageEmbedder",
     "FrozenCLIPEmbedder",
+    "FrozenCLIPTextEmbedder",
+    "FrozenClipImageEmbedder",
     "FrozenOpenCLIPEmbedder",
     "FrozenOpenCLIPImageEmbedder",
     "SpatialRescaler",
