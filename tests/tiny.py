@@ -31,6 +31,9 @@ TEXT = {
     },
 }
 
+# What makes it a retrieval-augmented model, whose condition comes from outside.
+RETRIEVAL = {"cond_stage_config": {"target": "torch.nn.Identity"}, "cond_stage_key": "nix"}
+
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
     """`model:` section of the small golden model (latents 16x16x4, f = 2) with a text encoder."""
