@@ -59,7 +59,7 @@ def test_values_are_the_public_ones(name):
     config = config_of(name)
     own = config.pop("sampling", {})
     assert config == PUBLIC[name]
-    assert own.keys() <= {"scale", "sampler", "steps"}
+    assert own.keys() <= {"scale", "sampler", "steps", "size"}
     assert not own or "v1-" not in name  # Stable Diffusion v1 has the command line's defaults
     first = (ROOT / name).read_text().splitlines()[0]
     assert first.startswith("# ") and first.endswith(".")
