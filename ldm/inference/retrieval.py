@@ -1,0 +1,267 @@
+"""Retrieval-augmented diffusion (Blattmann et al. 2022, arXiv:2204.11824): pictures from CLIP embeddings.
+
+A model sees a prompt's embedding, or a picture's, and those of its nearest neighbours in a database of pictures.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data.folder import scan
+from ldm.images import load_image
+from ldm.inference.drawing import Guided, decode, draw, drawing, resolve_size, seed_everything
+from ldm.inference.loading import sampling_settings
+from ldm.inference.tasks import NEIGHBOURS, require
+from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.encoders.clip_features import square_picture
+from ldm.util import REPOSITORY
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_FOLDER = "data/rdm/retrieval_databases"  # holds a folder for each: openimages, artbench-surrealism, ...
+EMBEDDINGS = ("embeddings", "embedding")  # what they are called in an .npz file: here, and in the public databases
+
+
+# ---- a database ----
+
+
+class EmbeddingDatabase:
+    """Embeddings of pictures, as arrays (N, D) of floats of one width, which may lie on the disk.
+
+    names: of the pictures, N in all, or None. Raises ValueError for arrays of other shapes or types, or of nothing.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], names: Sequence[str] | None = None) -> None:
+        for part in parts:
+            if part.ndim != 2 or not np.issubdtype(part.dtype, np.floating):
+                raise ValueError(f"embeddings are floats of shape (N, D), not {part.dtype} of shape {part.shape}")
+        widths = sorted({part.shape[1] for part in parts})
+        if len(widths) != 1 or not sum(map(len, parts)):
+            raise ValueError(
+                f"a database needs embeddings, all of one width: there are {len(parts)} arrays of {widths}"
+            )
+        self.parts = parts
+        self.width = widths[0]
+        if names is not None and len(names) != len(self):
+            raise ValueError(f"there are {len(self)} embeddings and {len(names)} names")
+        self._names = names
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def name(self, i: int) -> str:
+        """What picture `i` is called, its number if it has no name."""
+        return f"no. {i}" if self._names is None else str(self._names[i])
+
+    def embeddings(self, indices: Sequence[int]) -> Tensor:
+        """Those of some pictures, (n, D) float32 of length 1."""
+        starts = np.cumsum([0, *map(len, self.parts)])
+        part = np.searchsorted(starts, indices, side="right") - 1
+        rows = [self.parts[p][i - starts[p]] for p, i in zip(part, indices)]
+        return F.normalize(torch.from_numpy(np.stack(rows).astype(np.float32)), dim=-1)
+
+    def nearest(self, queries: Tensor, k: int, chunk: int = 65536) -> tuple[Tensor, Tensor]:
+        """The k most similar for each of the queries (B, D): cosines (B, k), falling, and indices (B, k).
+
+        Every embedding is looked at, `chunk` at a time. Raises ValueError for more than there are, for queries of
+        another width, and for embeddings that are not finite.
+        """
+        if not 1 <= k <= len(self):
+            raise ValueError(f"the database has {len(self)} embeddings: ask for 1 to {len(self)} neighbours, not {k}")
+        if queries.shape[-1] != self.width:
+            raise ValueError(
+                f"the database's embeddings have {self.width} numbers, the query has {queries.shape[-1]}: "
+                "both must come from the same CLIP"
+            )
+        queries = F.normalize(queries.detach().cpu().float(), dim=-1)
+        cosines, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+        start = 0
+        with tqdm(total=len(self), desc="neighbours", unit=" embeddings", delay=2) as bar:
+            for piece in (part[i : i + chunk] for part in self.parts for i in range(0, len(part), chunk)):
+                keys = F.normalize(torch.from_numpy(np.asarray(piece, dtype=np.float32)), dim=-1)
+                found = queries @ keys.T  # (B, n)
+                if not torch.isfinite(found).all():
+                    raise ValueError(
+                        f"embeddings {start} to {start + len(piece) - 1} hold NaN or infinity: make them anew"
+                    )
+                numbers = torch.arange(start, start + len(piece)).expand(len(queries), -1)
+                cosines, order = torch.cat([cosines, found], 1).topk(min(k, start + len(piece)), sorted=True)
+                indices = torch.cat([indices, numbers], 1).gather(1, order)
+                start += len(piece)
+                bar.update(len(piece))
+        return cosines, indices
+
+
+def load_database(place: str) -> EmbeddingDatabase:
+    """The database in a file, in the files of a folder, or with a public name.
+
+    place: an .npz file with `embeddings` (N, D), and `paths` (N,) if the pictures have names; an .npy file, which stays
+    on the disk; a folder of these; or a public name, which is a folder in data/rdm/retrieval_databases.
+
+    Raises FileNotFoundError, saying what belongs where, or ValueError for other contents.
+    """
+    files = _database_files(place)
+    parts, names = zip(*map(_read_embeddings, files))
+    try:
+        known = None if any(some is None for some in names) else np.concatenate(names)
+        database = EmbeddingDatabase(parts, known)
+    except ValueError as error:
+        raise ValueError(f"database {place}: {error}") from error
+    logger.info("Database %s: %d embeddings", place, len(database))
+    return database
+
+
+def _database_files(place: str) -> list[Path]:
+    folder = Path(place).expanduser()
+    if folder.is_file():
+        return [folder]
+    if not folder.exists():
+        public = f"{PUBLIC_FOLDER}/{place}"
+        folder = next((root / public for root in (Path(), REPOSITORY) if (root / public).is_dir()), folder)
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".npz", ".npy"))
+    if not files:
+        raise FileNotFoundError(
+            f"there is no database {place}, nor {PUBLIC_FOLDER}/{place} with .npz files: put a public one there, or "
+            "name an .npz file with `embeddings` (N, 768), such as scripts/embed_images.py makes of your pictures"
+        )
+    return files
+
+
+def _read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The embeddings of a file, and its pictures' names if it holds them."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)  # .npz files are read as a whole all the same
+        if isinstance(found, np.ndarray):
+            return found, None
+        with found:
+            name = next((name for name in EMBEDDINGS if name in found.files), None)
+            if name is None:
+                raise ValueError(f"it holds {', '.join(found.files) or 'nothing'}, but no {EMBEDDINGS[0]}")
+            return found[name], found["paths"] if "paths" in found.files else None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no file of embeddings: {error}") from error
+
+
+def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]) -> None:
+    """Write what `load_database` reads: embeddings (N, D) and the pictures' names. FileExistsError if `path` exists."""
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another name")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("xb") as file:
+            np.savez(file, embeddings=embeddings, paths=np.array(names))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def embed_folder(
+    embedder: FrozenClipImageEmbedder, folder: str | Path, batch_size: int = 32
+) -> tuple[np.ndarray, list[str]]:
+    """The pictures under a folder: embeddings (N, D) float16 of length 1, and their paths relative to the folder.
+
+    Pictures that cannot be read are named and left out; ValueError if that leaves none, or if there are none.
+    """
+    names, _ = scan(Path(folder))
+    embeddings: list[Tensor] = []
+    kept: list[str] = []
+    with tqdm(total=len(names), desc=f"pictures of {Path(folder).name}", unit="") as bar:
+        for some in (names[i : i + batch_size] for i in range(0, len(names), batch_size)):
+            pictures = []
+            for name in some:
+                try:
+                    pictures.append(clip_picture(Path(folder) / name, embedder.image_size))
+                    kept.append(name)
+                except (ValueError, FileNotFoundError, PermissionError) as error:
+                    logger.warning("%s; left out", error)
+            if pictures:
+                embeddings.append(embed_pictures(embedder, pictures).half().cpu())
+            bar.update(len(some))
+    if not kept:
+        raise ValueError(f"none of the {len(names)} pictures in {folder} can be read")
+    return torch.cat(embeddings).numpy(), kept
+
+
+def clip_picture(path: str | Path, size: int) -> Tensor:
+    """The picture in a file, (1, 3, size, size) in [-1, 1], as CLIP takes it. The errors are those of `load_image`."""
+    return square_picture(load_image(path, shrink_to=2 * size), size)
+
+
+@torch.no_grad()
+def embed_pictures(embedder: FrozenClipImageEmbedder, pictures: Sequence[Tensor]) -> Tensor:
+    """Embeddings (B, D) of length 1 of B pictures from `clip_picture`."""
+    return F.normalize(embedder(torch.cat(list(pictures))).float(), dim=-1)
+
+
+# ---- drawing ----
+
+
+def with_neighbours(context: Tensor, database: EmbeddingDatabase, k: int) -> Tensor:
+    """Embeddings (B, n, D) followed by the k nearest neighbours of the first of each: (B, n + k, D)."""
+    cosines, indices = database.nearest(context[:, 0], k)
+    for row in {tuple(row): row for row in indices.tolist()}.values():
+        best = ", ".join(database.name(i) for i in row[:3]) + (", ..." if k > 3 else "")
+        logger.info("Neighbours: %s", best)
+    found = torch.stack([database.embeddings(row) for row in indices.tolist()])  # (B, k, D)
+    return torch.cat([context, found.to(context)], dim=1)
+
+
+@torch.no_grad()
+def knn2img(
+    model: LatentDiffusion,
+    context: Tensor,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    scale: float | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """One picture for each context (B, n, D): CLIP embeddings of length 1, of a text or picture and of its neighbours.
+
+    Guidance leads away from zeros. The rest as in `txt2img`, but for the public default of scale, which is 5.
+    """
+    require(model, NEIGHBOURS)
+    height, width = resolve_size(model, height, width)
+    wanted = _context_width(model)
+    if context.ndim != 3 or context.shape[2] != wanted:
+        raise ValueError(
+            f"this model takes embeddings (B, n, {wanted}), not {tuple(context.shape)}: use the CLIP that it was "
+            "trained with (ViT-L/14 for the public model)"
+        )
+    steps, sampler, scale = sampling_settings(model, 5.0, steps, sampler, scale, eta)
+    if seed is not None:
+        seed_everything(seed)
+    with drawing(model):
+        context = model.get_learned_conditioning(context.to(model.device))
+        guided = Guided(context, torch.zeros_like(context) if scale != 1.0 else None, scale)
+        shape = (model.channels, *model.latent_size(height, width))
+        latents = draw(model, guided, shape, len(context), steps=steps, sampler=sampler, eta=eta, progress=progress)
+        return decode(model, latents)
+
+
+def _context_width(model: LatentDiffusion) -> int:
+    blocks = (module for module in model.model.modules() if isinstance(module, BasicTransformerBlock))
+    return next(blocks).attn2.to_k.in_features

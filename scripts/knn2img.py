@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Draw pictures from a text, or from a picture, and what is near it in a database of CLIP embeddings.
+
+This is for retrieval-augmented diffusion models. scripts/embed_images.py makes a database of your own pictures.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
+
+from ldm import cli
+from ldm.util import public_path
+
+logger = logging.getLogger("ldm.knn2img")
+
+CKPT = "models/rdm/rdm768x768/model.ckpt"
+DATABASE = "artbench-surrealism"
+
+
+def parser() -> cli.ArgumentParser:
+    options = cli.ArgumentParser(description=__doc__)
+    cli.add_prompt(options, negative=False)
+    options.add_argument(
+        "--image", type=cli.user_path, metavar="FILE", help="start from what CLIP sees in a picture, not from a prompt"
+    )
+    group = options.add_argument_group("neighbours")
+    count = cli.number(int, 1)
+    group.add_argument("--use_neighbors", action="store_true", help="draw from the neighbours in --database, too")
+    group.add_argument(
+        "--database",
+        default=DATABASE,
+        metavar="FILE",
+        help="an .npz or .npy file of embeddings, a folder of these, or the name of a public one (%(default)s)",
+    )
+    group.add_argument("--knn", type=count, default=10, help="how many neighbours (%(default)s)")
+    group.add_argument(
+        "--n_repeat", type=count, default=1, help="how often the text's embedding stands beside them (%(default)s)"
+    )
+    cli.add_amount(options, n_samples=3, n_iter=1)
+    cli.add_size(options)
+    cli.add_sampler(options, scale=5.0)
+    cli.add_model(options, CKPT)
+    options.add_argument(
+        "--clip",
+        "--clip_type",
+        type=cli.user_path,
+        default="ViT-L/14",
+        metavar="FOLDER",
+        help="a folder with a CLIP as transformers reads it; %(default)s is looked for at its usual places",
+    )
+    cli.add_output(options, "outputs/txt2img-samples")
+    return options
+
+
+def check(args) -> None:
+    """ValueError for options that contradict one another; a warning for one without effect."""
+    if args.image and (args.from_file or args.prompt != parser().get_default("prompt")):
+        raise ValueError("--image stands in place of a prompt: leave out --image, or --prompt and --from-file")
+    if args.database != DATABASE and not args.use_neighbors:
+        logger.warning("--database %s has no effect without --use_neighbors", args.database)
+
+
+def embed(args, batches: Sequence[Sequence[str]], device):
+    """What CLIP makes of every prompt of `batches`, or of --image as often: contexts (B, n_repeat, D)."""
+    import torch
+
+    from ldm import inference
+    from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
+
+    if args.image is None:
+        text = FrozenCLIPTextEmbedder(args.clip, n_repeat=args.n_repeat).to(device)
+        return torch.cat([text.encode(prompts) for prompts in batches])
+    seeing = FrozenClipImageEmbedder(args.clip).to(device)
+    found = inference.embed_pictures(seeing, [inference.clip_picture(args.image, seeing.image_size)])  # (1, D)
+    return found[:, None].repeat(sum(map(len, batches)), args.n_repeat, 1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse(parser(), argv)
+    check(args)
+    batches = [[""] * args.n_samples] if args.image else cli.prompt_batches(args)
+    args.ckpt = args.ckpt or public_path(CKPT) or CKPT
+
+    from ldm import inference
+    from ldm.images import load_image
+    from ldm.inference.tasks import NEIGHBOURS, require
+
+    database = inference.load_database(args.database) if args.use_neighbors else None
+    if args.image:
+        load_image(args.image)  # what is wrong with it is said before the model is loaded
+
+    model = cli.load_model(args)
+    require(model, NEIGHBOURS)
+    size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
+    contexts = embed(args, batches, model.device)
+    if database is not None:
+        contexts = inference.with_neighbours(contexts, database, args.knn)
+
+    settings = {"image": Path(args.image).name} if args.image else {}
+    settings |= {"database": Path(args.database).name, "knn": args.knn} if args.use_neighbors else {}
+    with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
+        inference.seed_everything(args.seed)
+        for prompts, context in list(zip(batches, contexts.split(args.n_samples))) * args.n_iter:
+            images = inference.knn2img(model, context, **size, **cli.sampling_options(args))
+            writer.save(images, prompts)
+    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Draw variations of a picture, or of what several have in common, with a Stable unCLIP model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
+
+from ldm import cli
+
+
+def parser() -> cli.ArgumentParser:
+    options = cli.ArgumentParser(description=__doc__)
+    cli.add_prompt(options)
+    options.set_defaults(prompt="")
+    group = options.add_argument_group("what to vary")
+    group.add_argument(
+        "--init-img",
+        type=cli.user_path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="the picture, or several to mix",
+    )
+    group.add_argument(
+        "--weights", type=cli.number(float, 0), nargs="+", metavar="WEIGHT", help="how to mix them (each as much)"
+    )
+    group.add_argument(
+        "--noise_level", type=cli.number(int, 0), default=0, help="how freely to vary, from 0 to 999 (%(default)s)"
+    )
+    cli.add_amount(options, n_samples=3, n_iter=1)
+    cli.add_size(options)
+    cli.add_sampler(options, scale=10.0)
+    cli.add_model(options)
+    cli.add_output(options, "outputs/variations")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse(parser(), argv)
+    batches = cli.prompt_batches(args)
+
+    from ldm import inference
+    from ldm.images import load_image
+
+    inference.check_weights(args.weights, len(args.init_img))
+    pictures = [load_image(path) for path in args.init_img]
+    model = cli.load_model(args)
+    embedding = inference.picture_embedding(model, pictures, args.weights)
+    size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
+    settings = {"init_image": ", ".join(Path(path).name for path in args.init_img), "noise_level": args.noise_level}
+    settings |= {"weights": args.weights} if args.weights else {}
+    with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
+        inference.seed_everything(args.seed)
+        for prompts in batches * args.n_iter:
+            options = size | cli.sampling_options(args) | {"noise_level": args.noise_level}
+            writer.save(inference.variations(model, embedding, prompts, **options), prompts)
+    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
