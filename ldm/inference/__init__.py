@@ -8,6 +8,7 @@ for image in txt2img(model, ["a red circle"], seed=42):
 
 loading   files to models    tasks   what a model draws from    drawing   text to picture, picture to picture
 reconstruction   what a first stage keeps of a picture    tiling   large pictures in pieces
+retrieval   text and its neighbours to picture    variations   picture to others like it
 """
 
 from ldm.inference.drawing import (
@@ -29,27 +30,49 @@ from ldm.inference.drawing import (
 )
 from ldm.inference.loading import SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
 from ldm.inference.reconstruction import reconstruct
+from ldm.inference.retrieval import (
+    EmbeddingDatabase,
+    clip_picture,
+    embed_folder,
+    embed_pictures,
+    knn2img,
+    load_database,
+    save_database,
+    with_neighbours,
+)
+from ldm.inference.variations import check_weights, picture_embedding, variations
 
 __all__ = [
+    "EmbeddingDatabase",
     "Guided",
     "SAMPLERS",
+    "check_weights",
+    "clip_picture",
     "decode",
     "default_size",
     "depth_map",
     "draw",
+    "embed_folder",
+    "embed_pictures",
     "encode_image",
     "img2img",
+    "knn2img",
+    "load_database",
     "load_first_stage",
     "load_model",
     "needs_depth",
+    "picture_embedding",
     "read_config",
     "reconstruct",
     "redraw",
     "resolve_size",
     "sampling_settings",
+    "save_database",
     "seed_everything",
     "skip_txt2img",
     "start_latent",
     "text_condition",
     "txt2img",
+    "variations",
+    "with_neighbours",
 ]
