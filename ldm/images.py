@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
+import math
 import os
 import re
 import textwrap
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -108,6 +112,43 @@ def fit_to_multiple(
     return image.resize((width - width % multiple, height - height % multiple), resample=Image.Resampling.LANCZOS)
 
 
+def check_mask(mask: Tensor, image: Image.Image, mask_name: str = "the mask", image_name: str = "the picture") -> None:
+    """ValueError, naming both, unless a mask (1, 1, H, W) is as large as its picture, but for a scale."""
+    height, width = mask.shape[2:]
+    if abs(height / image.height - width / image.width) > 0.5 / image.height + 0.5 / image.width:
+        raise ValueError(
+            f"{mask_name} is {width}x{height} pixels, but {image_name} is {image.width}x{image.height}: "
+            "make the mask as large as the picture"
+        )
+
+
+def fit_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """A mask (1, 1, H, W) with values from 0 to 1, resized and made one of 0 and 1, which is from a half on."""
+    if mask.shape[2:] != (height, width):
+        mask = F.interpolate(mask, (height, width), mode="bilinear", antialias=True)
+    return (mask >= 0.5).float()
+
+
+def feathered(mask: Tensor, pixels: int) -> Tensor:
+    """A mask (1, 1, H, W) of 0 and 1 with a soft edge outside of what it covers, `pixels` wide.
+
+    At the distance d from the nearest 1 it is max(0, 1 - d / (pixels + 1)).
+    """
+    squared = torch.where(mask > 0, 0.0, math.inf)  # distances: exact, as the square of each axis adds up
+    for axis, sides in ((3, (pixels, pixels)), (2, (0, 0, pixels, pixels))):
+        padded = F.pad(squared, sides, value=math.inf)
+        shifts = range(-pixels, pixels + 1)
+        moved = (padded.narrow(axis, pixels + k, mask.shape[axis]) + k * k for k in shifts)
+        squared = functools.reduce(torch.minimum, moved)
+    return (1 - squared.sqrt() / (pixels + 1)).clamp(min=0)
+
+
+def blend(under: Image.Image, over: Image.Image, weight: Tensor) -> Image.Image:
+    """`over` on `under`, RGB of one size, with a weight (1, 1, H, W): where it is 0 or 1, bit for bit one of them."""
+    below, above = (np.asarray(image, dtype=np.float32) for image in (under, over))
+    return Image.fromarray(np.rint(below + weight[0, 0, :, :, None].numpy() * (above - below)).astype(np.uint8))
+
+
 def image_to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as float32 (1, 3, H, W) from -1 to 1."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
@@ -183,6 +224,29 @@ def save_png(
     the folder at once, and no name ever belongs to a half-written file. Raises OSError if the folder is not writable.
     """
     folder = Path(folder)
+
+    def names() -> Iterator[Path]:
+        first = next_free_index(folder, pattern) if index is None else index
+        return (folder / pattern.format(number) for number in itertools.count(first))
+
+    return _save_under_first_free(image, folder, names, metadata)
+
+
+def save_png_named(
+    image: Image.Image, folder: str | Path, name: str, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write `image` to folder/NAME.png, or where that is taken NAME-1.png, NAME-2.png ...; otherwise as `save_png`."""
+    folder = Path(folder)
+
+    def names() -> Iterator[Path]:
+        return itertools.chain([folder / f"{name}.png"], (folder / f"{name}-{n}.png" for n in itertools.count(1)))
+
+    return _save_under_first_free(image, folder, names, metadata)
+
+
+def _save_under_first_free(
+    image: Image.Image, folder: Path, names: Callable[[], Iterator[Path]], metadata: Mapping[str, str] | None
+) -> Path:
     text = PngInfo()
     for key, value in (metadata or {}).items():
         text.add_text(key, value)
@@ -190,14 +254,10 @@ def save_png(
     try:
         with open(complete, "xb") as file:
             image.save(file, format="PNG", pnginfo=text)
-        index = next_free_index(folder, pattern) if index is None else index
-        while True:
-            path = folder / pattern.format(index)
-            try:
+        for path in names():
+            with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
                 _rename_to_new(complete, path)
                 return path
-            except FileExistsError:  # another process took the name
-                index += 1
     finally:
         complete.unlink(missing_ok=True)
 

@@ -22,13 +22,14 @@ from ldm.cli.options import (
     user_path,
 )
 from ldm.cli.reporting import FAREWELL, run, say
-from ldm.cli.writing import Interrupted, SampleWriter
+from ldm.cli.writing import Interrupted, NamedWriter, SampleWriter
 
 __all__ = [
     "FAREWELL",
     "MAX_SEED",
     "ArgumentParser",
     "Interrupted",
+    "NamedWriter",
     "SampleWriter",
     "add_amount",
     "add_model",

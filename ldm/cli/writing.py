@@ -31,9 +31,11 @@ class SampleWriter:
     if each calls `skip` for the batches of the others.
     """
 
+    FOLDER = "samples"  # in outdir
+
     def __init__(self, args: Namespace, processes: Processes = ALONE, **settings: Any) -> None:
         self.outdir = Path(args.outdir)
-        self.samples = self.outdir / "samples"
+        self.samples = self.outdir / self.FOLDER
         for folder in (self.outdir, self.samples):
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"{folder} is a file, not a folder: choose another --outdir")
@@ -77,10 +79,10 @@ class SampleWriter:
         """Leave out `count` pictures that another process draws."""
         self._index += count
 
-    def save(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    def save(self, images: Sequence[Image.Image], prompts: Sequence[str], name: str = "") -> None:
         """Write a batch unless --skip_save, and keep it for the grid unless --skip_grid.
 
-        prompts: what each picture was drawn from; empty texts where that is no text.
+        prompts: what each picture was drawn from; empty texts where that is no text. name: for a `NamedWriter`.
         """
         from ldm.images import save_png
 
@@ -107,3 +109,18 @@ class SampleWriter:
         size = f"{image.width}x{image.height}"
         run = {"seed": args.seed, "size": size, "batch_size": args.n_samples, "index": self._index}
         return png_metadata({"prompt": prompt, **settings, **run, "version": f"ldm {__version__}"})
+
+
+class NamedWriter(SampleWriter):
+    """Writes pictures under names: `<outdir>/NAME.png`, or NAME-1.png ... where that is taken. There is no grid."""
+
+    FOLDER = ""
+
+    def save(self, images: Sequence[Image.Image], prompts: Sequence[str], name: str = "") -> None:
+        """Write a batch, all of it called `name`."""
+        from ldm.images import save_png_named
+
+        for image, prompt in zip(images, prompts, strict=True):
+            save_png_named(image, self.samples, name, self._metadata(image, prompt))
+            self.written += 1
+            self._index += 1

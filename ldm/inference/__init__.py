@@ -28,6 +28,7 @@ from ldm.inference.drawing import (
     text_condition,
     txt2img,
 )
+from ldm.inference.inpainting import inpaint, takes_text
 from ldm.inference.loading import SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
 from ldm.inference.reconstruction import reconstruct
 from ldm.inference.retrieval import (
@@ -56,6 +57,7 @@ __all__ = [
     "embed_pictures",
     "encode_image",
     "img2img",
+    "inpaint",
     "knn2img",
     "load_database",
     "load_first_stage",
@@ -71,6 +73,7 @@ __all__ = [
     "seed_everything",
     "skip_txt2img",
     "start_latent",
+    "takes_text",
     "text_condition",
     "txt2img",
     "variations",

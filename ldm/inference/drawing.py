@@ -220,7 +220,13 @@ def encode_image(
     """`batch` latents (batch, C, h, w) of one picture, each a draw of its own from the first stage's posterior."""
     image = fit(model, image, height, width)
     logger.info("Picture size: %dx%d", image.width, image.height)
-    posterior = model.encode_first_stage(image_to_tensor(image).to(model.device, first_stage_dtype(model)))
+    return encode_pixels(model, image_to_tensor(image), batch)
+
+
+@torch.no_grad()
+def encode_pixels(model: LatentDiffusion, pixels: Tensor, batch: int = 1) -> Tensor:
+    """The same of pixels (1, 3, H, W) from -1 to 1, whose size the model can take."""
+    posterior = model.encode_first_stage(pixels.to(model.device, first_stage_dtype(model)))
     if isinstance(posterior, DiagonalGaussianDistribution):  # encoded once, drawn from `batch` times
         posterior = DiagonalGaussianDistribution(posterior.parameters.expand(batch, -1, -1, -1))
         return model.get_first_stage_encoding(posterior).float()
