@@ -3,7 +3,8 @@
 Nothing heavy is imported until it is needed, so that `--help` answers at once.
 """
 
-from ldm.cli.models import load_model, model_name
+from ldm.cli.conditions import add_conditions, conditions_for, read_conditions
+from ldm.cli.models import load_model, model_name, resumed
 from ldm.cli.options import (
     MAX_SEED,
     ArgumentParser,
@@ -22,6 +23,7 @@ from ldm.cli.options import (
     user_path,
 )
 from ldm.cli.reporting import FAREWELL, run, say
+from ldm.cli.sample_runs import RunWriter
 from ldm.cli.writing import Interrupted, NamedWriter, SampleWriter
 
 __all__ = [
@@ -30,19 +32,24 @@ __all__ = [
     "ArgumentParser",
     "Interrupted",
     "NamedWriter",
+    "RunWriter",
     "SampleWriter",
     "add_amount",
+    "add_conditions",
     "add_model",
     "add_output",
     "add_prompt",
     "add_sampler",
     "add_size",
     "is_setting",
+    "conditions_for",
     "load_model",
     "model_name",
     "number",
     "parse",
     "prompt_batches",
+    "read_conditions",
+    "resumed",
     "run",
     "sampling_options",
     "sampling_parser",

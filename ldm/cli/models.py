@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -17,7 +17,9 @@ def load_model(args: Namespace) -> LatentDiffusion:
     """
     from ldm import inference
 
-    model = inference.load_model(args.config, args.ckpt, device=args.device, precision=args.precision)
+    model = inference.load_model(
+        args.config, args.ckpt, device=args.device, precision=args.precision, overrides=args.settings
+    )
     size = inference.default_size(model)
     factor = size // model.latent_size(size, size)[0]
     for flag, actual in (("--C", model.channels), ("--f", factor)):
@@ -34,3 +36,32 @@ def model_name(model: LatentDiffusion) -> str:
     """What to call a loaded model: its file, or the folder of a file with the public name model.ckpt or last.ckpt."""
     path = Path(model.checkpoint_path).resolve()
     return path.parent.name if path.stem in ("model", "last") else path.stem
+
+
+class Resumed(NamedTuple):
+    """checkpoint, config: files; None is a config that the checkpoint itself tells. home: the folder they are in."""
+
+    checkpoint: Path
+    config: Path | None
+    home: Path
+
+
+def resumed(path: str | Path) -> Resumed:
+    """What `path` stands for: a checkpoint, a folder that holds model.ckpt, or a run folder of scripts/train.py.
+
+    The config is the run's, or a config.yaml beside the checkpoint. Raises FileNotFoundError if there is no checkpoint.
+    """
+    from ldm.training.folders import find_run, stored_configs
+
+    path = Path(path)
+    public = [path / name for name in ("model.ckpt", "model.safetensors")] if path.is_dir() else [path]
+    checkpoint = next((place for place in public if place.is_file()), None)
+    if checkpoint is None and not stored_configs(path):
+        if not path.exists():
+            raise FileNotFoundError(f"--resume {path}: there is no such checkpoint or folder")
+        raise FileNotFoundError(f"--resume {path} is a folder without model.ckpt, and no run folder: name a checkpoint")
+    run = path if checkpoint is None else checkpoint.parent.parent
+    if configs := [place for place in stored_configs(run) if place.name.endswith("-project.yaml")]:
+        return Resumed(checkpoint or find_run(run)[1], configs[-1], run)
+    config = checkpoint.with_name("config.yaml")
+    return Resumed(checkpoint, config if config.is_file() else None, checkpoint.parent)
