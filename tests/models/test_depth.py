@@ -25,7 +25,7 @@ def depth_config(**changes):
     estimator = {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"config": SMALL}}
     config = tiny_config(conditioning_key="hybrid", depth_stage_config=estimator, **changes)
     config["params"]["unet_config"]["params"]["in_channels"] = 5
-    return config | {"target": "ldm.models.diffusion.depth.LatentDepth2ImageDiffusion"}
+    return config | {"target": "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion"}
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,6 @@ def test_the_public_config_is_built_without_memory():
         OmegaConf.load(REFERENCE.parents[1] / "configs/stable-diffusion/v2-midas-inference.yaml")
     )["model"]
     params = config["params"] | {"cond_stage_config": "__is_unconditional__"}
-    model = build_on_meta({"target": "ldm.models.diffusion.depth.LatentDepth2ImageDiffusion", "params": params})
+    model = build_on_meta({"target": "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion", "params": params})
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(key.startswith("depth_model.model.") for key in model.state_dict()) == 366

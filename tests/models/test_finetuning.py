@@ -27,7 +27,7 @@ def inpainting(channels: int = 9, **changes):
     """`model:` section of the small model with a mask and a masked picture beside the latent."""
     config = tiny_config(conditioning_key="hybrid", **changes)
     config["params"]["unet_config"]["params"]["in_channels"] = channels
-    return config | {"target": "ldm.models.diffusion.inpainting.LatentInpaintDiffusion"}
+    return config | {"target": "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_training_from_a_model_of_four_channels(tmp_path):
     """scripts/train.py: from the plain model's file, on pictures with random masks."""
     model = toys.diffusion(conditioning_key="hybrid")
     path = save_checkpoint(tmp_path / "v1.ckpt", filled(instantiate_from_config(toys.diffusion())).state_dict())
-    model["target"] = "ldm.models.diffusion.inpainting.LatentInpaintDiffusion"
+    model["target"] = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
     model["params"]["unet_config"]["params"]["in_channels"] = 9
     content = toys.config(model, length=4)
     masked = {"dataset": toys.pictures(4), "image_key": "jpg"}

@@ -43,7 +43,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
         brought = not only_model and not any(key.startswith("depth_model.") for key in missing)
         filled_later = any(parameter.is_meta for parameter in self.depth_model.parameters())
         if not brought and not filled_later and self.depth_model.path is None:
-            logger.warning("%s brings no weights to estimate depth with: batches must hold depth, or %s", path, WAY_OUT)
+            logger.warning("%s brings no weights to estimate depth with: batches must hold depth; or %s", path, WAY_OUT)
             self.depth_model = None
         return missing
 
@@ -55,8 +55,8 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
         """
         if self.depth_model is None:
             raise ValueError(
-                "this model's checkpoint has no weights to estimate depth with (depth_model.*): give the depth itself "
-                f"as a picture (--depth), or in training as the batch's {self.concat_keys[0]!r}; {WAY_OUT}"
+                "this model's checkpoint has no weights to estimate depth with (depth_model.*): give the depth itself, "
+                f"as a picture (--depth) or as the batch's {self.concat_keys[0]!r}; or in the config {WAY_OUT}"
             )
         return self.depth_model(fit(images))
 
