@@ -56,7 +56,6 @@ def open_clip_text(size: Mapping[str, Any], state: State) -> CLIPTextModel:
     state = {key: value for key, value in state.items() if not key.startswith(last)}
     model = CLIPTextModel(CLIPTextConfig(**_clip_sizes({**size, "layers": size["layers"] - 1})))
     weights = conversion.convert_open_clip_checkpoint(model, state)
-    del weights["text_projection.weight"]
     if not any(key.startswith("text_model.") for key in model.state_dict()):  # transformers 5
         weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
     return _strictly(model, weights)
@@ -113,11 +112,23 @@ def _filled(
 
 @torch.no_grad()
 def sample(
-    unet: UNet2DConditionModel, scheduler: Any, x: Tensor, uncond: Tensor, cond: Tensor, scale: float, **options: Any
+    unet: UNet2DConditionModel,
+    scheduler: Any,
+    x: Tensor,
+    uncond: Tensor,
+    cond: Tensor,
+    scale: float,
+    concat: Tensor | None = None,
+    labels: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Latents from noise x (B, C, h, w) by classifier-free guidance, as diffusers' pipelines do it."""
+    """Latents from noise x (B, C, h, w) by classifier-free guidance, as diffusers' pipelines do it.
+
+    concat (2 B, C', h, w), labels (2 B, ...): what the network sees beside the latents and the text.
+    """
     both = torch.cat([uncond, cond])
     for t in scheduler.timesteps:
-        without, with_ = unet(torch.cat([x, x]), t, encoder_hidden_states=both).sample.chunk(2)
+        seen = torch.cat([x, x]) if concat is None else torch.cat([torch.cat([x, x]), concat], dim=1)
+        without, with_ = unet(seen, t, encoder_hidden_states=both, class_labels=labels).sample.chunk(2)
         x = scheduler.step(without + scale * (with_ - without), t, x, **options).prev_sample
     return x
