@@ -86,7 +86,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     one of weights and EMA copies serves a model that has both, or only the other.
 
     A part of the model that its `optional_parts` name becomes None if the file has nothing of it, unless it has
-    weights already. Everything is checked before the model is touched. Raises CheckpointError if a weight is missing or
+    weights already. What a module's `spare_weights` name is zero where the file lacks it. Everything is checked before the model is touched. Raises CheckpointError if a weight is missing or
     has another shape, RuntimeError if the model holds something on the meta device that no file can fill.
     """
     own = model.state_dict()
@@ -100,6 +100,8 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     kept = {
         key for key in own if key.startswith(absent) or _keeps_own(key, own[key], checkpoint.state.get(source[key]))
     }
+    spare = {key for key in _spare_weights(model) if key in own and source[key] not in checkpoint.state}
+    kept |= spare
     _check_fit(own, source, kept, checkpoint)
     notes = _check_schedule(own, kept, checkpoint)
 
@@ -108,7 +110,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     taken: set[str] = set()
     for key, tensor in own.items():
         if key in kept:
-            tensors[key] = tensor
+            tensors[key] = torch.zeros(tensor.shape, dtype=dtype, device="cpu") if key in spare else tensor
             continue
         if key in again:
             tensors[key] = tensors[again[key]]
@@ -133,6 +135,8 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
         notes.append(f"{checkpoint.path}: {len(unexpected)} tensors have no place in the model: {few(unexpected)}")
     for note in notes:
         logger.warning(note)
+    if spare:
+        logger.info("%s lacks %d weights that nothing reads, which are zero now", checkpoint.path, len(spare))
     if ema:
         logger.info("%s: %s", checkpoint.path, ema)
     return LoadReport(len(own) - len(kept), tuple(sorted(kept)), ignored, unexpected, ema, tuple(notes))
@@ -146,6 +150,15 @@ def _second_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     listed = model.state_dict(keep_vars=True)
     return {key: first[id(value)] for key, value in listed.items() if first.setdefault(id(value), key) != key}
+
+
+def _spare_weights(model: nn.Module) -> set[str]:
+    """The keys of weights that modules say they do not read."""
+    return {
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key in getattr(module, "spare_weights", ())
+    }
 
 
 def _is_ema_copy(key: str) -> bool:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from ldm.checkpoint import Checkpoint, build_on_meta, config_for, detect_config, fill_model, read_checkpoint
+from ldm.checkpoint import Checkpoint, build_on_meta, config_for, fill_model, read_checkpoint
 from ldm.checkpoint.families import describe, family_of
 from ldm.devices import choose_device, choose_precision
 from ldm.inference.tasks import TEXT, task_of
@@ -193,8 +193,9 @@ def _default_checkpoint() -> Path:
 
 
 def _config_beside(checkpoint: Checkpoint, *, whole: bool = True) -> str | Path:
-    beside = Path(checkpoint.path).with_name("config.yaml")
-    if detect_config(checkpoint.shapes) is None and beside.is_file():
+    """The one config that shapes tell; the config.yaml in the file's folder, if they tell none or several."""
+    beside, family = Path(checkpoint.path).with_name("config.yaml"), family_of(checkpoint.shapes)
+    if (family is None or len(family.configs) != 1) and beside.is_file():
         return beside
     return config_for(checkpoint, whole=whole)
 

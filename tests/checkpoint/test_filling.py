@@ -18,6 +18,8 @@ from ldm.checkpoint import (
     save_checkpoint,
 )
 from ldm.modules.ema import LitEma
+from ldm.util import instantiate_from_config
+from tests.golden import filled
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -263,3 +265,22 @@ def test_file_of_another_kind():
 def test_buffers_that_no_file_can_fill():
     with pytest.raises(RuntimeError, match=r"non-persistent buffers .*grid"):
         fill_model(tiny(lost=True), checkpoint())
+
+
+def test_weights_that_nothing_reads_may_be_missing(tmp_path, caplog):
+    """Files of Stable Diffusion 2 that came back from diffusers end with the last layer that is read."""
+    caplog.set_level(logging.INFO)
+    tower = {"width": 8, "heads": 2, "layers": 3, "vocab_size": 49408, "context_length": 8, "embed_dim": 8}
+    target = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
+    config = {"target": target, "params": {"layer": "penultimate", "config": tower, "max_length": 8}}
+    whole = filled(instantiate_from_config(config))
+    lacks = ("model.transformer.resblocks.2.", "model.text_projection", "model.logit_scale")
+    state = {key: value for key, value in whole.state_dict().items() if not key.startswith(lacks)}
+    model = build_on_meta(config)
+    fill_model(model, Checkpoint(tmp_path / "converted.ckpt", state))
+    assert model.state_dict().keys() == whole.state_dict().keys()
+    assert model(["a cat"]).equal(whole(["a cat"])) and model.model.text_projection.eq(0).all()
+    assert f"lacks {len(whole.state_dict()) - len(state)} weights that nothing reads" in caplog.text
+    last = {**config, "params": {**config["params"], "layer": "last"}}
+    with pytest.raises(CheckpointError, match=r"12 of 42 weights are missing, e.g. model.transformer.resblocks.2"):
+        fill_model(build_on_meta(last), Checkpoint(tmp_path / "converted.ckpt", state))

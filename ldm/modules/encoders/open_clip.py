@@ -192,6 +192,13 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
         if freeze:
             self.freeze()
 
+    @property
+    def spare_weights(self) -> list[str]:
+        """Published weights that nothing here reads, and that files converted back from diffusers lack."""
+        last = f"transformer.resblocks.{self.model.config.layers - 1}."
+        unread = ("text_projection", "logit_scale", *([last] if self.layer == "penultimate" else []))
+        return [f"model.{name}" for name, _ in self.model.named_parameters() if name.startswith(unread)]
+
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """B prompts to (B, max_length, D), on the device of the weights.
 
