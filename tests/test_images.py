@@ -146,6 +146,50 @@ def test_tensor_to_images_refuses_other_shapes(shape):
         images.tensor_to_images(torch.zeros(shape))
 
 
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_a_mask_is_white_from_a_half_on_at_any_size():
+    mask = torch.tensor([[0.0, 127 / 255, 128 / 255, 1.0]]).expand(1, 1, 4, 4)
+    assert images.fit_mask(mask, 4, 4)[0, 0, 0].tolist() == [0, 0, 1, 1]
+    for side in (2, 8, 6):
+        fitted = images.fit_mask(mask.round(), side, side)
+        assert fitted.shape == (1, 1, side, side) and fitted[0, 0, 0].tolist() == [0] * (side // 2) + [1] * (side // 2)
+
+
+@pytest.mark.parametrize("size", [(100, 50), (200, 100), (33, 17), (7, 3)])
+def test_masks_may_be_scaled(size):
+    images.check_mask(torch.zeros(1, 1, size[1], size[0]), Image.new("RGB", (100, 50)))
+
+
+@pytest.mark.parametrize("size", [(50, 100), (96, 50), (100, 52)])
+def test_masks_of_another_shape_are_refused(size):
+    message = f"m.png is {size[0]}x{size[1]} pixels, but a.png is 100x50: make the mask as large as the picture"
+    with pytest.raises(ValueError, match=message):
+        images.check_mask(torch.zeros(1, 1, size[1], size[0]), Image.new("RGB", (100, 50)), "m.png", "a.png")
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 3, 40])
+def test_feather_falls_linearly_with_the_distance(pixels):
+    mask = torch.zeros(1, 1, 19, 24)
+    mask[..., 6:9, 4:7] = 1
+    mask[..., 17, 20] = 1
+    spots = mask[0, 0].nonzero()
+    y, x = torch.meshgrid(torch.arange(19), torch.arange(24), indexing="ij")
+    distance = ((y[..., None] - spots[:, 0]) ** 2 + (x[..., None] - spots[:, 1]) ** 2).amin(-1).sqrt()
+    expected = (1 - distance / (pixels + 1)).clamp(min=0)
+    assert torch.allclose(images.feathered(mask, pixels)[0, 0], expected, atol=1e-6)
+    assert images.feathered(torch.zeros_like(mask), pixels).eq(0).all()
+
+
+def test_blend_is_exact_where_the_weight_is_0_or_1():
+    under, over = (Image.effect_noise((256, 3), 90).convert("RGB") for _ in range(2))
+    weight = torch.tensor([0.0, 0.25, 1.0])[None, None, :, None].expand(1, 1, 3, 256)
+    rows = pixels(images.blend(under, over, weight))
+    assert np.array_equal(rows[0], pixels(under)[0]) and np.array_equal(rows[2], pixels(over)[2])
+    assert np.abs(rows[1] - (0.75 * pixels(under)[1] + 0.25 * pixels(over)[1])).max() <= 0.5
+
+
 # ---------------------------------------------------------------------------------------------------------------- grid
 
 
@@ -201,6 +245,14 @@ def test_save_png(tmp_path):
     with Image.open(tmp_path / "00001.png") as saved:
         assert saved.text == {}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.png", "00001.png"]
+
+
+def test_named_files_give_way(tmp_path):
+    (tmp_path / "a{}.png").write_text("someone else's")
+    names = [images.save_png_named(Image.new("RGB", (4, 4)), tmp_path, "a{}", {"k": "v"}).name for _ in range(2)]
+    assert names == ["a{}-1.png", "a{}-2.png"]
+    assert Image.open(tmp_path / "a{}-2.png").text == {"k": "v"}
+    assert (tmp_path / "a{}.png").read_text() == "someone else's" and len(list(tmp_path.iterdir())) == 3
 
 
 def _refuse_links(*args):

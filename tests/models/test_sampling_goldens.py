@@ -81,6 +81,11 @@ def test_masks(model, inputs, golden):
     assert_agrees(x, golden["ddim.mask"])
     x, _ = run(model, inputs, "plms", 10, 7.5, **keep)
     assert_agrees(x, golden["plms.mask"])
+    plms = PLMSSampler(model)  # the whole schedule as image to image walks it
+    plms.make_schedule(10, verbose=False)
+    torch.manual_seed(5)
+    guidance = {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": inputs["uc"]}
+    assert_agrees(plms.decode(inputs["x_T"], inputs["c"], 10, verbose=False, **guidance, **keep), golden["plms.mask"])
 
 
 @pytest.mark.parametrize("t", [1, 8, 16, 19])
