@@ -39,9 +39,10 @@ setup(
         "tqdm>=4.66",
         "torchmetrics>=1.4",  # distances between folders of pictures
         "matplotlib>=3.8",  # the curves of a training
+        "transformers>=4.40",  # CLIP's embeddings, for retrieval
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.14"],
-        "test": ["pytest>=8", "diffusers>=0.30", "transformers>=4.40", "ruff>=0.6"],
+        "test": ["pytest>=8", "diffusers>=0.30", "ruff>=0.6"],
     },
 )

@@ -86,8 +86,10 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     one of weights and EMA copies serves a model that has both, or only the other.
 
     A part of the model that its `optional_parts` name becomes None if the file has nothing of it, unless it has
-    weights already. What a module's `spare_weights` name is zero where the file lacks it. Everything is checked before the model is touched. Raises CheckpointError if a weight is missing or
-    has another shape, RuntimeError if the model holds something on the meta device that no file can fill.
+    weights already. What a module's `spare_weights` name is zero where the file lacks it.
+
+    Everything is checked before the model is touched. Raises CheckpointError if a weight is missing or has another
+    shape, RuntimeError if the model holds something on the meta device that no file can fill.
     """
     own = model.state_dict()
     absent = _absent_options(model, checkpoint.state)
