@@ -38,14 +38,6 @@ def parser() -> cli.ArgumentParser:
     return options
 
 
-def write_pair(images: list, outdir: Path, path: str, settings: dict[str, str]) -> Path:
-    """Original and reconstruction as one picture, under the original's name and a number that is free."""
-    from ldm.images import make_grid, save_png
-
-    name = Path(path).stem.replace("{", "{{").replace("}", "}}")
-    return save_png(make_grid(images, nrow=2), outdir, name + "-{:04}.png", settings, index=0)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if not any(Path(path).is_file() for path in args.images):
@@ -54,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     outdir.mkdir(parents=True, exist_ok=True)
 
     from ldm import inference
-    from ldm.images import load_image
+    from ldm.images import load_image, make_grid, save_png_named
 
     first_stage = inference.load_first_stage(args.config, args.ckpt, device=args.device, precision=args.precision)
     found: list[float] = []
@@ -67,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 logger.warning("%s", error)
                 broken.append(path)
                 continue
-            reconstruction, psnr = inference.reconstruct(first_stage, image, tile=args.tile or None)
+            reconstruction, psnr = inference.reconstruct(first_stage, image, tile=args.tile)
             settings = {"psnr": f"{psnr:.2f}", "model": cli.model_name(first_stage), "source": Path(path).name}
-            written = write_pair([image, reconstruction], outdir, path, settings)
+            pair = make_grid([image, reconstruction])
+            written = save_png_named(pair, outdir, Path(path).stem, settings)
             found.append(psnr)
             cli.say(f"{path}: {psnr:.2f} dB, see {written}", sys.stdout)
     except KeyboardInterrupt:

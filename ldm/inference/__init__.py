@@ -8,6 +8,8 @@ for image in txt2img(model, ["a red circle"], seed=42):
 
 loading   files to models    tasks   what a model draws from    drawing   text to picture, picture to picture
 reconstruction   what a first stage keeps of a picture    tiling   large pictures in pieces
+upscaling   small picture to larger
+unprompted   classes, layouts, segmentation maps or nothing to picture
 retrieval   text and its neighbours to picture    variations   picture to others like it
 """
 
@@ -41,13 +43,25 @@ from ldm.inference.retrieval import (
     save_database,
     with_neighbours,
 )
+from ldm.inference.unprompted import (
+    check_labels,
+    class2img,
+    layout2img,
+    layout_tokens,
+    noise2img,
+    segmentation2img,
+)
+from ldm.inference.upscaling import NOISE_LEVEL, takes_prompt, upscale
 from ldm.inference.variations import check_weights, picture_embedding, variations
 
 __all__ = [
     "EmbeddingDatabase",
     "Guided",
+    "NOISE_LEVEL",
     "SAMPLERS",
+    "check_labels",
     "check_weights",
+    "class2img",
     "clip_picture",
     "decode",
     "default_size",
@@ -60,9 +74,12 @@ __all__ = [
     "inpaint",
     "knn2img",
     "load_database",
+    "layout2img",
+    "layout_tokens",
     "load_first_stage",
     "load_model",
     "needs_depth",
+    "noise2img",
     "picture_embedding",
     "read_config",
     "reconstruct",
@@ -71,11 +88,14 @@ __all__ = [
     "sampling_settings",
     "save_database",
     "seed_everything",
+    "segmentation2img",
     "skip_txt2img",
     "start_latent",
+    "takes_prompt",
     "takes_text",
     "text_condition",
     "txt2img",
+    "upscale",
     "variations",
     "with_neighbours",
 ]

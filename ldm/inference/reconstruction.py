@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.images import image_to_tensor, tensor_to_images
 from ldm.inference.drawing import check_finite
-from ldm.inference.tiling import pad_to_multiple, tiled
+from ldm.inference.tiling import padded, tiled
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.first_stage import psnr
 
@@ -19,27 +19,26 @@ if TYPE_CHECKING:
     from ldm.models.first_stage import FirstStage
 
 
+TILE = 1024
+
+
 @torch.no_grad()
 def reconstruct(
-    first_stage: FirstStage, image: Image.Image, *, tile: int | None = None, progress: bool = True
+    first_stage: FirstStage, image: Image.Image, *, tile: int = TILE, progress: bool = True
 ) -> tuple[Image.Image, float]:
     """(the picture as `first_stage` gives it back, of the same size; its PSNR in dB over all pixels).
 
-    first_stage: from `load_first_stage`. A KL posterior gives its mean, so nothing is random. tile: pixels a side of
-    the overlapping tiles that larger pictures are cut into; None for none, which takes memory for all of the picture.
+    first_stage: from `load_first_stage`. A KL posterior gives its mean, so nothing is random. tile: the longest side
+    that goes through at once, 0 for any; larger pictures do in overlapping tiles.
 
     Raises ValueError for tiles that are too small, ArithmeticError if the result is not finite.
     """
     like = next(first_stage.parameters(), torch.empty(0))  # an identity has none
     factor = first_stage.downsampling_factor
     x = image_to_tensor(image)  # (1, 3, H, W)
-    padded = pad_to_multiple(x, factor).to(like)
+    title = "Tiles" if progress else None
     back = tiled(
-        lambda part: round_trip(first_stage, part),
-        padded,
-        tile,
-        multiple=factor,
-        progress="Tiles" if progress else None,
+        lambda part: round_trip(first_stage, part), padded(x, factor).to(like), tile, multiple=factor, progress=title
     )
     back = back[:, :, : image.height, : image.width].float().cpu()
     check_finite(back, "the picture")

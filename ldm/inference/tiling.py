@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 
 def tiled(
-    function: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, *, multiple: int = 1, progress: str | None = None
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: int, *, multiple: int = 1, progress: str | None = None
 ) -> Tensor:
     """`function` of x (B, C, H, W), tile by tile: (B, C', s H, s W), where s is what `function` scales sizes by.
 
     function: (B, C, h, w) -> (B, C', s h, s w); only the work of one tile is in memory at a time. tile: the longest
-    side of a tile; sides of x that are no longer are not cut, and with None none is. multiple: tiles begin and end at
+    side of a tile; sides of x that are no longer are not cut, and with 0 none is. multiple: tiles begin and end at
     multiples of this, and H and W are some. progress: the title of a progress bar; None for none.
 
     Neighbours share at least a quarter of a tile and fade linearly into each other in the middle half of that. Where
@@ -42,7 +42,7 @@ def tiled(
     return result
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+def padded(x: Tensor, multiple: int) -> Tensor:
     """x (B, C, H, W) with H and W brought up to multiples by mirroring what lies at the lower and right edge."""
     below, beside = (-length % multiple for length in x.shape[2:])
     # numpy's, unlike torch's, mirrors small pictures as often as it takes

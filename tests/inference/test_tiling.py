@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.inference.tiling import pad_to_multiple, spans, tiled
+from ldm.inference.tiling import padded, spans, tiled
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -68,7 +68,7 @@ def test_memory_is_that_of_a_tile_and_a_whole_picture_is_looked_at_once():
     tiled(lambda x: seen.append(x.shape) or x, torch.zeros(2, 3, 100, 20), 32)
     assert len(seen) == 4 and set(seen) == {(2, 3, 32, 20)}
     seen.clear()
-    tiled(lambda x: seen.append(x.shape) or x, torch.zeros(2, 3, 100, 20), None)
+    tiled(lambda x: seen.append(x.shape) or x, torch.zeros(2, 3, 100, 20), 0)
     assert seen == [(2, 3, 100, 20)]
 
 
@@ -82,10 +82,10 @@ def test_progress_bar_counts_tiles(capsys):
 @pytest.mark.parametrize("size", [(13, 21), (16, 8), (1, 3)])
 def test_padding_mirrors(size):
     x = torch.randn(2, 3, *size)
-    padded = pad_to_multiple(x, 8)
+    larger = padded(x, 8)
     height, width = size
-    assert padded.shape == (2, 3, -(-height // 8) * 8, -(-width // 8) * 8)
-    assert torch.equal(padded[:, :, :height, :width], x)
+    assert larger.shape == (2, 3, -(-height // 8) * 8, -(-width // 8) * 8)
+    assert torch.equal(larger[:, :, :height, :width], x)
     if size == (13, 21):
-        assert torch.equal(padded[:, :, 13:, :21], x[:, :, 9:12].flip(2))
-        assert torch.equal(padded[:, :, :13, 21:], x[:, :, :, 17:20].flip(3))
+        assert torch.equal(larger[:, :, 13:, :21], x[:, :, 9:12].flip(2))
+        assert torch.equal(larger[:, :, :13, 21:], x[:, :, :, 17:20].flip(3))
