@@ -115,6 +115,11 @@ class AbstractImageEmbedder(AbstractEncoder):
         self.antialias = antialias
         self.ucg_rate = ucg_rate
 
+    @property
+    def spare_weights(self) -> list[str]:
+        """Published weights that nothing here reads: the text tower's."""
+        return [f"model.{name}" for name, _ in self.model.named_parameters() if not name.startswith("visual.")]
+
     def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to embeddings (B, embed_dim)."""
         z = self.model.encode_image(image, self.antialias)
@@ -162,7 +167,7 @@ class FrozenOpenCLIPImageEmbedder(AbstractImageEmbedder):
 class ClipImageEmbedder(AbstractImageEmbedder):
     """Pictures to the embeddings of OpenAI's CLIP: the second condition of the smaller Stable unCLIP (768 numbers).
 
-    The weights are those of the whole of CLIP, so that `model.encode_text` works, too.
+    The published weights are those of the whole of CLIP, the text tower that is not used here included.
 
     model: the public name; only ViT-L/14 is known, and `config` overrides it. jit, device: accepted for public configs
     and ignored. config: None for ViT-L/14, or `{text_cfg, vision_cfg}` as for `FrozenOpenCLIPImageEmbedder`.

@@ -112,7 +112,10 @@ class Transformer(nn.Module):
 
 
 class TextTower(nn.Module):
-    """The causal transformer over token ids, with the projection and temperature that compare it to pictures."""
+    """The causal transformer over token ids.
+
+    text_projection and logit_scale, which compare texts to pictures, are published with it and have no part here.
+    """
 
     def __init__(self, config: TextTowerConfig) -> None:
         super().__init__()
@@ -138,12 +141,6 @@ class TextTower(nn.Module):
             raise ValueError(f"{length} tokens, but the text tower reads at most {limit}")
         x = self.token_embedding(tokens) + self.positional_embedding[:length]
         return self.ln_final(self.transformer(x, causal=True, leave_out=leave_out))
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L) to embeddings (B, embed_dim), not normalised: the projected features of the end token."""
-        end = tokens.argmax(dim=-1)  # the highest id there is
-        features = self.text_features(tokens)
-        return features[torch.arange(len(features), device=features.device), end] @ self.text_projection
 
 
 class FrozenOpenCLIPEmbedder(AbstractEncoder):

@@ -106,7 +106,8 @@ def test_towers_agree_with_transformers(quick):
     theirs = witness.clip_text_with_projection(config["text_cfg"], state)
     wanted = theirs(ids, output_hidden_states=True)
     assert_agrees(model.text_features(ids), wanted.last_hidden_state, 1e-5)
-    assert_agrees(model.encode_text(ids), wanted.text_embeds, 1e-5)
+    ends = model.text_features(ids)[[0, 1], ids.argmax(dim=1)]
+    assert_agrees(ends @ model.text_projection, wanted.text_embeds, 1e-5)
     penultimate = theirs.text_model.final_layer_norm(wanted.hidden_states[-2])
     assert_agrees(model.text_features(ids, leave_out=1), penultimate, 1e-5)
     images = tensor("images", 2, 3, 28, 28)
@@ -127,6 +128,19 @@ def test_pictures_of_any_size_become_embeddings(kind):
     half = kind(config=BOTH).half()
     half.load_state_dict(model.state_dict())
     assert half(images).dtype == torch.float16 and (half(images) - z).abs().max() < 0.02 * z.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [ClipImageEmbedder, FrozenOpenCLIPImageEmbedder])
+def test_the_text_tower_is_spare(kind):
+    model, images = filled(kind(config=BOTH)), tensor("images", 1, 3, 28, 28)
+    z = model(images)
+    assert {"model.ln_final.bias", "model.text_projection", "model.logit_scale"} < set(model.spare_weights)
+    for name in model.spare_weights:
+        model.get_parameter(name).fill_(float("nan"))
+    assert torch.equal(model(images), z)
+    model.model.visual.proj.fill_(0.0)
+    assert not model(images).any()
 
 
 def test_embeddings_dropped_in_training_alone():
