@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     out = Path(args.out)
     if out.suffix != ".npz":
-        raise ValueError(f"{out} is to be an .npz file: name it {out.name}.npz")
+        raise ValueError(f"{out} is to be an .npz file: name it {out.stem}.npz")
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another name")
     if not out.parent.is_dir():

@@ -29,7 +29,7 @@ def parser() -> cli.ArgumentParser:
         "--weights", type=cli.number(float, 0), nargs="+", metavar="WEIGHT", help="how to mix them (each as much)"
     )
     group.add_argument(
-        "--noise_level", type=cli.number(int, 0), default=0, help="how freely to vary, from 0 to 999 (%(default)s)"
+        "--noise_level", type=cli.number(int, 0, 999), default=0, help="how freely to vary, from 0 to 999 (%(default)s)"
     )
     cli.add_amount(options, n_samples=3, n_iter=1)
     cli.add_size(options)
