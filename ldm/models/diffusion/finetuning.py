@@ -73,10 +73,3 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         """(latents, {"c_concat", "c_crossattn"}) of the first `bs` items."""
         z, c = super().get_input(batch, k, bs)
         return z, {"c_concat": [self.concat_condition(batch, z.shape[2:], bs)], "c_crossattn": [c]}
-
-    def get_learned_conditioning(self, c: Any) -> Any:
-        """The encoded condition; of a condition in parts, as `get_input` gives it, its text alone is encoded."""
-        if isinstance(c, Mapping) and "c_crossattn" in c:
-            encode = super().get_learned_conditioning
-            return {**c, "c_crossattn": [encode(text) for text in c["c_crossattn"]]}
-        return super().get_learned_conditioning(c)
