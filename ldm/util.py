@@ -84,7 +84,7 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     `extra` keyword arguments are added to `params` and win over them. The markers `__is_unconditional__` and
     `__is_first_stage__` stand for "nothing to build" and give None.
 
-    Raises ValueError if `config` has no `target`, ImportError if the target does not resolve.
+    Raises ValueError if `config` has no `target` or no such `params`, ImportError if the target does not resolve.
     """
     if config in MARKERS:
         return None
@@ -94,6 +94,8 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     if target is None:
         raise ValueError(f"a config needs a 'target' key; this one has {sorted(map(str, config))}")
     params = config.get("params") or {}
+    if not isinstance(params, Mapping) and not hasattr(params, "get"):
+        raise ValueError(f"the params of {target} must be settings by name, not {params!r}")
     call = get_obj_from_str(target)
     try:
         return call(**{**params, **extra})
