@@ -10,6 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
+from ldm.util import public_path
+
+CKPT = "checkpoints/sd21-unclip-h.ckpt"  # where the public app expects it
 
 
 def parser() -> cli.ArgumentParser:
@@ -34,7 +37,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_amount(options, n_samples=3, n_iter=1)
     cli.add_size(options)
     cli.add_sampler(options, scale=10.0)
-    cli.add_model(options)
+    cli.add_model(options, CKPT)
     cli.add_output(options, "outputs/variations")
     return options
 
@@ -42,6 +45,7 @@ def parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     batches = cli.prompt_batches(args)
+    args.ckpt = args.ckpt or public_path(CKPT) or CKPT
 
     from ldm import inference
     from ldm.images import load_image

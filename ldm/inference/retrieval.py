@@ -95,8 +95,8 @@ class EmbeddingDatabase:
         start = 0
         with tqdm(total=len(self), desc="neighbours", unit=" embeddings", delay=2) as bar:
             for piece in (part[i : i + chunk] for part in self.parts for i in range(0, len(part), chunk)):
-                keys = F.normalize(torch.from_numpy(np.asarray(piece, dtype=np.float32)), dim=-1)
-                found = queries @ keys.T  # (B, n)
+                keys = torch.from_numpy(np.array(piece, dtype=np.float32))
+                found = queries @ keys.T / keys.norm(dim=-1).clamp_min(1e-12)  # (B, n)
                 if not torch.isfinite(found).all():
                     raise ValueError(
                         f"embeddings {start} to {start + len(piece) - 1} hold NaN or infinity: make them anew"
