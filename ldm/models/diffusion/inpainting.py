@@ -30,5 +30,6 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
     def concat_entry(self, key: str, entry: Tensor, size: Sequence[int]) -> Tensor:
         """The masked picture as a latent; the mask (B, 1, H, W) at the latent's `size`."""
         if key == self.masked_image_key:
+            entry = entry.to(next(self.first_stage_model.parameters()).dtype)
             return self.get_first_stage_encoding(self.encode_first_stage(entry))
         return super().concat_entry(key, entry, size)
