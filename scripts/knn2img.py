@@ -39,7 +39,7 @@ def parser() -> cli.ArgumentParser:
     )
     group.add_argument("--knn", type=count, default=10, help="how many neighbours (%(default)s)")
     group.add_argument(
-        "--n_repeat", type=count, default=1, help="how often the text's embedding stands beside them (%(default)s)"
+        "--n_repeat", type=count, default=1, help="how often the prompt's embedding stands beside them (%(default)s)"
     )
     cli.add_amount(options, n_samples=3, n_iter=1)
     cli.add_size(options)
@@ -65,21 +65,6 @@ def check(args) -> None:
         logger.warning("--database %s has no effect without --use_neighbors", args.database)
 
 
-def embed(args, batches: Sequence[Sequence[str]], device):
-    """What CLIP makes of every prompt of `batches`, or of --image as often: contexts (B, n_repeat, D)."""
-    import torch
-
-    from ldm import inference
-    from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
-
-    if args.image is None:
-        text = FrozenCLIPTextEmbedder(args.clip, n_repeat=args.n_repeat).to(device)
-        return torch.cat([text.encode(prompts) for prompts in batches])
-    seeing = FrozenClipImageEmbedder(args.clip).to(device)
-    found = inference.embed_pictures(seeing, [inference.clip_picture(args.image, seeing.image_size)])  # (1, D)
-    return found[:, None].repeat(sum(map(len, batches)), args.n_repeat, 1)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     check(args)
@@ -97,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = cli.load_model(args)
     require(model, NEIGHBOURS)
     size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
-    contexts = embed(args, batches, model.device)
+    if args.image:
+        contexts = inference.picture_context(args.clip, args.image, args.n_samples, args.n_repeat, model.device)
+    else:
+        contexts = inference.text_context(args.clip, batches, args.n_repeat, model.device)
     if database is not None:
         contexts = inference.with_neighbours(contexts, database, args.knn)
 

@@ -24,14 +24,13 @@ from ldm.inference.drawing import Guided, decode, draw, drawing, resolve_size, s
 from ldm.inference.loading import sampling_settings
 from ldm.inference.tasks import NEIGHBOURS, require
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.encoders.clip_features import square_picture
+from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder, square_picture
 from ldm.util import REPOSITORY
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +212,21 @@ def embed_pictures(embedder: FrozenClipImageEmbedder, pictures: Sequence[Tensor]
 
 
 # ---- drawing ----
+
+
+@torch.no_grad()
+def text_context(clip: str, batches: Sequence[Sequence[str]], n_repeat: int, device: torch.device) -> Tensor:
+    """What the CLIP of a folder (see `load_clip`) makes of N prompts, given in batches: (N, n_repeat, D)."""
+    embedder = FrozenCLIPTextEmbedder(clip, n_repeat=n_repeat).to(device)
+    return torch.cat([embedder.encode(prompts) for prompts in batches])
+
+
+@torch.no_grad()
+def picture_context(clip: str, path: str | Path, count: int, n_repeat: int, device: torch.device) -> Tensor:
+    """The same of one picture, `count` times: (count, n_repeat, D)."""
+    embedder = FrozenClipImageEmbedder(clip).to(device)
+    found = embed_pictures(embedder, [clip_picture(path, embedder.image_size)])  # (1, D)
+    return found[:, None].repeat(count, n_repeat, 1)
 
 
 def with_neighbours(context: Tensor, database: EmbeddingDatabase, k: int) -> Tensor:

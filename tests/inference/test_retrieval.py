@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm import inference
 from ldm.inference import EmbeddingDatabase, load_database, with_neighbours
+from ldm.inference.retrieval import clip_picture, embed_pictures
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder
 from tests.tiny import RETRIEVAL, write_clip, write_tiny
 
@@ -166,7 +167,7 @@ def test_a_folders_pictures(tmp_path, caplog):
     found, names = inference.embed_folder(embedder, folder, batch_size=2)
     assert names == ["a.png", "b.png", "sub/c.jpg"] and found.dtype == np.float16 and found.shape == (3, WIDTH)
     assert "broken.png is not a picture" in caplog.text
-    alone = inference.embed_pictures(embedder, [inference.clip_picture(folder / "b.png", 28)])
+    alone = embed_pictures(embedder, [clip_picture(folder / "b.png", 28)])
     np.testing.assert_allclose(found[1], alone[0], atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
     for name in names:
