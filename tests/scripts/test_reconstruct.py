@@ -53,6 +53,13 @@ def test_originals_and_reconstructions_side_by_side(tmp_path, capsys, kind):
     assert f"photo.png: {psnr_of(path):.2f} dB" in capsys.readouterr().out
 
 
+def test_half_precision(tmp_path):
+    ckpt = write_tiny(tmp_path)
+    for out in (["full"], ["half", "--bf16"]):
+        assert run("photo.png", "--ckpt", ckpt, "--outdir", *out) == 0
+    assert psnr_of(Path("full/photo.png")) == pytest.approx(psnr_of(Path("half/photo.png")), abs=0.5)
+
+
 def test_config_by_option(tmp_path):
     config = autoencoder()
     OmegaConf.save({"model": config}, "mine.yaml")

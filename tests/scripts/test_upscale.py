@@ -67,6 +67,12 @@ def test_super_resolution(files, flags):
     assert settings_of(path)["scale"] is None and "CFG" not in Image.open(path).text["parameters"]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_half_precision(files, name):
+    assert run("--ckpt", files[name], "--bf16", "--tile", "16", "--outdir", "out") == 0
+    assert Image.open("out/samples/00000.png").size == (84, 52)
+
+
 REFUSED = [
     ("super-resolution", ["--prompt", "a circle"], "small picture alone, so leave out prompt"),
     ("super-resolution", ["--negative_prompt", "red"], "leave out negative_prompt"),
