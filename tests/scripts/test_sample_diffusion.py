@@ -15,7 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
+import tests.training.toys as toys_of_training
 from ldm import cli, inference
+from ldm.checkpoint import save_checkpoint
 from ldm.cli import sample_runs
 from ldm.inference import unprompted
 from scripts.sample_diffusion import main, parser
@@ -183,6 +185,18 @@ def test_what_resume_takes(toys, tmp_path, form):
     flag, path = form.replace("FOLDER", str(home)).replace("RUN", str(home)).split()
     assert run(flag, path, "-n", 1) == 0
     assert images(only_run(home)).shape == (1, 32, 32, 3)
+
+
+def test_a_training_draws(tmp_path):
+    """From its own folder alone: the first stage that it started from may be gone."""
+    first_stage = tmp_path / "first_stage.ckpt"
+    save_checkpoint(first_stage, toy("nothing").first_stage_model.state_dict())
+    model = toy_config("nothing", first_stage_key="jpg", image_size=4, use_ema=True) | {"base_learning_rate": 1e-4}
+    model["params"]["first_stage_config"]["params"]["ckpt_path"] = str(first_stage)
+    code, trained = toys_of_training.start(tmp_path, toys_of_training.config(model), "--max_steps", 2)
+    first_stage.unlink()
+    assert code == 0 and run("-r", trained, "-n", 1) == 0
+    assert only_run(trained).parent.name == "00000002" and images(only_run(trained)).shape == (1, 16, 16, 3)
 
 
 def test_a_bare_state_dict_and_a_config_elsewhere(toys, tmp_path):
