@@ -153,7 +153,7 @@ def write_checkpoint(config: str, path: Path) -> int:
         state[key] = value if keep or tensor.ndim == 0 else torch.from_numpy(values(key, tuple(tensor.shape)))
         if state[key].is_meta:
             state[key] = torch.ones(tensor.shape)
-    save_checkpoint(path, state)
+    save_checkpoint(path, state, overwrite=True)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
