@@ -25,36 +25,18 @@ PUBLIC_CKPT = "models/ldm/inpainting_big/last.ckpt"
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     group = options.add_argument_group("what to fill")
-    group.add_argument(
-        "--indir",
-        type=cli.user_path,
-        metavar="FOLDER",
-        help="pictures X.png with masks X_mask.png, or other types; each becomes X.png in --outdir, or X-1.png if "
-        "there is one: no file is ever replaced",
-    )
+    indir = "pictures X.png with masks X_mask.png, or of other types; they become X.png in --outdir, or X-1.png ... "
+    group.add_argument("--indir", type=cli.user_path, metavar="FOLDER", help=indir + "where there is one already")
     group.add_argument("--init-img", type=cli.user_path, metavar="FILE", help="a picture")
     group.add_argument("--mask", type=cli.user_path, metavar="FILE", help="its mask")
+    keep = "put the picture's own pixels around what was drawn, unchanged to the bit; else they are as the first stage "
     group.add_argument(
-        "--keep_unmasked",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="put the picture's own pixels around what was filled, unchanged to the bit; otherwise they are as the "
-        "first stage gives them back (default: keep them)",
+        "--keep_unmasked", action=argparse.BooleanOptionalAction, default=True, help=keep + "sees them (default: keep)"
     )
-    group.add_argument(
-        "--feather",
-        type=cli.number(int, 0),
-        default=0,
-        metavar="PIXELS",
-        help="soften the edge: over so many pixels around the mask what is drawn goes over into the picture "
-        "(%(default)s)",
-    )
-    group.add_argument(
-        "--strength",
-        type=cli.number(float, 0, 1),
-        default=1.0,
-        help="below 1 what is drawn resembles what it replaces; 0 changes nothing (%(default)s)",
-    )
+    soft = "soften the edge: over so many pixels around the mask what was drawn fades into the picture (%(default)s)"
+    group.add_argument("--feather", type=cli.number(int, 0), default=0, metavar="PIXELS", help=soft)
+    strength = "below 1 what is drawn resembles what it replaces; 0 changes nothing (%(default)s)"
+    group.add_argument("--strength", type=cli.number(float, 0, 1), default=1.0, help=strength)
     cli.add_prompt(options)
     cli.add_amount(options, n_samples=1, n_iter=1)
     cli.add_size(options)
@@ -77,13 +59,15 @@ def pairs_of(args: argparse.Namespace) -> list[tuple[Path, Path]]:
         raise ValueError("--init-img and --mask go together: name both")
     pairs = find_pairs(args.indir) if args.indir else [(Path(args.init_img), Path(args.mask))]
     logger.info("Found %d inputs.", len(pairs))
-    for pair in tqdm(pairs, desc="Reading", disable=len(pairs) < 100):  # rather now than in the middle of the run
+    for pair in tqdm(
+        pairs, desc="Reading", disable=len(pairs) == 1, leave=False
+    ):  # mistakes now, not in the middle of the run
         load_pair(*pair)
     return pairs
 
 
 def load_model(args: argparse.Namespace):
-    """The model to fill with: for a folder by default the public one, which takes no text and knows no guidance."""
+    """The model to fill with; one without text has no guidance, whatever others have by default."""
     from ldm import inference
 
     if args.indir and args.ckpt is None:
@@ -101,24 +85,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     batches = cli.prompt_batches(args)
     if args.feather and not args.keep_unmasked:
-        raise ValueError("--feather goes over into the pixels that --no-keep_unmasked gives up: leave one of them out")
+        raise ValueError("--feather fades into the pixels that --no-keep_unmasked gives up: leave one of the two out")
     pairs = pairs_of(args)
+
+    from tqdm import tqdm
 
     from ldm import inference
     from ldm.data.pairs import load_pair
 
     model = load_model(args)
     options = {name: getattr(args, name) for name in ("strength", "feather", "keep_unmasked")}
-    settings = options | {"init_image": pairs[0][0].name, "mask": pairs[0][1].name} if args.init_img else options
+    settings = options | ({} if args.indir else {"init_image": pairs[0][0].name, "mask": pairs[0][1].name})
+    options |= {"height": args.H, "width": args.W, **cli.sampling_options(args)}
     writer_kind = cli.NamedWriter if args.indir else cli.SampleWriter
     with writer_kind(args, model=cli.model_name(model), **settings) as writer:
-        for path, mask_path in pairs:
+        for path, mask_path in tqdm(pairs, desc="Pictures", disable=len(pairs) == 1):
             image, mask = load_pair(path, mask_path)
-            inference.seed_everything(args.seed)  # each picture's own, whatever else is in the folder
+            inference.seed_everything(args.seed)  # of each picture, so that it does not depend on the others
             for prompts in batches * args.n_iter:
-                size = {"height": args.H, "width": args.W}
-                images = inference.inpaint(model, image, mask, prompts, **options, **size, **cli.sampling_options(args))
-                writer.save(images, prompts, path.stem)
+                writer.save(inference.inpaint(model, image, mask, prompts, **options), prompts, path.stem)
     cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 
 

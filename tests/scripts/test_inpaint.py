@@ -141,7 +141,10 @@ MISTAKES = [
         ["--init-img", "in/a.png", "--mask", "in/b_mask.png"],
         "mask in/b_mask.png is 33x64 pixels, but in/a.png is 75x41",
     ),
-    (["--indir", "in", "--feather", "2", "--no-keep_unmasked"], "leave one of them out"),
+    (
+        ["--indir", "in", "--feather", "2", "--no-keep_unmasked"],
+        "--no-keep_unmasked gives up: leave one of the two out",
+    ),
     (["--indir", "in"], "there is no models/ldm/inpainting_big/last.ckpt: put it there, or name another"),
 ]
 
@@ -149,9 +152,8 @@ MISTAKES = [
 @pytest.mark.parametrize("flags, message", MISTAKES)
 def test_mistakes_are_said_before_a_model_loads(folder, capsys, flags, message):
     run(*flags, code=2)
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not Path("outputs").exists()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error and not Path("outputs").exists()
 
 
 @pytest.mark.parametrize("name", ["c_mask.png", "c.png"])
