@@ -8,7 +8,7 @@ for image in txt2img(model, ["a red circle"], seed=42):
 
 loading   files to models    tasks   what a model draws from    drawing   text to picture, picture to picture
 reconstruction   what a first stage keeps of a picture    tiling   large pictures in pieces
-upscaling   small picture to larger
+inpainting   picture with a hole to picture    upscaling   small picture to larger
 unprompted   classes, layouts, segmentation maps or nothing to picture
 retrieval   text and its neighbours to picture    variations   picture to others like it
 """
