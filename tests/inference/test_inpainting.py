@@ -58,7 +58,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 def fill(models, kind: str, image=None, mask=None, n: int = 1, **options):
     image = photo() if image is None else image
     mask = hole(*image.size) if mask is None else mask
-    options = {"steps": 3, "seed": 1, "progress": False} | options
+    options = {"steps": 2, "seed": 1, "progress": False} | options
     return inpaint(models[kind], image, mask, (["a red circle"] if kind != "textless" else [""]) * n, **options)
 
 
@@ -202,7 +202,7 @@ def test_textless_as_the_public_script_describes_it(models):
     c = torch.cat([latent, F.interpolate(2 * mask - 1, size=latent.shape[2:])], dim=1)
     torch.manual_seed(1)
     with model.ema_scope():
-        x, _ = DDIMSampler(model).sample(3, 1, (3, *latent.shape[2:]), c, verbose=False)
+        x, _ = DDIMSampler(model).sample(2, 1, (3, *latent.shape[2:]), c, verbose=False)
     predicted = ((model.decode_first_stage(x) + 1) / 2).clamp(0, 1)
     wanted = (1 - mask) * image + mask * predicted
     (drawn,) = fill(models, "textless")
@@ -218,7 +218,7 @@ def test_the_loop_keeps_latents_that_no_mask_touches(models):
     free[:, :, 2:10, 5:15] = 1  # rows 5 to 19 of pixels touch latents 2 to 9
     c, uc = (model.get_learned_conditioning([text]) for text in ("a red circle", ""))
     options = {"unconditional_guidance_scale": 7.5, "unconditional_conditioning": uc, "verbose": False}
-    x, _ = DDIMSampler(model).sample(3, 1, (4, 16, 32), c, mask=1 - free, x0=x0, **options)
+    x, _ = DDIMSampler(model).sample(2, 1, (4, 16, 32), c, mask=1 - free, x0=x0, **options)
     (wanted,) = tensor_to_images(model.decode_first_stage(x))
     (drawn,) = fill(models, "loop", keep_unmasked=False)
     assert np.abs(pixels(drawn) - pixels(wanted)).max() <= 1
