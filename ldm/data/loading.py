@@ -52,7 +52,7 @@ class SeededItems(Dataset):
         triple = (self.seed, epoch, index)
         if draws_by_generator(self.data):
             return self.data.get(index, np.random.default_rng(triple))
-        with _own_draws(triple):
+        with own_draws(triple):
             return self.data[index]
 
 
@@ -62,8 +62,8 @@ def draws_by_generator(dataset: Any) -> bool:
 
 
 @contextmanager
-def _own_draws(key: Sequence[int]) -> Iterator[None]:
-    """Within it the global random states are made from `key`; after it they are as they were before."""
+def own_draws(key: Sequence[int]) -> Iterator[None]:
+    """Within it the global random states are made from `key`, numbers from 0; after it they are as they were before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     start = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(start)

@@ -44,6 +44,14 @@ def test_masks_are_drawn_anew_in_every_epoch_and_alike_in_every_run():
     assert all((again[epoch, 0]["mask"] == mask).all() for epoch, mask in enumerate(masks))
 
 
+def test_data_sets_that_draw_from_the_global_state_are_alike_in_every_run():
+    data = SeededItems(MaskedImages(Pictures(2), image_key="jpg"), seed=1)
+    before = np.random.get_state()[1].copy()
+    first, again, later = (data[epoch, 0]["masked_image"] for epoch in (0, 0, 1))
+    assert (first == again).all() and (first != later).any()
+    assert (np.random.get_state()[1] == before).all()
+
+
 def test_other_data_sets():
     data = MaskedImages({"target": "tests.training.toys.Pictures", "params": {"length": 2}}, image_key="jpg")
     assert data[0]["masked_image"].shape == (16, 16, 3)
