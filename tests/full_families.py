@@ -3,7 +3,7 @@
 python -m tests.full_families FOLDER [NAME ...]
 
 By hand, for it takes an hour and 24 GB of memory. FOLDER holds one filled checkpoint at a time, of up to 8 GB, and the
-pictures. Weights are noise, so the pictures are too: what is shown is that the whole path runs, in what time and memory.
+pictures. Weights are noise, so the pictures are too: what is shown is that the path runs, in what time and memory.
 """
 
 from __future__ import annotations
@@ -220,8 +220,8 @@ def run(name: str, folder: Path) -> str:
     return f"| {name} | {sizes} | `{case.script}.py` | {case.does} | {used[1]} s | {int(used[2]) / 1e6:.1f} GB |"
 
 
-# Runs a script in a process of its own, and says how much it took: seconds of all cores together, which other work on the
-# machine hardly changes, and memory at its peak, mapped files included.
+# Runs a script in a process of its own, and says how much it took: seconds of all cores together, which other work on
+# the machine hardly changes, and memory at its peak, mapped files included.
 MEASURED = """
 import resource, runpy, sys
 sys.argv = sys.argv[1:]
