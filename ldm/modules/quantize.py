@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROWS = 4096  # positions whose distances to all entries are in memory at once
+
 
 class VectorQuantizer(nn.Module):
     """Nearest codebook entry for every latent position, with a straight-through gradient.
@@ -52,10 +54,11 @@ class VectorQuantizer(nn.Module):
         flat = z.movedim(1, -1).reshape(-1, self.e_dim)  # (BHW, C)
         codes = self.embedding.weight  # (n_e, C)
         with torch.autocast(z.device.type, enabled=False):  # half precision confuses neighbours
-            flat, codes = flat.float(), codes.float()
-            # |z - e|^2 without the term that is the same for all entries
-            distance = codes.pow(2).sum(1) - 2 * flat @ codes.t()  # (BHW, n_e)
-        indices = distance.argmin(dim=1)
+            flat, codes = flat.detach().float(), codes.detach().float()
+            norms = codes.pow(2).sum(1)
+            # |z - e|^2 (rows, n_e) without the term that is the same for all entries
+            distances = (torch.addmm(norms, rows, codes.t(), alpha=-2) for rows in flat.split(ROWS))
+            indices = torch.cat([distance.argmin(dim=1) for distance in distances])
         quantised = self.embedding(indices).view(b, h, w, self.e_dim).movedim(-1, 1)
 
         codebook, commitment = F.mse_loss(quantised, z.detach()), F.mse_loss(quantised.detach(), z)

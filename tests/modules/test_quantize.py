@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ldm.modules.quantize import VectorQuantizer
 from ldm.util import instantiate_from_config
@@ -39,6 +40,31 @@ def test_nearest_entries_and_straight_through_gradient():
     weight = torch.randn(quantised.shape)
     (quantised * weight).sum().backward()
     assert torch.equal(z.grad, weight)
+
+
+def test_nearest_entries_of_more_positions_than_are_compared_at_once(monkeypatch):
+    monkeypatch.setattr("ldm.modules.quantize.ROWS", 7)
+    module, z = VectorQuantizer(50, 4), torch.randn(2, 4, 5, 3)
+    flat = z.movedim(1, -1).reshape(-1, 4)
+    wanted = torch.cdist(flat.double(), module.embedding.weight.double()).argmin(dim=1)
+    quantised, _, (_, _, indices) = module(z)
+    assert torch.equal(indices, wanted)
+    torch.testing.assert_close(quantised, module.embedding(wanted).view(2, 5, 3, 4).movedim(-1, 1))
+
+
+def test_memory_does_not_grow_with_positions_times_entries():
+    """Among the tensors that come to be, none holds all positions and all entries."""
+    module, sizes = VectorQuantizer(512, 3), []
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            answer = func(*args, **(kwargs or {}))
+            sizes.append(answer.numel() if isinstance(answer, torch.Tensor) else 0)
+            return answer
+
+    with Sizes(), torch.no_grad():
+        module(torch.randn(1, 3, 160, 160))
+    assert 0 < max(sizes) <= 4096 * 512 < 160 * 160 * 512
 
 
 @pytest.mark.parametrize("legacy, codebook, commitment", [(True, 0.25, 1.0), (False, 1.0, 0.25)])
