@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import FeedForward
+from ldm.modules.attention import FeedForward, attend
 
 
 class Attention(nn.Module):
@@ -25,7 +24,7 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, dim_head)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Encoder(nn.Module):

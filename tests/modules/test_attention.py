@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,3 +121,11 @@ def test_layers_in_float16_with_large_scores(autocast):
     for ours, truth in zip(found, wanted):
         assert torch.isfinite(ours).all()
         assert (ours - truth).abs().mean() <= 0.02 * truth.abs().mean()
+
+
+def test_no_other_module_computes_attention():
+    """So that float16 is safe, and bfloat16 quick, everywhere."""
+    own = Path(attention.__file__)
+    others = [path for path in own.parents[1].rglob("*.py") if path != own]
+    assert len(others) > 50
+    assert not [path.name for path in others if "scaled_dot_product_attention" in path.read_text()]

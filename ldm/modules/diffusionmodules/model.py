@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.attention import attend
+
 
 def Normalize(channels: int, num_groups: int = 32) -> nn.GroupNorm:
     """The first stage's group norm: eps 1e-6. Fewer groups only where 32 do not divide a small model's channels."""
@@ -88,7 +90,7 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         # (B, C, H, W) -> (B, 1, HW, C): one head as wide as the channels
         q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
