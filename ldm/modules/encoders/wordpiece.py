@@ -38,7 +38,8 @@ class BERTTokenizer(Tokenizer):
         from tokenizers import BertWordPieceTokenizer
 
         path = find_vocabulary(self.vocab)
-        tokens = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, for which some of Unicode's characters end a line
+        tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         special = {"[PAD]": self.pad_id, "[CLS]": self.start_id, "[SEP]": self.end_id}
         if len(tokens) != self.vocab_size or any(tokens[i] != token for token, i in special.items()):
             raise ValueError(f"{path} is not the vocabulary of {VOCABULARY} ({len(tokens)} tokens): see {URL}")

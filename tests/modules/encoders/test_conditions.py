@@ -92,6 +92,13 @@ def vocab(tmp_path_factory) -> Path:
     return path
 
 
+def test_tokens_may_hold_any_character_of_unicode(vocab, tmp_path):
+    tokens = vocab.read_text(encoding="utf-8").split("\n")
+    tokens[5000:5003] = ["\u2028", "x\x85y", "\x1c"]  # each ends a line to str.splitlines
+    (tmp_path / "vocab.txt").write_bytes("\r\n".join(tokens).encode())
+    assert torch.equal(BERTTokenizer(str(tmp_path))("a photo", 5), BERTTokenizer(str(vocab))("a photo", 5))
+
+
 TEXTS = ["", "A Photograph of cafés, unaffable!", "a 中中 photo xyz of a", "a, a! " * 40]
 
 
