@@ -15,7 +15,7 @@ def prune(state: Mapping[str, Tensor], *, use_ema: bool = True, half: bool = Fal
     """The weights of `state` under their own names, without averages and losses.
 
     use_ema: averaged weights, where there are any, take the place of those that training ended with. half: weights in
-    float16; the noise schedule and the scale of the latents stay as they are.
+    float16; noise schedules and the scale of the latents stay as they are.
 
     Raises ValueError if the state holds averages only in part.
     """
@@ -29,6 +29,6 @@ def prune(state: Mapping[str, Tensor], *, use_ema: bool = True, half: bool = Fal
         if key.startswith((*AVERAGES, "loss.", "first_stage_model.loss.", "first_stage_model.model_ema.")):
             continue
         value = state[ema_name(key)] if use_ema and key in averaged else value
-        shrinks = half and value.dtype in (torch.float32, torch.float64) and key not in exact
+        shrinks = half and value.dtype in (torch.float32, torch.float64) and key.rpartition(".")[2] not in exact
         pruned[key] = value.half() if shrinks else value
     return pruned

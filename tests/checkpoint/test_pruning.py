@@ -10,7 +10,7 @@ import torch
 from ldm.checkpoint import build_on_meta, fill_model, prune, read_checkpoint, save_checkpoint
 from ldm.util import instantiate_from_config
 from scripts import prune_checkpoint
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, upscaler_config
 
 
 def trained(**params) -> torch.nn.Module:
@@ -72,3 +72,10 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert torch.equal(ours, theirs)
     with pytest.raises(FileExistsError):
         prune_checkpoint.main([str(source), str(tmp_path / "model.safetensors")])
+
+
+def test_schedules_of_conditions_are_not_rounded() -> None:
+    state = instantiate_from_config(upscaler_config()).state_dict()
+    pruned = prune(state, half=True)
+    schedule = [key for key in pruned if key.startswith("low_scale_model.")]
+    assert len(schedule) == 8 and all(torch.equal(pruned[key], state[key]) for key in schedule)
