@@ -201,6 +201,18 @@ def test_later_models_are_named(key, name):
         config_for(checkpoint_of({key: (4, 4)}))
 
 
+def test_relatives_of_v1_are_not_taken_for_what_they_are_not():
+    v1 = shapes_of("stable-diffusion.v1-inference")
+    first = {"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}
+    assert describe(v1 | first | {"cc_projection.weight": (768, 772)}) == "Zero-1-to-3"
+    # image variations: pictures as the condition, by OpenAI's CLIP
+    tower = {"cond_stage_model.model.token_embedding.weight": (49408, 768)}
+    variations = without_condition(v1) | tower
+    assert detect_config(variations) is None
+    with pytest.raises(CheckpointError, match="name its config with --config"):
+        config_for(checkpoint_of(variations))
+
+
 def test_files_that_say_nothing():
     with pytest.raises(CheckpointError, match=r"no model that is known here \(its first weights: fc.weight\)"):
         config_for(checkpoint_of({"fc.weight": (10, 10)}))
