@@ -27,8 +27,8 @@ def init_from_checkpoint(
     """Copy into a module what fits of a file; one log message says what was left out and what stays as it is.
 
     Only keys that start with `prefix` count, without it; those that, with it, start with one of `ignore_keys` do not.
-    widen: weights, with `prefix`, that may have fewer input channels in the file, and how many of these to take; the
-    module's other input channels become zero there.
+    widen: weights, with `prefix`, that may have fewer input channels in the file, and how many of these to take at
+    most; the module's other input channels become zero there.
     The noise schedule stays the module's own. A file with averaged weights only gives those. A module on the meta
     device is left alone, for `fill_model` will bring all of its weights.
 
@@ -68,7 +68,8 @@ def _widened(found: Mapping[str, Tensor], own: Mapping[str, Tensor], keep: Mappi
         alike = given.ndim == len(shape) == 4 and (given.shape[0], *given.shape[2:]) == (shape[0], *shape[2:])
         if alike and given.shape[1] < shape[1]:
             result[key] = given.new_zeros(shape)
-            result[key][:, : keep[key]] = given[:, : keep[key]]
+            taken = min(keep[key], given.shape[1])
+            result[key][:, :taken] = given[:, :taken]
     return result
 
 

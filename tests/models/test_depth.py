@@ -111,6 +111,13 @@ def test_training_and_pictures_of_it(trainable):
     assert log["depth"].shape == (2, 3, 32, 32) and log["depth"].max() == 1
 
 
+def test_the_estimator_is_never_in_training_mode():
+    model = instantiate_from_config(depth_config()).train()
+    assert model.training and not any(module.training for module in model.depth_model.modules())
+    model.depth_model = None
+    assert model.train().training
+
+
 def test_starting_from_a_model_without_depth(tmp_path, caplog):
     """A 4-channel file: the depth channel starts at zero, and no depth is estimated by random weights."""
     path = save_checkpoint(tmp_path / "v2.ckpt", filled(instantiate_from_config(tiny_config())).state_dict())

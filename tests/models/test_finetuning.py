@@ -86,6 +86,12 @@ def test_only_as_many_channels_as_are_to_be_kept(plain, tmp_path):
         assert model.state_dict()[FIRST][:, 4].eq(keep - 4).all()
 
 
+def test_no_more_channels_are_taken_than_there_are(plain, file):
+    model = instantiate_from_config(inpainting(ckpt_path=str(file), keep_finetune_dims=6))
+    weight = model.state_dict()[FIRST]
+    assert torch.equal(weight[:, :4], plain.state_dict()[FIRST]) and weight[:, 4:].eq(0).all()
+
+
 def test_files_with_all_channels_load_as_they_are(tmp_path):
     given = filled(instantiate_from_config(inpainting())).state_dict()
     path = save_checkpoint(tmp_path / "inpainting.ckpt", given)
@@ -107,6 +113,20 @@ def test_any_entries_may_be_concatenated():
     _, cond = model.get_input(batch, "jpg", bs=1)
     assert cond["c_concat"][0].shape == (1, 2, 16, 16) and cond["c_concat"][0].mean(dim=(0, 2, 3)).tolist() == [0, 1]
     assert torch.isfinite(model.shared_step(batch)[0])
+
+
+@torch.no_grad()
+def test_a_concatenated_latent_is_shown():
+    params = inpainting()["params"] | {"c_concat_log_start": 1, "c_concat_log_end": 5}
+    model = filled(LatentInpaintDiffusion(**params))
+    batch = {"jpg": tensor("jpg", 1, 32, 32, 3).clamp(-1, 1), "txt": ["a red circle"], "mask": torch.zeros(1, 32, 32)}
+    batch["masked_image"] = tensor("masked", 1, 32, 32, 3).clamp(-1, 1)
+    torch.manual_seed(3)
+    _, cond, log = model._originals(batch, 1)
+    assert torch.equal(log["c_concat_decoded"], model.decode_first_stage(cond["c_concat"][0][:, 1:]))
+    assert torch.equal(log["masked_image"], batch["masked_image"].movedim(-1, 1))
+    model.logged_channels = (None, None)
+    assert "c_concat_decoded" not in model._originals(batch, 1)[2]
 
 
 # ---- training ----

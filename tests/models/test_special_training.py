@@ -1,15 +1,19 @@
-"""Stable Diffusion's special models under scripts/train.py: stopped and gone on with, they end as if never stopped."""
+"""Training Stable Diffusion's special models: runs that go on as if never stopped, batches that processes share."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from ldm.checkpoint import build_on_meta, fill_model, read_checkpoint
+from ldm.util import instantiate_from_config
+from tests.golden import filled
 from tests.models.test_unclip import EMBEDDER, NOISE, WIDTH
 from tests.modules.test_midas import SMALL
+from tests.tiny import TEXT, tiny_config
 from tests.training import toys
 
 DDPM = "ldm.models.diffusion.ddpm."
@@ -74,3 +78,37 @@ def test_a_stopped_run_ends_as_a_whole_one(tmp_path, kind):
     report = fill_model(model, checkpoint)
     assert not report.unexpected and not report.notes
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_draw_what_one_would(kind):
+    """Posteriors, noise levels and noise of conditions, what is dropped: each of two has every other row of one's."""
+    settings = content(kind)
+    data = instantiate_from_config(settings["data"]["params"]["train"])
+    batch = torch.utils.data.default_collate([data[i] for i in range(6)])
+    model = filled(instantiate_from_config(settings["model"])).train()
+    torch.manual_seed(3)
+    z, cond = model.get_input(batch, "jpg")
+    for rank in range(2):
+        model._trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        torch.manual_seed(3)
+        own_z, own_cond = model.get_input({name: entry[rank::2] for name, entry in batch.items()}, "jpg")
+        torch.testing.assert_close(own_z, z[rank::2])
+        assert own_cond.keys() == cond.keys()
+        for name, entry in cond.items():
+            whole, own = (x if isinstance(x, torch.Tensor) else x[0] for x in (entry, own_cond[name]))
+            torch.testing.assert_close(own, whole[rank::2])
+
+
+@pytest.mark.parametrize("layer", ["last", "penultimate"])
+def test_all_that_is_trained_of_an_open_clip_tower_gets_gradients(layer):
+    """Otherwise processes that train together would wait for a gradient that never comes."""
+    tower = {"width": 24, "heads": 3, "layers": 2, "vocab_size": 16, "context_length": 12, "embed_dim": 24}
+    params = {"config": tower, "layer": layer, "max_length": 12, "tokenizer": TEXT["params"]["tokenizer"]}
+    encoder = {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": params}
+    model = filled(instantiate_from_config(tiny_config(cond_stage_config=encoder, cond_stage_trainable=True)))
+    model.shared_step({"jpg": torch.rand(2, 32, 32, 3), "txt": ["a red circle", "a"]})[0].backward()
+    assert all(parameter.grad is not None for parameter in model.trainable_parameters())
+    trained = {name for name, p in model.cond_stage_model.named_parameters() if p.requires_grad}
+    assert "model.transformer.resblocks.0.attn.in_proj_weight" in trained and "model.ln_final.weight" in trained
+    assert len(trained) == 4 + 12 * (2 if layer == "last" else 1)

@@ -151,3 +151,5 @@ def test_mistakes_are_named():
         build(embedding_dropout=2)
     with pytest.raises(ValueError, match="freeze_embedder: false"):
         build(freeze_embedder=False)
+    with pytest.raises(ValueError, match="ucg_rate has no effect on a frozen embedder: use embedding_dropout"):
+        build(embedder_config={**EMBEDDER, "params": {**EMBEDDER["params"], "ucg_rate": 0.1}})

@@ -244,6 +244,8 @@ class LatentDiffusion(LatentPictures, LatentStages, DDPM):
             freeze(self.cond_stage_model)
         elif self.cond_stage_model is not None:
             self.cond_stage_model.requires_grad_(True)  # encoders that freeze themselves would not be trained
+            for name in getattr(self.cond_stage_model, "spare_weights", ()):  # several processes would wait for these
+                self.cond_stage_model.get_parameter(name).requires_grad_(False)
 
     def make_cond_schedule(self) -> None:
         """The noise level of the condition at every timestep, `cond_ids` (T,)."""

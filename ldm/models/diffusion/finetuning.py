@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion, freeze
+from ldm.models.diffusion.gaussian import Condition
 from ldm.models.diffusion.stages import images_of
 from ldm.util import instantiate_from_config
 
@@ -24,8 +25,9 @@ class LatentFinetuneDiffusion(LatentDiffusion):
 
     finetune_keys, keep_finetune_dims: of these weights a file that training starts from (`ckpt_path`) may have fewer
     input channels; its first `keep_finetune_dims` are taken and the new ones are zero, so that the network begins as it
-    was. None allows that for no weight. c_concat_log_start, c_concat_log_end: kept for public configs.
-    stages (not public): configs of further frozen modules, by name.
+    was. None allows that for no weight. c_concat_log_start, c_concat_log_end: channels of what is concatenated that are
+    a latent, to be decoded among the pictures of training. stages (not public): configs of further frozen modules, by
+    name.
     """
 
     def __init__(
@@ -47,12 +49,23 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         self.concat_keys = tuple(concat_keys)
         self.finetune_keys = tuple(finetune_keys or ())
         self.keep_finetune_dims = keep_finetune_dims
+        self.logged_channels = (c_concat_log_start, c_concat_log_end)
+        self.frozen_stages = tuple(stages or ())
         for name, config in (stages or {}).items():
             setattr(self, name, freeze(instantiate_from_config(config)))
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
         if train_only is not None:
             self.train_only(train_only)
+
+    def train(self, mode: bool = True) -> LatentFinetuneDiffusion:
+        """As `nn.Module.train`, but frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen_stages:
+            stage = getattr(self, name)
+            if stage is not None:
+                stage.eval()
+        return self
 
     def widened_keys(self) -> dict[str, int]:
         """`finetune_keys`, and how many of the file's input channels to take."""
@@ -73,3 +86,9 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         """(latents, {"c_concat", "c_crossattn"}) of the first `bs` items."""
         z, c = super().get_input(batch, k, bs)
         return z, {"c_concat": [self.concat_condition(batch, z.shape[2:], bs)], "c_crossattn": [c]}
+
+    def _originals(self, batch: Mapping[str, Any], N: int) -> tuple[Tensor, Condition, dict[str, Tensor]]:
+        z, c, log = super()._originals(batch, N)
+        if self.logged_channels != (None, None):
+            log["c_concat_decoded"] = self.decode_first_stage(c["c_concat"][0][:, slice(*self.logged_channels)])
+        return z, c, log

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ldm.models.diffusion.finetuning import LatentFinetuneDiffusion
+from ldm.models.diffusion.gaussian import Condition
+from ldm.models.diffusion.stages import images_of
 
 
 class LatentInpaintDiffusion(LatentFinetuneDiffusion):
@@ -33,3 +35,7 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
             entry = entry.to(next(self.first_stage_model.parameters()).dtype)
             return self.get_first_stage_encoding(self.encode_first_stage(entry))
         return super().concat_entry(key, entry, size)
+
+    def _originals(self, batch: Mapping[str, Any], N: int) -> tuple[Tensor, Condition, dict[str, Tensor]]:
+        z, c, log = super()._originals(batch, N)
+        return z, c, log | {"masked_image": images_of(batch, self.masked_image_key, self.device)[:N]}

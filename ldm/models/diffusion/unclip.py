@@ -48,6 +48,8 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         self.embedding_key = embedding_key
         self.embedding_dropout = embedding_dropout
         self.embedder = freeze(instantiate_from_config(embedder_config))
+        if getattr(self.embedder, "ucg_rate", 0.0) > 0.0:
+            raise ValueError("embedder_config: ucg_rate has no effect on a frozen embedder: use embedding_dropout")
         self.noise_augmentor = None if noise_aug_config is None else instantiate_from_config(noise_aug_config)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
