@@ -88,8 +88,9 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     A part of the model that its `optional_parts` name becomes None if the file has nothing of it, unless it has
     weights already. What a module's `spare_weights` name is zero where the file lacks it.
 
-    Everything is checked before the model is touched. Raises CheckpointError if a weight is missing or has another
-    shape, RuntimeError if the model holds something on the meta device that no file can fill.
+    Everything is checked before the model is touched; afterwards its `checkpoint_path` is the file's. Raises
+    CheckpointError if a weight is missing or has another shape, RuntimeError if the model holds something on the meta
+    device that no file can fill.
     """
     own = model.state_dict()
     absent = _absent_options(model, checkpoint.state)
@@ -128,6 +129,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
             setattr(model, part.rstrip("."), None)
     model.load_state_dict(tensors, strict=True, assign=True)
     _check_none_on_meta(model)
+    model.checkpoint_path = str(checkpoint.path)
     model.to("cpu")  # moves nothing, but tells a Lightning module, which noted the meta device, where it is
 
     extras = [key for key in checkpoint.state if key not in taken and key not in own]

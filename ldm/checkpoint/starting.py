@@ -30,7 +30,8 @@ def init_from_checkpoint(
     widen: weights, with `prefix`, that may have fewer input channels in the file, and how many of these to take at
     most; the module's other input channels become zero there.
     The noise schedule stays the module's own. A file with averaged weights only gives those. A module on the meta
-    device is left alone, for `fill_model` will bring all of its weights.
+    device is left alone, for `fill_model` will bring all of its weights. Like that, this notes on the module where its
+    weights are from, as `checkpoint_path`.
 
     Returns the module's own keys that nothing was found for.
     Raises CheckpointError, a ValueError, if less than half of the network's weights fit: a start that is nearly random
@@ -51,6 +52,7 @@ def init_from_checkpoint(
     fitting = {k: value for k, value in found.items() if value.shape == own[k].shape}
     _check_enough(wanted, fitting, f"{path} looks like {describe(checkpoint.shapes)}")
     module.load_state_dict(fitting, strict=False)
+    module.checkpoint_path = str(path)
 
     missing = sorted(own.keys() - fitting.keys())
     used = {source[k] for k in found}

@@ -112,3 +112,30 @@ def test_all_that_is_trained_of_an_open_clip_tower_gets_gradients(layer):
     trained = {name for name, p in model.cond_stage_model.named_parameters() if p.requires_grad}
     assert "model.transformer.resblocks.0.attn.in_proj_weight" in trained and "model.ln_final.weight" in trained
     assert len(trained) == 4 + 12 * (2 if layer == "last" else 1)
+
+
+# ---- parts that nothing gave weights ----
+
+
+def random_parts(caplog) -> list[str]:
+    """What the log says of them, by warning; and forgets it."""
+    said = [record.message.partition(": frozen")[0] for record in caplog.records if ": frozen" in record.message]
+    caplog.clear()
+    return said
+
+
+def test_frozen_parts_that_stay_random_are_named(tmp_path, caplog, monkeypatch):
+    """First stage, text encoder and estimator of depth, each without a file, with one of its own or of the model's."""
+    short = ("--max_steps", 1)
+    settings = content("LatentDepth2ImageDiffusion")
+    _, run = toys.start(tmp_path / "none", settings, *short)
+    assert random_parts(caplog) == ["first_stage_model, cond_stage_model, depth_model"]
+    assert toys.run("--resume", run, "-t", "--max_steps", 2) == 0
+    assert random_parts(caplog) == []
+
+    whole = str(run / "checkpoints" / "last.ckpt")
+    midas = settings["model"]["params"]["depth_stage_config"]["params"]
+    toys.start(tmp_path / "midas", settings, *short, f"model.params.depth_stage_config.params.path={whole}")
+    assert random_parts(caplog) == ["first_stage_model, cond_stage_model"] and "path" not in midas
+    toys.start(tmp_path / "whole", settings, *short, f"model.params.ckpt_path={whole}")
+    assert random_parts(caplog) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,8 @@ from ldm.models.diffusion.dropout import ConditionDropout
 from ldm.models.diffusion.gaussian import Condition, GaussianDiffusion
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_SEED = 23  # validation draws the same in every epoch, so that its losses can be compared
 
@@ -109,8 +112,15 @@ class DiffusionTraining(GaussianDiffusion):
     # ---- Lightning's hooks ----
 
     def on_train_start(self) -> None:
-        """Note which steps are done already, in a resumed run."""
+        """Note which steps are done already, in a resumed run; name frozen stages that a new run leaves random."""
         self._averaged_step = self.global_step
+        names = self.random_stages()
+        if names and self.global_step == 0 and self.trainer.is_global_zero:
+            logger.warning(
+                "%s: frozen, and of random weights, for no file gave any: name one as ckpt_path in the config of each, "
+                "or of the whole model",
+                ", ".join(names),
+            )
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss, its parts logged. FloatingPointError, before any weight changes, if it is not finite."""
@@ -175,6 +185,18 @@ class DiffusionTraining(GaussianDiffusion):
             f"loss is not finite at step {self.global_step}: {', '.join(bad) or 'in another process'}{weights}; "
             "try a lower learning rate, or lightning.trainer.gradient_clip_val=1.0"
         )
+
+    def random_stages(self) -> list[str]:
+        """The names of parts that are not trained, and that no file gave weights."""
+        if hasattr(self, "checkpoint_path"):  # what it lacked was said when it was read
+            return []
+        return [
+            name
+            for name, part in self.named_children()
+            if (weights := list(part.parameters()))
+            and not any(weight.requires_grad for weight in weights)
+            and not any(hasattr(module, "checkpoint_path") for module in part.modules())
+        ]
 
     # ---- averages ----
 
