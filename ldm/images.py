@@ -33,7 +33,7 @@ def load_image(path: str | Path, shrink_to: int | None = None) -> Image.Image:
     Raises FileNotFoundError if there is no such file, ValueError if it is a folder, not a picture, damaged, or larger
     than Pillow's limit against decompression bombs.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if shrink_to is not None:
             image.draft(None, (shrink_to, shrink_to))
         image.load()
@@ -45,11 +45,13 @@ def load_gray(path: str | Path) -> Tensor:
 
     Files of 16 bits keep their precision. Turned and composed as by `load_image`, with the same errors.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         image.load()
         image = ImageOps.exif_transpose(image)
         deep = image.mode.startswith("I") or image.mode == "F"
         levels = np.asarray(image if deep else _to_rgb(image).convert("L"), dtype=np.float32)
+    if not np.isfinite(levels).all():
+        raise ValueError(f"{path} holds NaN or infinity: put numbers in their place")
     if image.mode == "F":
         levels = (levels - levels.min()) / max(np.ptp(levels), 1e-12)  # floats have no range of their own
     else:
@@ -58,7 +60,7 @@ def load_gray(path: str | Path) -> Tensor:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(path: str | Path) -> Iterator[Image.Image]:
     """The picture file, open; what goes wrong in the block is said as `load_image` says it."""
     path = Path(path)
     if path.is_dir():
@@ -74,7 +76,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture that Pillow can read: convert it to PNG or JPEG") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has too many pixels ({error}): make it smaller first") from None
+        size = re.search(r"\d+ pixels", str(error))
+        raise ValueError(f"{path} has too many pixels ({size[0] if size else error}): make it smaller first") from None
     except PermissionError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on broken data
@@ -118,7 +121,7 @@ def check_mask(mask: Tensor, image: Image.Image, mask_name: str = "the mask", im
     if abs(height / image.height - width / image.width) > 0.5 / image.height + 0.5 / image.width:
         raise ValueError(
             f"{mask_name} is {width}x{height} pixels, but {image_name} is {image.width}x{image.height}: "
-            "make the mask as large as the picture"
+            "make it as large as the picture"
         )
 
 

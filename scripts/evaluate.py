@@ -69,11 +69,12 @@ def _kinds(text: str) -> list[str]:
 def load(args: argparse.Namespace) -> LatentDiffusion:
     """The model to look at: the bundled one, if none is named."""
     from ldm import inference
+    from ldm.inference.tasks import TEXT
 
     ckpt = args.ckpt or public_path(inference.BUNDLED_CKPT)
     if ckpt is None:
         raise FileNotFoundError(f"the bundled {inference.BUNDLED_CKPT} is not there: name a --ckpt")
-    return inference.load_model(args.config, ckpt, device=args.device, precision="full")
+    return inference.load_model(args.config, ckpt, device=args.device, precision="full", tasks=[TEXT])
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -41,19 +41,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fixed_code:
         logger.warning("--fixed_code has no effect here, as in the public script: the start is the picture")
 
-    from ldm.images import load_gray, load_image
+    from ldm.images import check_mask, load_gray, load_image
 
     init_image = load_image(args.init_img)
     depth = load_gray(args.depth) if args.depth else None
+    if depth is not None:
+        check_mask(depth, init_image, f"the depth map {args.depth}", args.init_img)
 
     from ldm import inference
+    from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH
 
-    model = cli.load_model(args)
+    model = cli.load_model(args, TEXT, TEXT_AND_DEPTH)
+    with_depth = inference.needs_depth(model)
+    if args.depth and not with_depth:
+        raise ValueError(f"{args.ckpt or 'the model'} draws from text alone: leave --depth out")
     settings = {"strength": args.strength, "init_image": Path(args.init_img).name}
+    settings |= {"depth": Path(args.depth).name} if args.depth else {}
     with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
         inference.seed_everything(args.seed)
         latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
-        if depth is not None or inference.needs_depth(model):
+        if with_depth:
             depth = inference.depth_map(model, init_image, depth, size=latents.shape[2:])
         for prompts in batches * args.n_iter:
             options = {"strength": args.strength, "depth": depth, **cli.sampling_options(args)}

@@ -57,25 +57,26 @@ def pairs_of(args: argparse.Namespace) -> list[tuple[Path, Path]]:
         raise ValueError("name either a folder with --indir, or a picture with --init-img and its mask with --mask")
     if not args.indir and not (args.init_img and args.mask):
         raise ValueError("--init-img and --mask go together: name both")
+    if args.indir and args.skip_save:
+        raise ValueError("--indir writes single pictures and no grid: leave --skip_save out")
     pairs = find_pairs(args.indir) if args.indir else [(Path(args.init_img), Path(args.mask))]
     logger.info("Found %d inputs.", len(pairs))
-    for pair in tqdm(
-        pairs, desc="Reading", disable=len(pairs) == 1, leave=False
-    ):  # mistakes now, not in the middle of the run
-        load_pair(*pair)
+    for pair in tqdm(pairs, desc="Reading", disable=len(pairs) == 1, leave=False):
+        load_pair(*pair)  # mistakes now, not in the middle of the run
     return pairs
 
 
 def load_model(args: argparse.Namespace):
     """The model to fill with; one without text has no guidance, whatever others have by default."""
     from ldm import inference
+    from ldm.inference.tasks import MASK, TEXT, TEXT_AND_MASK
 
     if args.indir and args.ckpt is None:
         args.ckpt = public_path(PUBLIC_CKPT)
         if args.ckpt is None:
             raise FileNotFoundError(f"there is no {PUBLIC_CKPT}: put it there, or name another model with --ckpt")
     scale = args.scale
-    model = cli.load_model(args)
+    model = cli.load_model(args, TEXT, MASK, TEXT_AND_MASK)
     if not inference.takes_text(model):
         args.scale = 1.0 if scale is None else scale
     return model

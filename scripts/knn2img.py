@@ -33,6 +33,7 @@ def parser() -> cli.ArgumentParser:
     group.add_argument("--use_neighbors", action="store_true", help="draw from the neighbours in --database, too")
     group.add_argument(
         "--database",
+        type=cli.user_path,
         default=DATABASE,
         metavar="FILE",
         help="an .npz or .npy file of embeddings, a folder of these, or the name of a public one (%(default)s)",
@@ -73,14 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
     from ldm.images import load_image
-    from ldm.inference.tasks import NEIGHBOURS, require
+    from ldm.inference.tasks import NEIGHBOURS
 
     database = inference.load_database(args.database) if args.use_neighbors else None
     if args.image:
         load_image(args.image)  # what is wrong with it is said before the model is loaded
 
-    model = cli.load_model(args)
-    require(model, NEIGHBOURS)
+    model = cli.load_model(args, NEIGHBOURS)
     size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
     if args.image:
         contexts = inference.picture_context(args.clip, args.image, args.n_samples, args.n_repeat, model.device)
@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         contexts = inference.with_neighbours(contexts, database, args.knn)
 
     settings = {"image": Path(args.image).name} if args.image else {}
-    settings |= {"database": Path(args.database).name, "knn": args.knn} if args.use_neighbors else {}
+    if args.use_neighbors:
+        settings |= {"database": Path(args.database).name, "knn": args.knn, "n_repeat": args.n_repeat}
     with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
         inference.seed_everything(args.seed)
         for prompts, context in list(zip(batches, contexts.split(args.n_samples))) * args.n_iter:

@@ -34,20 +34,23 @@ def parser() -> cli.ArgumentParser:
         metavar="FOLDER",
         help="where to write (%(default)s)",
     )
+    options.add_argument("--no_metadata", action="store_true", help="leave PSNR and names out of the PNG files")
     options.set_defaults(precision="full")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if not any(Path(path).is_file() for path in args.images):
-        raise FileNotFoundError(f"there is no picture {' nor '.join(args.images)}")
     outdir = Path(args.outdir)
-    outdir.mkdir(parents=True, exist_ok=True)
 
-    from ldm import inference
     from ldm.images import load_image, make_grid, save_png_named
 
+    if not any(Path(path).is_file() for path in args.images):
+        load_image(args.images[0])  # says what is wrong
+
+    from ldm import inference
+
+    cli.make_folder(outdir)
     first_stage = inference.load_first_stage(args.config, args.ckpt, device=args.device, precision=args.precision)
     found: list[float] = []
     broken: list[str] = []
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             reconstruction, psnr = inference.reconstruct(first_stage, image, tile=args.tile)
             settings = {"psnr": f"{psnr:.2f}", "model": cli.model_name(first_stage), "source": Path(path).name}
             pair = make_grid([image, reconstruction])
-            written = save_png_named(pair, outdir, Path(path).stem, settings)
+            written = save_png_named(pair, outdir, Path(path).stem, {} if args.no_metadata else settings)
             found.append(psnr)
             cli.say(f"{path}: {psnr:.2f} dB, see {written}", sys.stdout)
     except KeyboardInterrupt:

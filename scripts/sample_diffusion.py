@@ -9,6 +9,7 @@ laid over the model's config.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
+
+logger = logging.getLogger("ldm.sample_diffusion")
 
 
 def parser() -> cli.ArgumentParser:
@@ -68,6 +71,8 @@ def settle(args: argparse.Namespace) -> Path:
         if args.sampler is not None:
             raise ValueError(f"--vanilla_sample and --{args.sampler} are both given; leave one of the two out")
         args.sampler = "ancestral"
+        if args.ddim_steps is not None:
+            logger.warning("--vanilla_sample takes all timesteps, so -c %d has no effect", args.ddim_steps)
     model = cli.resumed(args.resume or args.ckpt)
     args.ckpt, args.config = str(model.checkpoint), args.config or (model.config and str(model.config))
     return model.home if args.logdir == "none" else Path(args.logdir)
@@ -82,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from ldm import inference
+    from ldm.inference.tasks import CLASSES, LAYOUT, NOTHING, SEGMENTATION
 
-    model = cli.load_model(args)
+    model = cli.load_model(args, NOTHING, CLASSES, LAYOUT, SEGMENTATION)
     conditions = cli.conditions_for(model, args, read)
     if guided and args.classes is None:
         raise ValueError(f"--scale {args.scale:g} leads towards a class, and this model has none: leave --scale out")

@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = cli.prompt_batches(args)
 
     from ldm import inference
+    from ldm.inference.tasks import TEXT
 
     with joined_processes() as processes:
-        model = cli.load_model(args)
+        model = cli.load_model(args, TEXT)
         size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
         with cli.SampleWriter(args, processes, model=cli.model_name(model)) as writer:
             inference.seed_everything(args.seed)

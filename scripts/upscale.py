@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
     from ldm.images import load_image
+    from ldm.inference.tasks import SMALL_PICTURE, SMALL_PICTURE_AND_TEXT
 
     image, own_scale = load_image(args.init_img), args.scale
-    model = cli.load_model(args)
+    model = cli.load_model(args, SMALL_PICTURE_AND_TEXT, SMALL_PICTURE)
     if not inference.takes_prompt(model):
         args.scale = own_scale  # no default where there is no guidance
     elif args.noise_level is None:

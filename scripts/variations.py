@@ -49,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
     from ldm.images import load_image
+    from ldm.inference.tasks import PICTURE
 
     inference.check_weights(args.weights, len(args.init_img))
     pictures = [load_image(path) for path in args.init_img]
-    model = cli.load_model(args)
+    model = cli.load_model(args, PICTURE)
     embedding = inference.picture_embedding(model, pictures, args.weights)
     size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
     settings = {"init_image": ", ".join(Path(path).name for path in args.init_img), "noise_level": args.noise_level}

@@ -229,7 +229,7 @@ def test_messages_of_the_library(capsys):
 
 def test_outdir_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is a file, not a folder"):
+    with pytest.raises(NotADirectoryError, match="file is a file, not a folder"):
         cli.SampleWriter(Namespace(outdir=tmp_path / "file"))
 
 

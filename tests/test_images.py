@@ -164,7 +164,7 @@ def test_masks_may_be_scaled(size):
 
 @pytest.mark.parametrize("size", [(50, 100), (96, 50), (100, 52)])
 def test_masks_of_another_shape_are_refused(size):
-    message = f"m.png is {size[0]}x{size[1]} pixels, but a.png is 100x50: make the mask as large as the picture"
+    message = f"m.png is {size[0]}x{size[1]} pixels, but a.png is 100x50: make it as large as the picture"
     with pytest.raises(ValueError, match=message):
         images.check_mask(torch.zeros(1, 1, size[1], size[0]), Image.new("RGB", (100, 50)), "m.png", "a.png")
 
@@ -342,3 +342,9 @@ def test_load_gray_gives_brightness_from_0_to_1_with_the_precision_of_the_file(t
     assert images.load_gray(tmp_path / "clear.png").eq(1).all()  # an erased part of a mask is one to fill
     with pytest.raises(FileNotFoundError, match="there is no picture"):
         images.load_gray(tmp_path / "none.png")
+
+
+def test_load_gray_refuses_what_is_not_finite(tmp_path):
+    Image.fromarray(np.array([[0.5, np.nan]], np.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(ValueError, match="depth.tif holds NaN or infinity"):
+        images.load_gray(tmp_path / "depth.tif")

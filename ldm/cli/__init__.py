@@ -24,7 +24,7 @@ from ldm.cli.options import (
 )
 from ldm.cli.reporting import FAREWELL, run, say
 from ldm.cli.sample_runs import RunWriter
-from ldm.cli.writing import Interrupted, NamedWriter, SampleWriter
+from ldm.cli.writing import Interrupted, NamedWriter, SampleWriter, make_folder
 
 __all__ = [
     "FAREWELL",
@@ -44,6 +44,7 @@ __all__ = [
     "is_setting",
     "conditions_for",
     "load_model",
+    "make_folder",
     "model_name",
     "number",
     "parse",

@@ -127,4 +127,7 @@ def _classes(model: LatentDiffusion, args: argparse.Namespace) -> Conditions:
     def draw(numbers: Sequence[int], **options: Any) -> list[Image.Image]:
         return inference.class2img(model, [args.classes[number] for number in numbers], **guidance, **options)
 
-    return Conditions(len(args.classes), draw, lambda number: {"class": args.classes[number], "scale": args.scale})
+    none = {} if args.null_class is None else {"null_class": args.null_class}
+    return Conditions(
+        len(args.classes), draw, lambda number: {"class": args.classes[number], "scale": args.scale, **none}
+    )

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from ldm.inference.tasks import Task
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
-def load_model(args: Namespace) -> LatentDiffusion:
+def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
     """The model that the options of `add_model` name; settles the steps, sampler and scale that they leave to it.
 
-    Raises ValueError if --C or --f contradict the model, and what loading raises.
+    tasks: what the script has for a model to draw from. Raises ValueError if the model draws from nothing of that, if
+    --C or --f contradict it, and what loading raises.
     """
     from ldm import inference
 
     model = inference.load_model(
-        args.config, args.ckpt, device=args.device, precision=args.precision, overrides=args.settings
+        args.config, args.ckpt, device=args.device, precision=args.precision, overrides=args.settings, tasks=tasks
     )
     size = inference.default_size(model)
     factor = size // model.latent_size(size, size)[0]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
-from ldm.cli.writing import Interrupted
+from ldm.cli.writing import Interrupted, make_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,13 +35,11 @@ class RunWriter:
         self._args = args
         self._settings = settings
         self._for_grid: list[Image.Image] = []
-        try:
-            now = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-            self.folder = new_run(logdir / "samples" / f"{global_step or 0:08}", now, "")
-            self.images = self.folder / "img"
-            self.images.mkdir()
-        except OSError as error:
-            raise OSError(f"cannot write to {logdir} ({error.strerror}): choose another --logdir") from error
+        make_folder(logdir, "--logdir")
+        now = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+        self.folder = new_run(logdir / "samples" / f"{global_step or 0:08}", now, "")
+        self.images = self.folder / "img"
+        self.images.mkdir()
         self._config = self.folder / "sampling_config.yaml"
         self._write_config()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -23,8 +24,26 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C after the finished pictures were written; the message says how many."""
 
 
+def make_folder(folder: Path, option: str = "--outdir") -> list[Path]:
+    """Have `folder` exist, and pictures go into it; gives the folders that had to be made, outermost first.
+
+    Raises OSError, naming the `option` that chose it, if that cannot be.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder: choose another {option}")
+    missing = [place for place in (*reversed(folder.parents), folder) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another {option}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} is not writable: choose another {option}")
+    return missing
+
+
 class SampleWriter:
     """Writes a run's pictures as they come, and their grid when the `with` block ends, however it ends.
+    After an error with nothing written, no folder is left either.
 
     Files are `<outdir>/samples/00000.png` ... and `<outdir>/grid-0000.png` ...; numbers go on after the highest there.
     `settings` go into the metadata of every picture. Several `processes` number and grid their pictures as one would,
@@ -36,13 +55,7 @@ class SampleWriter:
     def __init__(self, args: Namespace, processes: Processes = ALONE, **settings: Any) -> None:
         self.outdir = Path(args.outdir)
         self.samples = self.outdir / self.FOLDER
-        for folder in (self.outdir, self.samples):
-            if folder.exists() and not folder.is_dir():
-                raise ValueError(f"{folder} is a file, not a folder: choose another --outdir")
-        self.samples.mkdir(parents=True, exist_ok=True)
-        for folder in (self.outdir, self.samples):
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"{folder} is not writable: choose another --outdir")
+        self._made = make_folder(self.outdir) + make_folder(self.samples)
         self.written = 0
         self._args = args
         self._processes = processes
@@ -59,6 +72,10 @@ class SampleWriter:
     ) -> None:
         if self._processes.rank == 0 or kind is None:  # after an error the others' pictures cannot be waited for
             self._write_grid(self._processes.gather(self._for_grid) if kind is None else self._for_grid)
+        if kind is not None and self._processes.world == 1:  # of several, another may still write
+            for folder in reversed(self._made):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # if nothing came into it
         if kind is KeyboardInterrupt:
             raise Interrupted(f"interrupted; {self.written} images written to {self.samples}")
 

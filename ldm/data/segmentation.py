@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from ldm.images import opened
 
 
 def read_segmentation(path: str | Path) -> Tensor:
@@ -18,8 +19,6 @@ def read_segmentation(path: str | Path) -> Tensor:
     that holds no such map.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a segmentation map")
     ids = _from_array(path) if path.suffix == ".npy" else _from_picture(path)
     return torch.from_numpy(ids.astype(np.int64))
 
@@ -35,11 +34,10 @@ def _from_array(path: Path) -> np.ndarray:
 
 
 def _from_picture(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            ids = np.asarray(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is neither a picture that Pillow can read nor a .npy file") from None
+    with opened(path) as image:
+        ids = np.asarray(image)
+    if ids.dtype == bool:  # of 1 bit a pixel
+        ids = ids.astype(np.uint8)
     if ids.ndim == 3 and (ids == ids[..., :1]).all():  # grey, saved as colours
         ids = ids[..., 0]
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):

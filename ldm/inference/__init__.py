@@ -31,7 +31,7 @@ from ldm.inference.drawing import (
     txt2img,
 )
 from ldm.inference.inpainting import inpaint, takes_text
-from ldm.inference.loading import SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
+from ldm.inference.loading import BUNDLED_CKPT, SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
 from ldm.inference.reconstruction import reconstruct
 from ldm.inference.retrieval import (
     EmbeddingDatabase,
@@ -55,6 +55,7 @@ from ldm.inference.upscaling import NOISE_LEVEL, takes_prompt, upscale
 from ldm.inference.variations import check_weights, picture_embedding, variations
 
 __all__ = [
+    "BUNDLED_CKPT",
     "EmbeddingDatabase",
     "Guided",
     "NOISE_LEVEL",

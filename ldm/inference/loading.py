@@ -17,7 +17,7 @@ from yaml import YAMLError
 from ldm.checkpoint import Checkpoint, build_on_meta, config_for, fill_model, read_checkpoint
 from ldm.checkpoint.families import describe, family_of
 from ldm.devices import choose_device, choose_precision
-from ldm.inference.tasks import TEXT, task_of
+from ldm.inference.tasks import TEXT, Task, require, task_of
 from ldm.util import public_path
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def load_model(
     device: str = "auto",
     precision: str = "autocast",
     overrides: Sequence[str] = (),
+    tasks: Sequence[Task] = (),
 ) -> LatentDiffusion:
     """A model ready to sample from, on `device` ("auto": CUDA, else MPS, else the CPU).
 
@@ -48,6 +49,7 @@ def load_model(
     models of noise and of v alike (Stable Diffusion v2), the network is asked which it is.
     precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
     overrides: settings to lay over the config, as `model.params.linear_end=0.02`.
+    tasks: what the model must draw from, one of these (see `ldm.inference.tasks`); none for anything.
 
     Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
     """
@@ -56,6 +58,8 @@ def load_model(
     checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
     place = config or _config_beside(checkpoint)
     model = _filled(read_config(place, overrides), checkpoint, where, precision)
+    if tasks:
+        require(model, *tasks)  # before the network is asked anything, which takes seconds
     seen = predicts(model)
     if seen is not None and seen != model.parameterization:
         other = None if config else _same_but(seen, checkpoint)
@@ -81,7 +85,7 @@ def load_first_stage(
     precision = choose_precision(precision, where)
     checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
     settings = read_config(config or _config_beside(checkpoint, whole=False))
-    model = build_on_meta(settings["model"])
+    model = _built(settings)
     fill_model(model, checkpoint, dtype=DTYPES[precision])
     model = getattr(model, "first_stage_model", model)
     if not hasattr(model, "downsampling_factor"):
@@ -100,7 +104,9 @@ def _read(path: Path) -> Checkpoint:
 
 def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, precision: str) -> LatentDiffusion:
     """The model of a config, with a file's weights and what drawing wants to know."""
-    model = build_on_meta(settings["model"])
+    model = _built(settings)
+    if hasattr(model, "downsampling_factor"):
+        raise ValueError(f"{checkpoint.path} is an autoencoder alone, not a whole model: use scripts/reconstruct.py")
     if not hasattr(getattr(model, "first_stage_model", None), "downsampling_factor"):
         raise ValueError(
             f"{settings['model'].get('target')} is no latent diffusion model with a first stage: fix the config"
@@ -113,6 +119,14 @@ def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, 
     model.one_scale = bool(settings.get("one_scale", False))
     model.sampling = _own_sampling(settings)
     return model.to(device).eval()
+
+
+def _built(settings: DictConfig) -> nn.Module:
+    """The model of a config, without weights; ValueError for values of a type that it cannot take."""
+    try:
+        return build_on_meta(settings["model"])
+    except (TypeError, LookupError, AttributeError) as error:  # what constructors raise, by the dozen
+        raise ValueError(f"the config describes no model ({type(error).__name__}: {error}): fix its values") from error
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:

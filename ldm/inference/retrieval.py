@@ -52,10 +52,10 @@ class EmbeddingDatabase:
             if part.ndim != 2 or not np.issubdtype(part.dtype, np.floating):
                 raise ValueError(f"embeddings are floats of shape (N, D), not {part.dtype} of shape {part.shape}")
         widths = sorted({part.shape[1] for part in parts})
-        if len(widths) != 1 or not sum(map(len, parts)):
-            raise ValueError(
-                f"a database needs embeddings, all of one width: there are {len(parts)} arrays of {widths}"
-            )
+        if not sum(map(len, parts)):
+            raise ValueError("it holds no embeddings")
+        if len(widths) > 1:
+            raise ValueError(f"its embeddings must be of one width, not of {', '.join(map(str, widths))}")
         self.parts = parts
         self.width = widths[0]
         if names is not None and len(names) != len(self):
@@ -155,7 +155,8 @@ def _read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                 raise ValueError(f"it holds {', '.join(found.files) or 'nothing'}, but no {EMBEDDINGS[0]}")
             return found[name], found["paths"] if "paths" in found.files else None
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no file of embeddings: {error}") from error
+        why = "it holds no plain arrays" if "allow_pickle" in str(error) else error  # which numpy suggests to set
+        raise ValueError(f"{path} is no file of embeddings: {why}") from error
 
 
 def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]) -> None:

@@ -69,7 +69,8 @@ def require(model: LatentDiffusion, *tasks: Task) -> Task:
     if found in tasks:
         return found
     path, family = getattr(model, "checkpoint_path", "the model"), getattr(model, "family", type(model).__name__)
-    wanted = " or ".join(dict.fromkeys(task.draws_from for task in tasks))
+    *others, last = dict.fromkeys(task.draws_from for task in tasks)
+    wanted = f"{', '.join(others)} or {last}" if others else last
     raise ValueError(
         f"{path} is {family}, which draws from {found.draws_from}, not from {wanted}: use {found.script} for it"
     )

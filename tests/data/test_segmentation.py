@@ -26,16 +26,27 @@ def test_files(tmp_path):
         assert ids.dtype == torch.long and ids.tolist() == IDS.tolist(), name
 
 
-def test_files_that_are_no_map(tmp_path):
+def test_one_bit_a_pixel(tmp_path):
+    Image.fromarray(IDS == 5).save(tmp_path / "bits.png")
+    assert read_segmentation(tmp_path / "bits.png").tolist() == [[0, 0, 0], [1, 1, 0]]
+
+
+def test_files_that_are_no_map(tmp_path, monkeypatch):
     Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)).save(tmp_path / "photo.png")
     np.save(tmp_path / "floats.npy", IDS / 2)
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "text.png").write_text("no picture")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "bomb.png")
+    Image.new("L", (20, 20), 7).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:50])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     messages = {
         "photo.png": "is a picture in colours",
         "floats.npy": r"must hold whole numbers \(H, W\), one class id a pixel, not float64 \(2, 3\)",
         "objects.npy": "is no array of class ids",
-        "text.png": "is neither a picture that Pillow can read nor a .npy file",
+        "cut.png": "cut.png is cut short or damaged",
+        "bomb.png": r"bomb.png has too many pixels \(4096 pixels\): make it smaller",
+        "text.png": "is not a picture that Pillow can read",
         "": "is a folder",
     }
     for name, message in messages.items():

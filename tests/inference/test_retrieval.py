@@ -96,8 +96,8 @@ def test_embeddings_that_are_not_finite_are_named():
     [
         ([np.zeros((3, 4, 5), np.float32)], r"floats of shape \(N, D\), not float32 of shape \(3, 4, 5\)"),
         ([np.zeros((3, 4), np.int64)], "not int64"),
-        ([np.zeros((0, 4), np.float32)], "a database needs embeddings"),
-        ([embeddings(2), embeddings(2, width=7)], r"all of one width: there are 2 arrays of \[7, 24\]"),
+        ([np.zeros((0, 4), np.float32)], "it holds no embeddings"),
+        ([embeddings(2), embeddings(2, width=7)], "must be of one width, not of 7, 24"),
     ],
 )
 def test_databases_of_other_shapes_are_refused(parts, message):

@@ -102,3 +102,17 @@ def test_refused_options(script, capsys, flags, message):
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_depth_map_of_another_shape_fails_before_the_model_loads(script, inference, capsys):
+    Image.new("L", (10, 90)).save("depth.png")
+    assert script("--init-img", "photo.png", "--depth", "depth.png") == 2
+    assert "the depth map depth.png is 10x90 pixels, but photo.png is" in capsys.readouterr().err
+    assert not inference.calls
+
+
+def test_a_depth_map_for_a_model_of_text_is_refused(script, inference, photo, capsys):
+    Image.new("L", Image.open("photo.png").size).save("depth.png")
+    assert script("--init-img", "photo.png", "--depth", "depth.png", "--ckpt", "sd.ckpt") == 2
+    assert capsys.readouterr().err == "error: sd.ckpt draws from text alone: leave --depth out\n"
+    assert not inference.named("encode_image") and not Path("outputs").exists()

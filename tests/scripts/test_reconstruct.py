@@ -131,3 +131,19 @@ def test_files_without_an_autoencoder(tmp_path, capsys):
     OmegaConf.save({"model": {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 2}}}, "o.yaml")
     assert run("photo.png", "--ckpt", "other.ckpt", "--config", "o.yaml") == 2
     assert "torch.nn.Linear has no first stage: fix the config" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_picture(tmp_path, capsys):
+    assert run(".", "--ckpt", write_tiny(tmp_path)) == 2
+    assert capsys.readouterr().err == "error: . is a folder, not a picture\n"
+    assert not Path("outputs").exists()
+
+
+def test_metadata_may_be_left_out(tmp_path):
+    assert run("photo.png", "--ckpt", write_tiny(tmp_path), "--no_metadata") == 0
+    assert not Image.open("outputs/reconstructions/photo.png").text
+
+
+def test_outdir_that_is_a_file(tmp_path, capsys):
+    assert run("photo.png", "--ckpt", write_tiny(tmp_path), "--outdir", "photo.png") == 2
+    assert capsys.readouterr().err == "error: photo.png is a file, not a folder: choose another --outdir\n"

@@ -211,6 +211,7 @@ def test_settings_are_laid_over_the_config(toys, tmp_path, capsys):
     for setting, message in (
         ("model.params.imagesize=16", "unexpected keyword argument 'imagesize'"),
         ("modle.params.x=1", "no section 'modle' to change, only model"),
+        ("model.params.timesteps=abc", "the config describes no model (TypeError: '<' not supported between"),
         ("model.params=3", "the params of ldm.models.diffusion.ddpm.LatentDiffusion must be settings by name, not 3"),
     ):
         assert run("-r", toys / "nothing", "-n", 1, setting, out=tmp_path / "none") == 2
@@ -263,7 +264,8 @@ def test_options_that_are_refused(capsys, argv, message):
 def test_models_of_text_are_named(tmp_path, capsys):
     assert run("-r", write_tiny(tmp_path), "-n", 1) == 2
     error = capsys.readouterr().err
-    assert "draws from text, not from nothing but noise or class labels" in error and "use scripts/txt2img.py" in error
+    assert "draws from text, not from nothing but noise, class labels, a layout of boxes or a segmentation map" in error
+    assert "use scripts/txt2img.py" in error
 
 
 def test_ctrl_c_keeps_what_is_there(toys, tmp_path, monkeypatch, capsys):
@@ -316,3 +318,14 @@ def test_help_is_instant():
     code = "import sys; from scripts.sample_diffusion import parser; parser(); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_ancestral_sampling_says_that_it_takes_all_steps(toys, tmp_path, caplog):
+    assert run("-r", toys / "classes", "-n", 1, "-v", "-c", 20, out=tmp_path) == 2  # for want of --classes
+    assert "--vanilla_sample takes all timesteps, so -c 20 has no effect" in caplog.text
+
+
+def test_the_class_that_means_none_is_in_the_metadata(toys, tmp_path):
+    assert run("-r", toys / "classes_only", "-n", 1, "--classes", 1, "--scale", 2, "--null_class", 9, out=tmp_path) == 0
+    (path,) = (only_run(tmp_path) / "img").iterdir()
+    assert json.loads(Image.open(path).text["ldm"])["null_class"] == 9

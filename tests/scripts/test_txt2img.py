@@ -214,3 +214,13 @@ def test_help_imports_nothing_heavy_and_runs_anywhere(name, tmp_path):
     done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--config" in done.stdout
+
+
+def test_a_failure_before_the_first_picture_leaves_no_folders(script, inference):
+    inference.fail_at, inference.failure = 1, FileNotFoundError("there is no vocabulary")
+    Path("mine").mkdir()
+    assert script("--outdir", "mine/new/out") == 2
+    assert list(Path("mine").iterdir()) == []
+    inference.fail_at = 2
+    assert script("--outdir", "mine") == 2
+    assert Path("mine").is_dir() and list(Path("mine").iterdir()) == []
