@@ -12,6 +12,7 @@ from typing import Any
 # Where files of the public layout (configs/..., models/...) may be: here, in a clone, in an installation.
 REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALLED = Path(sys.prefix) / "share" / "latent-diffusion"
+BESIDE = REPOSITORY / "share" / "latent-diffusion"  # of `pip install --target`
 
 UNCONDITIONAL = "__is_unconditional__"
 FIRST_STAGE = "__is_first_stage__"
@@ -40,7 +41,7 @@ ALIASES: dict[str, str] = {
 
 def public_path(path: str) -> Path | None:
     """Where a file of the public layout, such as "configs/x.yaml", is; None if it is nowhere."""
-    return next((place / path for place in (Path(), REPOSITORY, INSTALLED) if (place / path).is_file()), None)
+    return next((place / path for place in (Path(), REPOSITORY, INSTALLED, BESIDE) if (place / path).is_file()), None)
 
 
 def exists(value: object) -> bool:

@@ -17,14 +17,7 @@ def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     options.add_argument("folder", type=cli.user_path, metavar="FOLDER", help="the pictures; folders in it count too")
     options.add_argument("out", type=cli.user_path, metavar="OUT.npz", help="the file to make")
-    options.add_argument(
-        "--clip",
-        "--clip_type",
-        type=cli.user_path,
-        default="ViT-L/14",
-        metavar="FOLDER",
-        help="a folder with a CLIP as transformers reads it; %(default)s is looked for at its usual places",
-    )
+    cli.add_clip(options)
     options.add_argument("--batch_size", type=cli.number(int, 1), default=32, help="pictures at once (%(default)s)")
     options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
     return options

@@ -46,14 +46,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_size(options)
     cli.add_sampler(options, scale=5.0)
     cli.add_model(options, CKPT)
-    options.add_argument(
-        "--clip",
-        "--clip_type",
-        type=cli.user_path,
-        default="ViT-L/14",
-        metavar="FOLDER",
-        help="a folder with a CLIP as transformers reads it; %(default)s is looked for at its usual places",
-    )
+    cli.add_clip(options)
     cli.add_output(options, "outputs/txt2img-samples")
     return options
 

@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
 
-    cli.make_folder(outdir)
     first_stage = inference.load_first_stage(args.config, args.ckpt, device=args.device, precision=args.precision)
+    cli.make_folder(outdir)
     found: list[float] = []
     broken: list[str] = []
     try:

@@ -136,6 +136,10 @@ def test_public_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert util.public_path("setup.py") == util.REPOSITORY / "setup.py"
     assert util.public_path("no/such.file") is None
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/installed.yaml").touch()
+    monkeypatch.setattr(util, "BESIDE", tmp_path / "beside")
+    assert util.public_path("installed.yaml") == tmp_path / "beside/installed.yaml"
     (tmp_path / "setup.py").touch()
     assert util.public_path("setup.py").resolve() == tmp_path / "setup.py"
 

@@ -141,6 +141,18 @@ def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if pre
     group.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="same as --precision bf16")
 
 
+def add_clip(parser: ArgumentParser) -> None:
+    """--clip."""
+    parser.add_argument(
+        "--clip",
+        "--clip_type",
+        type=user_path,
+        default="ViT-L/14",
+        metavar="FOLDER",
+        help="a folder with a CLIP as transformers reads it; %(default)s is looked for at its usual places",
+    )
+
+
 def add_output(parser: ArgumentParser, outdir: str) -> None:
     """--outdir, what to write there, and whether to say how it was made: what `SampleWriter` goes by."""
     group = parser.add_argument_group("the output")

@@ -146,7 +146,7 @@ def test_missing_and_other_files(tmp_path, monkeypatch):
     np.savez("flat.npz", embeddings=np.zeros(3))
     np.savez("objects.npz", embeddings=np.array([{}]))
     for name, message in {
-        "text": "no file of embeddings",
+        "text": "no file of embeddings: it holds no plain arrays$",
         "cut": "no file of embeddings",
         "other": "it holds latents, but no embeddings",
         "names": "3 embeddings and 1 names",

@@ -139,6 +139,12 @@ def test_a_folder_is_no_picture(tmp_path, capsys):
     assert not Path("outputs").exists()
 
 
+def test_a_checkpoint_that_is_none_leaves_no_folder(capsys):
+    assert run("photo.png", "--ckpt", "photo.png") == 2
+    assert "photo.png is neither a .ckpt nor a .safetensors file" in capsys.readouterr().err
+    assert not Path("outputs").exists()
+
+
 def test_metadata_may_be_left_out(tmp_path):
     assert run("photo.png", "--ckpt", write_tiny(tmp_path), "--no_metadata") == 0
     assert not Image.open("outputs/reconstructions/photo.png").text
