@@ -309,6 +309,7 @@ def not_a_model(checkpoint: Checkpoint) -> str:
     """One sentence on a file without any UNet that is known here."""
     part = _part_of(checkpoint.shapes)
     if part:
-        return f"{checkpoint.path} is {part}, not a whole model: name a checkpoint that holds the model itself"
+        use = ", or use scripts/reconstruct.py for this one" if "autoencoder (VAE) alone" in part else ""
+        return f"{checkpoint.path} is {part}, not a whole model: name a checkpoint that holds the model itself{use}"
     first = ", ".join(list(checkpoint.shapes)[:3])
     return f"{checkpoint.path} holds no model that is known here (its first weights: {first})"

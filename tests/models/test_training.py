@@ -9,6 +9,7 @@ import torch
 from ldm.checkpoint import save_checkpoint
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.util import instantiate_from_config
@@ -180,3 +181,9 @@ MISTAKES = [
 def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         build(**change)
+
+
+@pytest.mark.parametrize("size", ["x", [4], [4, 0], [1, 2, 3], 2.5])
+def test_an_image_size_that_is_none(size):
+    with pytest.raises(ValueError, match="image_size must be"):
+        square(size)

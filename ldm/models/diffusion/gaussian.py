@@ -261,5 +261,8 @@ class GaussianDiffusion(pl.LightningModule):
 
 
 def square(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a config's `image_size`, which is one number or two."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    """(height, width) of a config's `image_size`, which is one number or two; ValueError for anything else."""
+    sides = list(size) if hasattr(size, "__iter__") else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"image_size must be one number of latent pixels or two, height and width, not {size!r}")
+    return sides[0], sides[1]

@@ -147,7 +147,10 @@ class LatentStages:
             return encoding.expand(batch_size, *encoding.shape[1:])
         encoder = getattr(self.cond_stage_model, "get_unconditional_conditioning", None)
         if encoder is None:
-            raise ValueError(f"guidance needs a label for no {self.cond_stage_key}: set unconditional_guidance_label")
+            raise ValueError(
+                f"guidance leads away from no {self.cond_stage_key}, and nothing says what that is for this model: "
+                "name it (null_class; unconditional_guidance_label in log_images), or use scale 1"
+            )
         return encoder(batch_size)
 
     @torch.no_grad()
