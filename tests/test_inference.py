@@ -134,7 +134,7 @@ def test_models_name_their_own_sampling(ckpt, tmp_path):
     assert (pixels(txt2img(own, PROMPTS, **quiet)) == pixels(txt2img(plain, PROMPTS, **given, **quiet))).all()
     assert inference.sampling_settings(own, 7.5, steps=9, scale=1.0) == (9, "dpm_solver", 1.0)
     assert inference.sampling_settings(own, 7.5, eta=0.5) == (3, "ddim", 4.0)
-    for mistake in ({"scales": 4}, {"sampler": "euler"}, {"steps": 0}, {"steps": 2.5}, {"scale": "much"}):
+    for mistake in ({"scales": 4}, {"sampler": "nonsense"}, {"steps": 0}, {"steps": 2.5}, {"scale": "much"}):
         with pytest.raises(ValueError, match="it takes a number `scale`"):
             loaded(**mistake)
 
@@ -280,7 +280,7 @@ def test_averaged_weights_serve_where_the_config_says_so(tmp_path):
 MISUSES = [
     ({"prompts": "a red circle"}, "list of at least one"),
     ({"prompts": []}, "list of at least one"),
-    ({"prompts": ["a"], "sampler": "euler"}, "'euler' is not one of ddim, plms, dpm_solver"),
+    ({"prompts": ["a"], "sampler": "nonsense"}, "'nonsense' is not one of ddim, "),
     ({"prompts": ["a"], "steps": 0}, "from 1 to 1000"),
     ({"prompts": ["a"], "sampler": "plms", "eta": 0.5}, "eta must be 0"),
     (

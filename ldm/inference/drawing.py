@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
-from ldm.inference.loading import SAMPLERS, sampling_settings
+from ldm.inference.loading import sampling_settings
 from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH, require, task_of
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition
-from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.samplers import make_sampler
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
@@ -283,17 +280,6 @@ def text_condition(model: LatentDiffusion, prompts: Sequence[str], negative_prom
     if scale != 1.0:
         uncond = model.get_learned_conditioning([negative_prompt]).expand(len(prompts), -1, -1)
     return Guided(model.get_learned_conditioning(list(prompts)), uncond, scale)
-
-
-def make_sampler(model: Any, name: str) -> Sampler:
-    """The sampler called `name` for a model, or for what stands for one."""
-    if name == "ddim":
-        return DDIMSampler(model)
-    if name == "plms":
-        return PLMSSampler(model, convert_v=True)
-    if name == "dpm_solver":
-        return DPMSolverSampler(model)
-    raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
 
 
 def draw(

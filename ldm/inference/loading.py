@@ -18,6 +18,7 @@ from ldm.checkpoint import Checkpoint, build_on_meta, config_for, fill_model, re
 from ldm.checkpoint.families import describe, family_of
 from ldm.devices import choose_device, choose_precision
 from ldm.inference.tasks import TEXT, task_of
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.util import public_path
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 BUNDLED_CKPT = "models/ldm/shapes64/model.ckpt"
 
-SAMPLERS = ("ddim", "plms", "dpm_solver")
 DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.guidance import Condition
-from ldm.models.diffusion.sampler import Run, Sampler
-from ldm.modules.diffusionmodules.util import noise_like
+from ldm.models.diffusion.guidance import Condition, Guidance
+from ldm.models.diffusion.sampler import Run, Sampler, register
 
 
 def ddim_update(run: Run, eps: Tensor, x0: Tensor, index: int) -> Tensor:
@@ -24,14 +23,20 @@ def ddim_update(run: Run, eps: Tensor, x0: Tensor, index: int) -> Tensor:
     """
     a_prev, sigma = float(run.schedule.a_prev[index]), float(run.schedule.sigma[index])
     direction = math.sqrt(max(1.0 - a_prev - sigma**2, 0.0)) * eps
-    noise = sigma * run.temperature * noise_like(eps.shape, eps.device, run.repeat_noise).to(eps.dtype)
+    noise = sigma * run.temperature * run.fresh(eps)
     if run.noise_dropout > 0.0:
         noise = F.dropout(noise, p=run.noise_dropout)
     return math.sqrt(a_prev) * x0 + direction + noise
 
 
+@register("ddim")
 class DDIMSampler(Sampler):
     """The default sampler; with eta = 1 and every timestep it is ancestral sampling."""
+
+    deterministic = False
+    default_schedule = "uniform"
+    plus_plus = True
+    pastes = False
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One DDIM update."""
@@ -63,7 +68,7 @@ class DDIMSampler(Sampler):
             replace(schedule, timesteps=timesteps),
             c,
             unconditional_conditioning,
-            unconditional_guidance_scale,
+            Guidance(unconditional_guidance_scale),
             temperature=temperature,
             noise_dropout=noise_dropout,
             repeat_noise=repeat_noise,
@@ -85,6 +90,7 @@ class DDIMSampler(Sampler):
         callback: Callable[[int], None] | None = None,
         verbose: bool = True,
         schedule_timesteps: bool = False,
+        guidance: Guidance | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """DDIM inversion: walk x0 (B, C, H, W) up the first `t_enc` steps of the schedule.
 
@@ -97,13 +103,13 @@ class DDIMSampler(Sampler):
         schedule = self._select(use_original_steps)
         if not 0 <= t_enc <= len(schedule):
             raise ValueError(f"t_enc must be from 0 to the schedule's {len(schedule)} steps, not {t_enc}")
-        run = self._run(schedule, c, unconditional_conditioning, unconditional_guidance_scale)
+        run = self._run(schedule, c, unconditional_conditioning, guidance or Guidance(unconditional_guidance_scale))
         every = max(t_enc // return_intermediates, 1) if return_intermediates else None
         x, kept, kept_steps = x0, [], []
         for i in tqdm(range(t_enc), desc="DDIM inversion", disable=not verbose):
             a, a_next = float(schedule.a_prev[i]), float(schedule.a[i])
-            eps, _ = self.predict(run, x, schedule.timesteps[i] if schedule_timesteps else i, a)
-            x = math.sqrt(a_next / a) * (x - math.sqrt(1 - a) * eps) + math.sqrt(1 - a_next) * eps
+            eps, x0 = self.predict(run, x, schedule.timesteps[i] if schedule_timesteps else i, a)
+            x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next) * eps
             if every and (i % every == 0 or i >= t_enc - 2):
                 kept.append(x)
                 kept_steps.append(i)

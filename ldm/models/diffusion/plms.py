@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import ddim_update
-from ldm.models.diffusion.sampler import Run, Sampler
+from ldm.models.diffusion.sampler import Run, Sampler, register
 from ldm.modules.diffusionmodules.schedule import eps_and_x0
 
 # Adams-Bashforth weights of the newest and the older eps, by how many older ones there are (eq. 12 and appendix).
@@ -17,6 +17,7 @@ WEIGHTS = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 
 logger = logging.getLogger(__name__)
 
 
+@register("plms", convert_v=True)
 class PLMSSampler(Sampler):
     """Fourth-order multi-step update of eps in DDIM's transfer; deterministic. The first step asks the network twice.
 
@@ -24,7 +25,8 @@ class PLMSSampler(Sampler):
     the picture; that is the default here only so that its published numbers come out. `ldm.inference` sets it.
     """
 
-    deterministic = True
+    default_schedule = "uniform"
+    pastes = False
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None, convert_v: bool = False) -> None:
         super().__init__(model, schedule, device)

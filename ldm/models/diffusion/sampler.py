@@ -7,6 +7,7 @@ every rule works with every model, and masks, callbacks and intermediates work w
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,57 +18,65 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.guidance import Condition, Denoiser, classifier_free, condition_batch_size
-from ldm.modules.diffusionmodules.schedule import (
-    eps_and_x0,
-    make_ddim_sampling_parameters,
-    make_ddim_timesteps,
-    usable_timesteps,
-)
+from ldm.models.diffusion.guidance import Branches, Condition, Guidance, Network, condition_batch_size
+from ldm.models.diffusion.noise import Noise, shared
+from ldm.models.diffusion.schedules import TINY, Levels, Schedule, ddim_sigmas, lay_out
+from ldm.modules.diffusionmodules.schedule import eps_and_x0
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The steps of a run, in ascending time, as float64 host numbers.
-
-    Step i leaves timestep `timesteps[i]`, where the cumulative alpha is `a[i]`, for the level `a_prev[i]`, and adds
-    noise of standard deviation `sigma[i]`.
-    """
-
-    timesteps: np.ndarray
-    a: np.ndarray
-    a_prev: np.ndarray
-    sigma: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def until(self, steps: int) -> Schedule:
-        """The last `steps` steps of a run, those nearest to the data."""
-        return Schedule(self.timesteps[:steps], self.a[:steps], self.a_prev[:steps], self.sigma[:steps])
+Choice = str | Sequence[float]  # of a schedule: a name in `schedules.SCHEDULES`, or timesteps
 
 
 @dataclass
 class Run:
-    """What holds for one walk: the schedule, the guided network, and the caller's wishes."""
+    """What holds for one walk: the schedule, the network and its guidance, and the caller's wishes."""
 
     schedule: Schedule
-    denoise: Denoiser
+    network: Network
+    guidance: Guidance
+    noise: Noise = shared
     temperature: float = 1.0
     noise_dropout: float = 0.0
     repeat_noise: bool = False
     quantize: Callable[[Tensor], Tensor] | None = None
     keep: Callable[[Tensor], Tensor] | None = None  # puts the known data under the mask into a predicted x0
     correct: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    history: list[Tensor] = field(default_factory=list)
+    history: list[Any] = field(default_factory=list)  # the update rule's own
+    step: int = 0  # steps taken so far
+
+    def fresh(self, x: Tensor) -> Tensor:
+        """Standard normal noise of x's shape (B, ...) and kind; the same for every item with `repeat_noise`."""
+        shape = (1, *x.shape[1:]) if self.repeat_noise else x.shape
+        return self.noise(shape, x.device).expand(x.shape).to(x.dtype)
+
+
+def transfer(x0: Tensor, eps: Tensor, a: float) -> Tensor:
+    """x at level a, made up of x0 and eps (B, ...)."""
+    return float(np.sqrt(a)) * x0 + float(np.sqrt(1 - a)) * eps
+
+
+SAMPLERS: dict[str, Callable[[Any], Sampler]] = {}
+
+
+def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sampler]]:
+    """Make a sampler known as `name`, built with `options`."""
+
+    def _register(kind: type[Sampler]) -> type[Sampler]:
+        SAMPLERS[name] = functools.partial(kind, **options)
+        return kind
+
+    return _register
 
 
 class Sampler:
     """Base of all samplers. A subclass supplies `step`, and `_lay_out` if its steps lie elsewhere than DDIM's."""
 
-    deterministic = False  # True: the update rule cannot add noise, so eta must be 0
+    deterministic = True  # the update rule adds no noise, so eta must be 0
+    default_schedule: Choice = "even"
+    plus_plus = False  # whether the rule goes on along the eps that `predict` gives, as CFG++ needs
+    pastes = True  # whether known data under a mask enters the predictions, not only x (as published, not in DDIM's)
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None) -> None:
         """`schedule` and `device` are accepted as published; both are the model's."""
@@ -80,35 +89,33 @@ class Sampler:
     def make_schedule(
         self,
         ddim_num_steps: int,
-        ddim_discretize: str = "uniform",
+        ddim_discretize: Choice | None = None,
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Lay out `ddim_num_steps` steps ("uniform" or "quad") with noise `ddim_eta` (0: none, 1: as much as DDPM)."""
+        """Lay out `ddim_num_steps` steps with noise `ddim_eta` (0: none, 1: as much as DDPM).
+
+        ddim_discretize: a name in `schedules.SCHEDULES` or a list of timesteps; None is the sampler's own.
+        """
         if self.deterministic and ddim_eta != 0:
             raise ValueError(f"{type(self).__name__} is deterministic: eta must be 0, not {ddim_eta}")
-        if not 1 <= ddim_num_steps <= self.ddpm_num_timesteps:
-            raise ValueError(f"the number of steps must be from 1 to {self.ddpm_num_timesteps}, not {ddim_num_steps}")
-        if ddim_discretize not in ("uniform", "quad"):
-            raise ValueError(f"ddim_discretize {ddim_discretize!r} is not one of uniform, quad")
-        self.schedule = self._lay_out(ddim_num_steps, ddim_discretize, ddim_eta)
+        choice = self.default_schedule if ddim_discretize is None else ddim_discretize
+        self.schedule = lay_out(choice, ddim_num_steps, self._alphas_cumprod(), ddim_eta)
         self.ddim_eta = ddim_eta
-
-    def _lay_out(self, steps: int, discretize: str, eta: float) -> Schedule:
-        alphas_cumprod = self._alphas_cumprod()
-        timesteps = make_ddim_timesteps(discretize, steps, len(alphas_cumprod))
-        sigma, a, a_prev = make_ddim_sampling_parameters(alphas_cumprod, timesteps, eta)
-        return Schedule(usable_timesteps(timesteps, len(alphas_cumprod)), a, a_prev, sigma)
 
     def _alphas_cumprod(self) -> np.ndarray:
         return self.model.alphas_cumprod.detach().cpu().double().numpy()  # MPS has no float64
 
+    @functools.cached_property
+    def levels(self) -> Levels:
+        """The model's levels, between timesteps too."""
+        return Levels(self._alphas_cumprod())
+
     def _original_schedule(self, eta: float) -> Schedule:
         """Every timestep of the model, ending at the data itself."""
-        a = self._alphas_cumprod()
+        a = np.maximum(self._alphas_cumprod(), TINY)
         a_prev = np.append(1.0, a[:-1])
-        sigma = eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-        return Schedule(np.arange(len(a)), a, a_prev, sigma)
+        return Schedule(np.arange(len(a)), a, a_prev, ddim_sigmas(a, a_prev, eta))
 
     def _select(self, use_original_steps: bool) -> Schedule:
         if use_original_steps:
@@ -126,13 +133,22 @@ class Sampler:
     # ---- the update rule ----
 
     def predict(self, run: Run, x: Tensor, t: float, a: float) -> tuple[Tensor, Tensor]:
-        """(eps, x0) that the guided network sees in x (B, ...) at timestep t and cumulative alpha a."""
+        """(eps, x0) that the guided network sees in x (B, ...) at timestep t and cumulative alpha a.
+
+        The two make up x, but under CFG++, where eps is the unconditional one, to go on along.
+        """
         batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long if t == int(t) else torch.float32)
-        output = run.denoise(x, batch_t)
+        output, onward = run.guidance(Branches(run.network, x, batch_t, float(a)), run.step)
         if run.correct is not None:
             output = run.correct(output, x, batch_t)
         eps, x0 = eps_and_x0(output, x, a, self.parameterization)
-        return eps, run.quantize(x0) if run.quantize else x0
+        x0 = run.quantize(x0) if run.quantize else x0
+        if onward is not None:
+            eps, _ = eps_and_x0(onward, x, a, self.parameterization)
+        if run.keep and self.pastes:  # fresh noise under a mask would otherwise be carried from step to step
+            x0 = run.keep(x0)
+            eps = run.keep(eps, (x - float(np.sqrt(a)) * x0) / float(np.sqrt(1 - a)))
+        return eps, x0
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One step of `run.schedule`, from entry `index` down: (the next x, the x0 that it aims at)."""
@@ -165,6 +181,10 @@ class Sampler:
         unconditional_conditioning: Condition = None,
         dynamic_threshold: None = None,
         ucg_schedule: Sequence[float] | None = None,
+        *,
+        schedule: Choice | None = None,
+        guidance: Guidance | None = None,
+        noise: Noise = shared,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Draw `batch_size` latents of `shape` (C, H, W) in S steps.
 
@@ -175,6 +195,9 @@ class Sampler:
         noise_dropout, score_corrector, corrector_kwargs: as in the public code. normals_sequence, dynamic_threshold:
         in the public signature, and of no effect there; anything but None is refused.
 
+        schedule: see `make_schedule`. guidance: instead of a scale, whatever `Guidance` can do. noise: where random
+        numbers come from, see `ldm.models.diffusion.noise`.
+
         Returns latents (batch_size, C, H, W) and {"x_inter": [...], "pred_x0": [...]}.
         """
         size = condition_batch_size(conditioning)
@@ -183,28 +206,22 @@ class Sampler:
         if normals_sequence is not None or dynamic_threshold is not None:
             raise ValueError("normals_sequence and dynamic_threshold are not supported: leave them out")
         keep = self._pasting(mask, x0)
-        self.make_schedule(S, ddim_eta=eta, verbose=verbose)
-        if ucg_schedule is not None and len(ucg_schedule) != len(self.schedule):
-            raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(self.schedule)} steps")
-        device = self.model.device
-        x = torch.randn((batch_size, *shape), device=device) if x_T is None else x_T
+        self.make_schedule(S, schedule, ddim_eta=eta, verbose=verbose)
+        guidance = guidance or Guidance(unconditional_guidance_scale if ucg_schedule is None else ucg_schedule)
         run = self._run(
             self.schedule,
             conditioning,
             unconditional_conditioning,
-            unconditional_guidance_scale,
+            guidance,
+            noise=noise,
             temperature=temperature,
             noise_dropout=noise_dropout,
             quantize=self._quantize if quantize_x0 else None,
             keep=keep,
             correct=self._corrector(score_corrector, conditioning, corrector_kwargs),
         )
+        x = noise((batch_size, *shape), self.model.device) if x_T is None else x_T
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-
-        def before(x: Tensor, i: int, index: int) -> Tensor:
-            if ucg_schedule is not None:
-                run.denoise = self._guide(conditioning, unconditional_conditioning, float(ucg_schedule[i]))
-            return x if keep is None else keep(x, self._noised(x0, self.schedule.a[index]))
 
         def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
             if callback:
@@ -215,21 +232,21 @@ class Sampler:
                 intermediates["x_inter"].append(x)
                 intermediates["pred_x0"].append(pred_x0)
 
-        return self._walk(run, x, before, after, verbose), intermediates
+        return self._walk(run, x, x0, after, verbose), intermediates
 
     def _walk(
         self,
         run: Run,
         x: Tensor,
-        before: Callable[[Tensor, int, int], Tensor] | None = None,
+        known: Tensor | None = None,
         after: Callable[[Tensor, Tensor, int, int], None] | None = None,
         verbose: bool = True,
     ) -> Tensor:
         total = len(run.schedule)
         for i in tqdm(range(total), desc=type(self).__name__, disable=not verbose, leave=None):
-            index = total - 1 - i
-            if before:
-                x = before(x, i, index)
+            index, run.step = total - 1 - i, i
+            if run.keep:
+                x = run.keep(x, self._noised(known, run.schedule.a[index], run))
             x, pred_x0 = self.step(run, x, index)
             if after:
                 after(x, pred_x0, i, index)
@@ -264,25 +281,38 @@ class Sampler:
         verbose: bool = True,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
+        *,
+        guidance: Guidance | None = None,
+        noise: Noise = shared,
+        img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> Tensor:
         """Walk the last `t_start` steps of the schedule from x_latent (B, C, H, W) to the data.
 
-        mask, x0: as in `sample`.
+        mask, x0, guidance, noise, img_callback: as in `sample`.
         """
         schedule = self._select(use_original_steps).until(t_start)
+        guidance = guidance or Guidance(unconditional_guidance_scale)
         keep = self._pasting(mask, x0)
-        run = self._run(schedule, cond, unconditional_conditioning, unconditional_guidance_scale, keep=keep)
-        before = (lambda x, i, index: keep(x, self._noised(x0, schedule.a[index]))) if keep else None
-        after = (lambda x, x0, i, index: callback(i)) if callback else None
-        return self._walk(run, x_latent, before, after, verbose)
+        run = self._run(schedule, cond, unconditional_conditioning, guidance, keep=keep, noise=noise)
+
+        def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
+            if callback:
+                callback(i)
+            if img_callback:
+                img_callback(pred_x0, i)
+
+        return self._walk(run, x_latent, x0, after, verbose)
 
     # ---- parts of a run ----
 
-    def _run(self, schedule: Schedule, cond: Condition, uncond: Condition, scale: float, **options: Any) -> Run:
-        return Run(schedule, self._guide(cond, uncond, scale), **options)
-
-    def _guide(self, cond: Condition, uncond: Condition, scale: float) -> Denoiser:
-        return classifier_free(self.model.apply_model, cond, uncond, scale)
+    def _run(self, schedule: Schedule, cond: Condition, uncond: Condition, guidance: Guidance, **options: Any) -> Run:
+        if guidance.plus_plus and not self.plus_plus:
+            raise ValueError(f"CFG++ is for samplers that go on along eps, which {type(self).__name__} does not")
+        if not isinstance(guidance.scale, (int, float)) and len(guidance.scale) != len(schedule):
+            raise ValueError(f"guidance has {len(guidance.scale)} scales for {len(schedule)} steps")
+        perturbed = getattr(self.model, "perturbed_attention", None)
+        network = Network(self.model.apply_model, cond, uncond, self.parameterization, perturbed)
+        return Run(schedule, network, guidance, **options)
 
     def _quantize(self, x0: Tensor) -> Tensor:
         return self.model.first_stage_model.quantize(x0)[0]
@@ -306,5 +336,5 @@ class Sampler:
         return lambda x, known=x0: mask * known + (1.0 - mask) * x
 
     @staticmethod
-    def _noised(x0: Tensor, a: float) -> Tensor:
-        return float(np.sqrt(a)) * x0 + float(np.sqrt(1 - a)) * torch.randn_like(x0)
+    def _noised(x0: Tensor, a: float, run: Run) -> Tensor:
+        return transfer(x0, run.fresh(x0), a)
