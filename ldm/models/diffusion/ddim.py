@@ -108,6 +108,7 @@ class DDIMSampler(Sampler):
         x, kept, kept_steps = x0, [], []
         for i in tqdm(range(t_enc), desc="DDIM inversion", disable=not verbose):
             a, a_next = float(schedule.a_prev[i]), float(schedule.a[i])
+            run.step = len(schedule) - 1 - i  # of a run the other way, whose scale this takes
             eps, x0 = self.predict(run, x, schedule.timesteps[i] if schedule_timesteps else i, a)
             x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next) * eps
             if every and (i % every == 0 or i >= t_enc - 2):

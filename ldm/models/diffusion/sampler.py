@@ -207,6 +207,8 @@ class Sampler:
             raise ValueError("normals_sequence and dynamic_threshold are not supported: leave them out")
         keep = self._pasting(mask, x0)
         self.make_schedule(S, schedule, ddim_eta=eta, verbose=verbose)
+        if ucg_schedule is not None and len(ucg_schedule) != len(self.schedule):
+            raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(self.schedule)} steps")
         guidance = guidance or Guidance(unconditional_guidance_scale if ucg_schedule is None else ucg_schedule)
         run = self._run(
             self.schedule,
@@ -307,12 +309,11 @@ class Sampler:
 
     def _run(self, schedule: Schedule, cond: Condition, uncond: Condition, guidance: Guidance, **options: Any) -> Run:
         if guidance.plus_plus and not self.plus_plus:
-            raise ValueError(f"CFG++ is for samplers that go on along eps, which {type(self).__name__} does not")
-        if not isinstance(guidance.scale, (int, float)) and len(guidance.scale) != len(schedule):
-            raise ValueError(f"guidance has {len(guidance.scale)} scales for {len(schedule)} steps")
+            able = ", ".join(name for name, make in SAMPLERS.items() if make.func.plus_plus)
+            raise ValueError(f"CFG++ is for samplers that go on along eps ({able}), not for {type(self).__name__}")
         perturbed = getattr(self.model, "perturbed_attention", None)
         network = Network(self.model.apply_model, cond, uncond, self.parameterization, perturbed)
-        return Run(schedule, network, guidance, **options)
+        return Run(schedule, network, guidance.over(len(schedule)), **options)
 
     def _quantize(self, x0: Tensor) -> Tensor:
         return self.model.first_stage_model.quantize(x0)[0]
