@@ -9,6 +9,7 @@ for image in txt2img(model, ["a red circle"], seed=42):
 loading   files to models    tasks   what a model draws from    drawing   text to picture, picture to picture
 reconstruction   what a first stage keeps of a picture    tiling   large pictures in pieces
 upscaling   small picture to larger
+prompts   texts to conditions
 unprompted   classes, layouts, segmentation maps or nothing to picture
 retrieval   text and its neighbours to picture    variations   picture to others like it
 """
@@ -32,6 +33,7 @@ from ldm.inference.drawing import (
 )
 from ldm.inference.inpainting import inpaint, takes_text
 from ldm.inference.loading import SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
+from ldm.inference.prompts import Reading
 from ldm.inference.reconstruction import reconstruct
 from ldm.inference.retrieval import (
     EmbeddingDatabase,
@@ -58,6 +60,7 @@ __all__ = [
     "EmbeddingDatabase",
     "Guided",
     "NOISE_LEVEL",
+    "Reading",
     "SAMPLERS",
     "check_labels",
     "check_weights",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
 from ldm.inference.loading import sampling_settings
+from ldm.inference.prompts import AS_PUBLISHED, Reading, negative_prompts, text_contexts
 from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH, require, task_of
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition
@@ -80,7 +81,8 @@ def txt2img(
     model: LatentDiffusion,
     prompts: Sequence[str],
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
+    reading: Reading = AS_PUBLISHED,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
@@ -93,6 +95,7 @@ def txt2img(
 ) -> list[Image.Image]:
     """One picture a prompt, as one batch.
 
+    negative_prompt: one for all, or one a prompt. reading: emphasis, long prompts and clip_skip (see `Reading`).
     height, width: pixels, by default the model's own. sampler: "ddim", "plms" or "dpm_solver". eta: noise of a DDIM
     step. scale: guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`. steps, sampler and scale
     are by default the model's own, else 50, "ddim" and 7.5. seed: start of the random numbers; None goes on where they
@@ -110,7 +113,7 @@ def txt2img(
     if seed is not None:
         seed_everything(seed)
     with drawing(model):
-        guided = text_condition(model, prompts, negative_prompt, scale)
+        guided = text_condition(model, prompts, negative_prompt, scale, reading)
         latents = draw(
             model, guided, shape, len(prompts), steps=steps, sampler=sampler, eta=eta, x_T=start_code, progress=progress
         )
@@ -143,7 +146,8 @@ def img2img(
     *,
     strength: float = 0.75,
     depth: Tensor | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
+    reading: Reading = AS_PUBLISHED,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
@@ -173,7 +177,7 @@ def img2img(
             raise ValueError("latents say nothing of depth: give this model `depth`, what depth_map makes")
         depth = depth_map(model, init, size=latents.shape[2:])
     with drawing(model):
-        guided = text_condition(model, prompts, negative_prompt, scale)
+        guided = text_condition(model, prompts, negative_prompt, scale, reading)
         if task is TEXT_AND_DEPTH:
             guided = guided.beside(c_concat=depth.expand(len(prompts), -1, -1, -1))
         elif depth is not None:
@@ -270,16 +274,24 @@ def drawing(model: LatentDiffusion) -> Iterator[None]:
         yield
 
 
-def text_condition(model: LatentDiffusion, prompts: Sequence[str], negative_prompt: str, scale: float) -> Guided:
-    """The prompts' encodings (B, L, D), and at any scale but 1 the negative prompt's, to be led away from."""
+def text_condition(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negative_prompt: str | Sequence[str],
+    scale: float,
+    reading: Reading = AS_PUBLISHED,
+) -> Guided:
+    """The prompts' encodings (B, L, D), and at any scale but 1 the negative prompts', to be led away from.
+
+    negative_prompt: one for all, or one a prompt. reading: other ways to read both (see `Reading`).
+    """
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")
-    if negative_prompt and scale == 1.0:
+    negatives = negative_prompts(negative_prompt, len(prompts))
+    if scale == 1.0 and any(negatives):
         logger.warning("the negative prompt has no effect at scale 1, which is without guidance")
-    uncond = None
-    if scale != 1.0:
-        uncond = model.get_learned_conditioning([negative_prompt]).expand(len(prompts), -1, -1)
-    return Guided(model.get_learned_conditioning(list(prompts)), uncond, scale)
+    cond, uncond = text_contexts(model, prompts, None if scale == 1.0 else negatives, reading)
+    return Guided(cond, uncond, scale)
 
 
 def draw(
