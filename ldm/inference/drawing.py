@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
-from ldm.inference.loading import sampling_settings
+from ldm.inference.loading import sampling_plan
 from ldm.inference.prompts import AS_PUBLISHED, Reading, negative_prompts, text_contexts
 from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH, require, task_of
 from ldm.models.diffusion.gaussian import square
-from ldm.models.diffusion.guidance import Condition
+from ldm.models.diffusion.guidance import Condition, Guidance
+from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import make_sampler
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
@@ -88,7 +89,9 @@ def txt2img(
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     start_code: Tensor | None = None,
     progress: bool = True,
@@ -96,10 +99,12 @@ def txt2img(
     """One picture a prompt, as one batch.
 
     negative_prompt: one for all, or one a prompt. reading: emphasis, long prompts and clip_skip (see `Reading`).
-    height, width: pixels, by default the model's own. sampler: "ddim", "plms" or "dpm_solver". eta: noise of a DDIM
-    step. scale: guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`. steps, sampler and scale
-    are by default the model's own, else 50, "ddim" and 7.5. seed: start of the random numbers; None goes on where they
-    are. start_code: the latents to start from (see `start_latent`).
+    height, width: pixels, by default the model's own. sampler: a name in `SAMPLERS`. eta: noise of a DDIM step. scale:
+    guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`; several are gone through evenly, from
+    the first step to the last. steps, sampler and scale are by default the model's own, else 50, "ddim" and 7.5.
+    schedule: a name in `SCHEDULES` or a list of timesteps, by default the model's own, else the sampler's. guidance:
+    what else there is to `Guidance`, such as {"terms": {"rescale": 0.7}}. seed: start of the random numbers; None goes
+    on where they are. start_code: the latents to start from (see `start_latent`).
 
     Raises ValueError for what the model cannot do, ArithmeticError if the picture is not finite.
     """
@@ -109,14 +114,12 @@ def txt2img(
     if start_code is not None and start_code.shape != (len(prompts), *shape):
         wanted = (len(prompts), *shape)
         raise ValueError(f"start_code is {tuple(start_code.shape)}, but these prompts and this size need {wanted}")
-    steps, sampler, scale = sampling_settings(model, 7.5, steps, sampler, scale, eta)
+    how, guidance = sampling_plan(model, 7.5, steps, sampler, scale, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
     with drawing(model):
-        guided = text_condition(model, prompts, negative_prompt, scale, reading)
-        latents = draw(
-            model, guided, shape, len(prompts), steps=steps, sampler=sampler, eta=eta, x_T=start_code, progress=progress
-        )
+        guided = text_condition(model, prompts, negative_prompt, guidance, reading)
+        latents = draw(model, guided, shape, len(prompts), **how, x_T=start_code, progress=progress)
         return decode(model, latents)
 
 
@@ -127,15 +130,14 @@ def skip_txt2img(model: LatentDiffusion, prompts: Sequence[str], **options: Any)
     `options` are those of `txt2img` but `seed` and `progress`. Processes that share a run skip each other's batches.
     """
     height, width = resolve_size(model, options.get("height"), options.get("width"))
-    eta = options.get("eta", 0.0)
-    steps, sampler, _ = sampling_settings(model, 7.5, options.get("steps"), options.get("sampler"), eta=eta)
-    # Which numbers a sampler draws does not depend on what the network answers.
+    taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
+    how, _ = sampling_plan(model, 7.5, **taken)
+    # Which numbers a sampler draws does not depend on what the network answers, nor on guidance.
     names = ("alphas_cumprod", "num_timesteps", "parameterization", "device")
     idle = SimpleNamespace(**{name: getattr(model, name) for name in names})
     idle.apply_model = lambda x, t, cond: torch.zeros_like(x)
-    solver = make_sampler(idle, sampler)
     shape = (model.channels, *model.latent_size(height, width))
-    solver.sample(steps, len(prompts), shape, eta=eta, x_T=options.get("start_code"), verbose=False)
+    draw(idle, Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"), progress=False)
 
 
 @torch.no_grad()
@@ -153,7 +155,9 @@ def img2img(
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
@@ -166,7 +170,7 @@ def img2img(
     """
     task = require(model, TEXT, TEXT_AND_DEPTH)
     check_strength(strength)
-    steps, sampler, scale = sampling_settings(model, 5.0, steps, sampler, scale, eta)
+    how, guidance = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
     latents = init if isinstance(init, Tensor) else encode_image(model, init, len(prompts), height, width)
@@ -177,12 +181,12 @@ def img2img(
             raise ValueError("latents say nothing of depth: give this model `depth`, what depth_map makes")
         depth = depth_map(model, init, size=latents.shape[2:])
     with drawing(model):
-        guided = text_condition(model, prompts, negative_prompt, scale, reading)
+        guided = text_condition(model, prompts, negative_prompt, guidance, reading)
         if task is TEXT_AND_DEPTH:
             guided = guided.beside(c_concat=depth.expand(len(prompts), -1, -1, -1))
         elif depth is not None:
             raise ValueError("a depth map has no effect on this model: leave it out, or use a depth-to-image model")
-        latents = redraw(model, guided, latents, strength, steps=steps, sampler=sampler, eta=eta, progress=progress)
+        latents = redraw(model, guided, latents, strength, **how, progress=progress)
         return decode(model, latents)
 
 
@@ -244,11 +248,11 @@ def start_latent(model: LatentDiffusion, batch: int, height: int, width: int) ->
 
 @dataclass(frozen=True)
 class Guided:
-    """What to draw under: a condition, the one that guidance leads away from (None: no guidance), and how far."""
+    """What to draw under: a condition, the one that guidance leads away from (None: no such), and the guidance."""
 
     cond: Condition
     uncond: Condition = None
-    scale: float = 1.0
+    guidance: Guidance = Guidance()
 
     def beside(self, c_concat: Tensor | None = None, c_adm: Tensor | None = None, uncond_adm: Tensor | None = None):
         """The same, of a context, with what else a hybrid network takes: it is the same with and without condition.
@@ -278,20 +282,20 @@ def text_condition(
     model: LatentDiffusion,
     prompts: Sequence[str],
     negative_prompt: str | Sequence[str],
-    scale: float,
+    guidance: Guidance,
     reading: Reading = AS_PUBLISHED,
 ) -> Guided:
-    """The prompts' encodings (B, L, D), and at any scale but 1 the negative prompts', to be led away from.
+    """The prompts' encodings (B, L, D), and those of the negative prompts, if guidance is to lead away from them.
 
     negative_prompt: one for all, or one a prompt. reading: other ways to read both (see `Reading`).
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")
     negatives = negative_prompts(negative_prompt, len(prompts))
-    if scale == 1.0 and any(negatives):
+    if not guidance.needs_uncond and any(negatives):
         logger.warning("the negative prompt has no effect at scale 1, which is without guidance")
-    cond, uncond = text_contexts(model, prompts, None if scale == 1.0 else negatives, reading)
-    return Guided(cond, uncond, scale)
+    cond, uncond = text_contexts(model, prompts, negatives if guidance.needs_uncond else None, reading)
+    return Guided(cond, uncond, guidance)
 
 
 def draw(
@@ -306,14 +310,14 @@ def draw(
     progress: bool = True,
     **options: Any,
 ) -> Tensor:
-    """Latents (batch_size, *shape) from noise. `options` are further ones of `Sampler.sample`: x_T, mask, x0 ..."""
+    """Latents (batch_size, *shape) from noise. `options` are others of `Sampler.sample`: schedule, x_T, mask ..."""
     latents, _ = make_sampler(model, sampler).sample(
         S=steps,
         batch_size=batch_size,
         shape=shape,
         conditioning=guided.cond,
         unconditional_conditioning=guided.uncond,
-        unconditional_guidance_scale=guided.scale,
+        guidance=guided.guidance,
         eta=eta,
         verbose=progress,
         **options,
@@ -330,6 +334,7 @@ def redraw(
     steps: int,
     sampler: str,
     eta: float = 0.0,
+    schedule: Choice | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Tensor:
@@ -338,12 +343,20 @@ def redraw(
     `options` are further ones of `Sampler.decode`: mask, x0.
     """
     solver = make_sampler(model, sampler)
-    solver.make_schedule(steps, ddim_eta=eta, verbose=False)
+    solver.make_schedule(steps, schedule, ddim_eta=eta, verbose=False)
     count = int(strength * steps)
     if count == 0:
         return latents
     noised = solver.stochastic_encode(latents, count)
-    return solver.decode(noised, guided.cond, count, guided.scale, guided.uncond, verbose=progress, **options)
+    return solver.decode(
+        noised,
+        guided.cond,
+        count,
+        unconditional_conditioning=guided.uncond,
+        guidance=guided.guidance,
+        verbose=progress,
+        **options,
+    )
 
 
 def decode(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:
