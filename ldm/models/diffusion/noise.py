@@ -15,6 +15,11 @@ def shared(shape: Sequence[int], device: torch.device) -> Tensor:
     return torch.randn(tuple(shape), device=device)
 
 
+def on_cpu(shape: Sequence[int], device: torch.device) -> Tensor:
+    """The same from the global generator of the CPU, whatever the device: every device draws the same pictures."""
+    return torch.randn(tuple(shape), device="cpu").to(device)
+
+
 class PerImage:
     """A generator for each image of a batch: image i draws the same alone, in any batch, on any device.
 
@@ -32,16 +37,32 @@ class PerImage:
         return torch.stack(rows).to(device)
 
 
-def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+class Between:
+    """On the way from one source of noise (weight 0) to another (weight 1), by `slerp` at every draw.
+
+    weight: one for all, or one an image.
+    """
+
+    def __init__(self, first: Noise, second: Noise, weight: float | Sequence[float]) -> None:
+        self.first, self.second = first, second
+        self.weight = weight
+
+    def __call__(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """(B, ...), drawn from both."""
+        return slerp(self.first(shape, device), self.second(shape, device), self.weight)
+
+
+def slerp(a: Tensor, b: Tensor, weight: float | Sequence[float]) -> Tensor:
     """From a (weight 0) to b (weight 1) on the arc between them, each item (B, ...) for itself: noise stays as large.
 
-    Shoemake 1985; along a straight line, where the two point the same way.
+    weight: one for all, or one an item. Shoemake 1985; along a straight line, where the two point the same way or
+    opposite ways.
     """
-    x, y = a.flatten(1).double(), b.flatten(1).double()
-    cosine = torch.nn.functional.cosine_similarity(x, y, dim=1).clamp(-1, 1)
-    angle = torch.arccos(cosine)[:, None]  # (B, 1)
-    near = torch.sin(angle) < 1e-6
-    safe = torch.where(near, 1.0, torch.sin(angle))
-    left = torch.where(near, 1.0 - weight, torch.sin((1.0 - weight) * angle) / safe)
-    right = torch.where(near, weight, torch.sin(weight * angle) / safe)
-    return (left * x + right * y).to(a.dtype).view_as(a)
+    x, y = (part.flatten(1).cpu().double() for part in (a, b))  # not every device has float64
+    w = torch.as_tensor(weight, dtype=torch.float64, device="cpu").reshape(-1, 1)  # (B or 1, 1)
+    angle = torch.nn.functional.cosine_similarity(x, y, dim=1).clamp(-1, 1).arccos()[:, None]  # (B, 1)
+    straight = angle.sin() < 1e-6
+    length = torch.where(straight, 1.0, angle.sin())
+    left = torch.where(straight, 1 - w, ((1 - w) * angle).sin() / length)
+    right = torch.where(straight, w, (w * angle).sin() / length)
+    return (left * x + right * y).to(a).view_as(a)
