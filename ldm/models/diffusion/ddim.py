@@ -8,35 +8,32 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import Condition, Guidance
-from ldm.models.diffusion.sampler import Run, Sampler, register
+from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
 
 
 def ddim_update(run: Run, eps: Tensor, x0: Tensor, index: int) -> Tensor:
-    """x at the level after step `index` (eq. 12), given eps and x0 (B, ...).
+    """x at the level after step `index`, given eps and x0 (B, ...)."""
+    return noisy_transfer(run, eps, x0, float(run.schedule.a_prev[index]), float(run.schedule.sigma[index]))
 
-    Noise is drawn even where sigma is 0, as published: the random stream of a whole run depends on it.
-    """
-    a_prev, sigma = float(run.schedule.a_prev[index]), float(run.schedule.sigma[index])
-    direction = math.sqrt(max(1.0 - a_prev - sigma**2, 0.0)) * eps
-    noise = sigma * run.temperature * run.fresh(eps)
-    if run.noise_dropout > 0.0:
-        noise = F.dropout(noise, p=run.noise_dropout)
-    return math.sqrt(a_prev) * x0 + direction + noise
+
+def noisy_transfer(run: Run, eps: Tensor, x0: Tensor, a: float, sigma: float) -> Tensor:
+    """x at level a, made up of x0 and eps (B, ...), where noise of standard deviation sigma is new (eq. 12)."""
+    direction = math.sqrt(max(1.0 - a - sigma**2, 0.0)) * eps
+    return math.sqrt(a) * x0 + direction + run.added(eps, sigma)
 
 
 @register("ddim")
 class DDIMSampler(Sampler):
     """The default sampler; with eta = 1 and every timestep it is ancestral sampling."""
 
-    deterministic = False
+    takes_eta = True
     default_schedule = "uniform"
     plus_plus = True
-    pastes = False
+    published = True
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One DDIM update."""
@@ -109,8 +106,11 @@ class DDIMSampler(Sampler):
         for i in tqdm(range(t_enc), desc="DDIM inversion", disable=not verbose):
             a, a_next = float(schedule.a_prev[i]), float(schedule.a[i])
             run.step = len(schedule) - 1 - i  # of a run the other way, whose scale this takes
-            eps, x0 = self.predict(run, x, schedule.timesteps[i] if schedule_timesteps else i, a)
-            x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next) * eps
+            # A step down from x_next is from the guided eps on along the other one, if they differ (CFG++). Both are
+            # asked for as of x_next, at its level and timestep; x stands in for it.
+            onward, x0 = self.predict(run, x, schedule.timesteps[i] if schedule_timesteps else i, a_next)
+            eps = (x - math.sqrt(a_next) * x0) / math.sqrt(1 - a_next)
+            x = transfer((x - math.sqrt(1 - a) * onward) / math.sqrt(a), eps, a_next)
             if every and (i % every == 0 or i >= t_enc - 2):
                 kept.append(x)
                 kept_steps.append(i)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import ddim_update
 from ldm.models.diffusion.sampler import Run, Sampler, register
+from ldm.models.diffusion.schedules import PURE
 from ldm.modules.diffusionmodules.schedule import eps_and_x0
 
 # Adams-Bashforth weights of the newest and the older eps, by how many older ones there are (eq. 12 and appendix).
@@ -26,7 +27,7 @@ class PLMSSampler(Sampler):
     """
 
     default_schedule = "uniform"
-    pastes = False
+    published = True
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None, convert_v: bool = False) -> None:
         super().__init__(model, schedule, device)
@@ -39,6 +40,8 @@ class PLMSSampler(Sampler):
         schedule = run.schedule
         a = float(schedule.a[index])
         eps, x0 = self.predict(run, x, schedule.timesteps[index], a)
+        if a < PURE:  # there eps is x, whatever the data
+            return ddim_update(run, eps, x0, index), x0
         if run.history:
             older = reversed(run.history[-3:])
             weights = WEIGHTS[min(len(run.history), 3)]

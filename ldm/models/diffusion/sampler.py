@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +25,6 @@ from ldm.models.diffusion.schedules import TINY, Levels, Schedule, ddim_sigmas, 
 from ldm.modules.diffusionmodules.schedule import eps_and_x0
 
 logger = logging.getLogger(__name__)
-
 
 Choice = str | Sequence[float]  # of a schedule: a name in `schedules.SCHEDULES`, or timesteps
 
@@ -51,6 +51,14 @@ class Run:
         shape = (1, *x.shape[1:]) if self.repeat_noise else x.shape
         return self.noise(shape, x.device).expand(x.shape).to(x.dtype)
 
+    def added(self, x: Tensor, sigma: float) -> Tensor:
+        """What a step to x (B, ...) adds: noise of standard deviation sigma, but for temperature and dropout.
+
+        It is drawn even where sigma is 0, as published: the random stream of a whole run depends on it.
+        """
+        noise = sigma * self.temperature * self.fresh(x)
+        return F.dropout(noise, p=self.noise_dropout) if self.noise_dropout > 0.0 else noise
+
 
 def transfer(x0: Tensor, eps: Tensor, a: float) -> Tensor:
     """x at level a, made up of x0 and eps (B, ...)."""
@@ -71,12 +79,12 @@ def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sample
 
 
 class Sampler:
-    """Base of all samplers. A subclass supplies `step`, and `_lay_out` if its steps lie elsewhere than DDIM's."""
+    """Base of all samplers. A subclass supplies `step`."""
 
-    deterministic = True  # the update rule adds no noise, so eta must be 0
+    takes_eta = False  # whether the rule adds as much noise as it is told; the others add none, or as much as they do
     default_schedule: Choice = "even"
     plus_plus = False  # whether the rule goes on along the eps that `predict` gives, as CFG++ needs
-    pastes = True  # whether known data under a mask enters the predictions, not only x (as published, not in DDIM's)
+    published = False  # whether masks and image to image are as the public code has them, for its numbers to come out
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None) -> None:
         """`schedule` and `device` are accepted as published; both are the model's."""
@@ -97,8 +105,8 @@ class Sampler:
 
         ddim_discretize: a name in `schedules.SCHEDULES` or a list of timesteps; None is the sampler's own.
         """
-        if self.deterministic and ddim_eta != 0:
-            raise ValueError(f"{type(self).__name__} is deterministic: eta must be 0, not {ddim_eta}")
+        if not self.takes_eta and ddim_eta != 0:
+            raise ValueError(f"{type(self).__name__} has no eta to set: eta must be 0, not {ddim_eta}")
         choice = self.default_schedule if ddim_discretize is None else ddim_discretize
         self.schedule = lay_out(choice, ddim_num_steps, self._alphas_cumprod(), ddim_eta)
         self.ddim_eta = ddim_eta
@@ -145,7 +153,7 @@ class Sampler:
         x0 = run.quantize(x0) if run.quantize else x0
         if onward is not None:
             eps, _ = eps_and_x0(onward, x, a, self.parameterization)
-        if run.keep and self.pastes:  # fresh noise under a mask would otherwise be carried from step to step
+        if run.keep and not self.published:  # of a mask, the public rules see x alone, and end in what they predict
             x0 = run.keep(x0)
             eps = run.keep(eps, (x - float(np.sqrt(a)) * x0) / float(np.sqrt(1 - a)))
         return eps, x0
@@ -260,12 +268,14 @@ class Sampler:
     def stochastic_encode(
         self, x0: Tensor, t: Tensor | int, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
-        """Noise x0 (B, ...) to the level of schedule entry t (an index, one for all or one each).
+        """Noise x0 (B, ...) to where `decode(..., t)` starts: t steps from the end, one number for all or one each.
 
-        An index past the schedule's end, which full strength asks for, means its last entry.
+        DDIM and PLMS noise it by one step more, as published: to entry t of the schedule, where decode starts at t - 1.
+        A t beyond the schedule's beginning, which full strength asks them for, means the beginning.
         """
         noise = torch.randn_like(x0) if noise is None else noise
-        levels = self._select(use_original_steps).a
+        schedule = self._select(use_original_steps)
+        levels = schedule.a if self.published else np.append(schedule.a_prev[0], schedule.a)
         index = np.atleast_1d(torch.as_tensor(t).cpu().numpy()).clip(0, len(levels) - 1)
         a = torch.tensor(levels[index], dtype=torch.float32).to(x0.device).reshape(-1, *(1,) * (x0.ndim - 1))
         return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * noise

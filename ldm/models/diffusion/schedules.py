@@ -13,6 +13,7 @@ import numpy as np
 from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, usable_timesteps
 
 TINY = 1e-20  # where a schedule ends in pure noise, a trace of signal stands for none
+PURE = 1e6 * TINY  # levels below are taken for pure noise, from where only x0 tells the way
 RHO = 7.0  # how Karras et al. (2022, eq. 5) crowd steps towards the data
 
 
@@ -47,7 +48,6 @@ class Levels:
     def __init__(self, alphas_cumprod: np.ndarray) -> None:
         self.a = np.asarray(alphas_cumprod, np.float64)
         self._log = np.log(np.maximum(self.a, TINY))
-        self._log_sigma = np.log(sigma_of(np.exp(self._log)))
 
     def __len__(self) -> int:
         return len(self.a)
@@ -57,8 +57,8 @@ class Levels:
         return np.exp(np.interp(timesteps, np.arange(len(self.a)), self._log))
 
     def time_of(self, sigma: np.ndarray | float) -> np.ndarray:
-        """The timesteps at which there is so much noise, fractional; the nearest end beyond the ends."""
-        return np.interp(np.log(sigma), self._log_sigma, np.arange(len(self.a)))
+        """The timesteps at which there is so much noise, fractional: `at` inverted; the nearest end beyond the ends."""
+        return np.interp(np.log1p(np.square(sigma)), -self._log, np.arange(len(self.a)))
 
     def sigmas(self) -> tuple[float, float]:
         """The least noise, and the most that is still finite."""
@@ -98,8 +98,10 @@ def even(levels: Levels, steps: int) -> Nodes:
 
 
 def leading(levels: Levels, steps: int) -> Nodes:
-    """`uniform` with as many steps as asked for."""
-    return np.arange(steps) * (len(levels) // steps) + min(1, len(levels) // steps - 1), levels.a[0]
+    """`uniform` with as many steps as asked for, spread over all of the time whether they divide it or not."""
+    if steps == len(levels):
+        return np.arange(steps), 1.0
+    return np.arange(steps) * len(levels) // steps + 1, levels.a[0]
 
 
 def trailing(levels: Levels, steps: int) -> Nodes:
@@ -152,6 +154,7 @@ def from_table(levels: Levels, steps: int, table: Sequence[float]) -> Nodes:
 def lay_out(choice: str | Sequence[float], steps: int, alphas_cumprod: np.ndarray, eta: float = 0.0) -> Schedule:
     """The schedule of `steps` steps, by a name in `SCHEDULES` or a table of timesteps; eta: see `ddim_sigmas`.
 
+    Timesteps that the published choices repeat, for many steps, count once: from one to itself there is no step.
     ValueError for an unknown name, a table of timesteps that are none, or more steps than there are timesteps.
     """
     levels = Levels(alphas_cumprod)
@@ -163,6 +166,7 @@ def lay_out(choice: str | Sequence[float], steps: int, alphas_cumprod: np.ndarra
         timesteps, last = SCHEDULES[choice](levels, steps)
     else:
         raise ValueError(f"schedule {choice!r} is not one of {', '.join(SCHEDULES)}, or a list of timesteps")
+    timesteps = np.unique(timesteps)
     whole = np.equal(timesteps, np.round(timesteps)).all()
     # between timesteps a is interpolated; at them it is the model's own, and 0 only where nothing divides by it
     a = np.maximum(levels.a[timesteps.astype(int)], TINY) if whole else levels.at(timesteps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 
-import torch
 from torch import Tensor
 
 from ldm.models.diffusion.sampler import Choice, Run, Sampler, register, transfer
@@ -22,11 +21,7 @@ FEW_STEPS = 15  # below this many steps the last one is first order, which is st
 @register("dpm_solver")
 @register("dpmpp_2m")
 class DPMSolverSampler(Sampler):
-    """Second-order multi-step solver of the probability-flow ODE in terms of x0; deterministic.
-
-    Time is continuous: S + 1 points evenly from the schedule's last timestep to its first, most of them fractional.
-    As published, eta and the discretisation are accepted and have no effect.
-    """
+    """Second-order multi-step solver of the probability-flow ODE in terms of x0; deterministic."""
 
     plus_plus = True
 
@@ -55,16 +50,6 @@ class DPMSolverSampler(Sampler):
             x_next = x_next - math.sqrt(s.a_prev[index]) * math.expm1(-h) / 2 * slope
         run.history = [x0]
         return x_next, x0
-
-    @torch.no_grad()
-    def stochastic_encode(
-        self, x0: Tensor, t: Tensor | int, use_original_steps: bool = False, noise: Tensor | None = None
-    ) -> Tensor:
-        """Noise x0 to where `decode(..., t)` starts.
-
-        The public off-by-one of DDIM's image-to-image is not repeated: no public code used this solver for it.
-        """
-        return super().stochastic_encode(x0, torch.as_tensor(t) - 1, use_original_steps, noise)
 
 
 def steps_in_log_snr(schedule: Schedule, index: int, before: int) -> tuple[float, list[float]]:

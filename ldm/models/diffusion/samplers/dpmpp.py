@@ -30,10 +30,11 @@ class DPMpp3MSampler(Sampler):
             h, before = steps_in_log_snr(s, index, len(run.history))
             one, two = divided_differences(x0, run.history, [b / h for b in before])
             phi_1 = math.expm1(-h)
-            phi_2 = phi_1 / h + 1
-            x_next = x_next + math.sqrt(a_next) * phi_2 * one
-            if two is not None:
-                x_next = x_next - math.sqrt(a_next) * (phi_2 / h - 0.5) * two
+            if two is None:  # the second step is one of 2M
+                x_next = x_next - math.sqrt(a_next) * phi_1 / 2 * one
+            else:
+                phi_2 = phi_1 / h + 1
+                x_next = x_next + math.sqrt(a_next) * (phi_2 * one - (phi_2 / h - 0.5) * two)
         run.history = [x0, *run.history[:1]]
         return x_next, x0
 
@@ -61,12 +62,11 @@ class DPMpp2SSampler(Sampler):
         x_next = transfer(x0, eps, a_next)
         if a_next >= 1:
             return x_next, x0
-        t_mid = float(self.levels.time_of(math.exp(-(log_snr(a) + log_snr(a_next)) / 2)))
-        a_mid = float(self.levels.at(t_mid))
-        _, x0_mid = self.predict(run, transfer(x0, eps, a_mid), t_mid, a_mid)
         h = log_snr(a_next) - log_snr(a)
-        slope = (x0_mid - x0) * (h / (log_snr(a_mid) - log_snr(a)))
-        return x_next - math.sqrt(a_next) * math.expm1(-h) / 2 * slope, x0
+        sigma_mid = math.exp(-(log_snr(a) + h / 2))
+        a_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))
+        _, x0_mid = self.predict(run, transfer(x0, eps, a_mid), t_mid, a_mid)
+        return x_next - math.sqrt(a_next) * math.expm1(-h) * (x0_mid - x0), x0
 
 
 @register("dpmpp_2m_sde")
@@ -84,7 +84,7 @@ class DPMpp2MSDESampler(Sampler):
             return x0, x0
         h, before = steps_in_log_snr(s, index, len(run.history))
         signal, noise = math.sqrt(a_next), math.sqrt(1 - a_next)
-        fresh = noise * math.sqrt(-math.expm1(-2 * h)) * run.temperature * run.fresh(x)
+        fresh = run.added(x, noise * math.sqrt(-math.expm1(-2 * h)))
         x_next = signal * x0 + noise * math.exp(-h) * eps + fresh
         if run.history:
             slope = (x0 - run.history[0]) * (h / before[0])

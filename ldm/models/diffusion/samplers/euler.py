@@ -10,11 +10,9 @@ import math
 
 from torch import Tensor
 
-from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddim import noisy_transfer
 from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
-from ldm.models.diffusion.schedules import TINY, sigma_of
-
-PURE = 1e6 * TINY  # levels below are taken for pure noise, from where only x0 tells the way
+from ldm.models.diffusion.schedules import PURE, ddim_sigmas, sigma_of
 
 
 @register("euler")
@@ -32,17 +30,21 @@ class EulerSampler(Sampler):
 
 @register("euler_a")
 @register("ddpm")
-class AncestralSampler(DDIMSampler):
+class AncestralSampler(Sampler):
     """As much noise a step as the diffusion had (Ho et al. 2020, algorithm 2): DDIM with eta 1.
 
     Euler's ancestral steps, down to less noise than the next level has and up to it again, come to the same.
     """
 
-    def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize=None, ddim_eta: float = 0.0, verbose: bool = True
-    ) -> None:
-        """As of every sampler; an eta of 0, which is nobody's wish here, means 1."""
-        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta or 1.0, verbose)
+    default_schedule = "trailing"  # with all steps it is algorithm 2 to the letter
+    plus_plus = True
+
+    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """One step; the last one, to clean data, adds no noise."""
+        s = run.schedule
+        a, a_next = float(s.a[index]), float(s.a_prev[index])
+        eps, x0 = self.predict(run, x, s.timesteps[index], a)
+        return noisy_transfer(run, eps, x0, a_next, float(ddim_sigmas(a, a_next, 1.0))), x0
 
 
 def along(x: Tensor, eps: Tensor, a: float, a_next: float) -> Tensor:
@@ -77,11 +79,7 @@ class DPM2Sampler(Sampler):
         eps, x0 = self.predict(run, x, s.timesteps[index], a)
         if a < PURE or a_next >= 1:
             return transfer(x0, eps, a_next), x0
-        t_mid, a_mid = self.halfway(a, a_next)
+        sigma_mid = math.sqrt(sigma_of(a) * sigma_of(a_next))
+        a_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))
         eps_mid, _ = self.predict(run, transfer(x0, eps, a_mid), t_mid, a_mid)
         return along(x, eps_mid, a, a_next), x0
-
-    def halfway(self, a: float, a_next: float) -> tuple[float, float]:
-        """(timestep, level) in the middle between two levels in log sigma."""
-        t = float(self.levels.time_of(math.sqrt(sigma_of(a) * sigma_of(a_next))))
-        return t, float(self.levels.at(t))

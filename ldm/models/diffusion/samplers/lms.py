@@ -9,8 +9,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
-from ldm.models.diffusion.samplers.euler import PURE
-from ldm.models.diffusion.schedules import sigma_of
+from ldm.models.diffusion.schedules import PURE, sigma_of
 
 ORDER = 4
 
