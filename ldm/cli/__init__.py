@@ -12,16 +12,18 @@ from ldm.cli.options import (
     add_model,
     add_output,
     add_prompt,
+    add_reading,
     add_sampler,
     add_size,
     is_setting,
     number,
     parse,
-    prompt_batches,
+    reading_options,
     sampling_options,
     sampling_parser,
     user_path,
 )
+from ldm.cli.prompts import Batch, batches, combinations, prompt_batches
 from ldm.cli.reporting import FAREWELL, run, say
 from ldm.cli.sample_runs import RunWriter
 from ldm.cli.writing import Interrupted, NamedWriter, SampleWriter
@@ -30,6 +32,7 @@ __all__ = [
     "FAREWELL",
     "MAX_SEED",
     "ArgumentParser",
+    "Batch",
     "Interrupted",
     "NamedWriter",
     "RunWriter",
@@ -39,8 +42,11 @@ __all__ = [
     "add_model",
     "add_output",
     "add_prompt",
+    "add_reading",
     "add_sampler",
     "add_size",
+    "batches",
+    "combinations",
     "is_setting",
     "conditions_for",
     "load_model",
@@ -49,6 +55,7 @@ __all__ = [
     "parse",
     "prompt_batches",
     "read_conditions",
+    "reading_options",
     "resumed",
     "run",
     "sampling_options",

@@ -8,7 +8,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.devices import DEVICES, PRECISIONS
@@ -72,7 +71,29 @@ def add_prompt(parser: ArgumentParser, negative: bool = True) -> None:
         help="read prompts from a text file, one a line; empty ones count",
     )
     group.add_argument(
-        "--repeat", type=number(int, 1), default=1, help="use each line of --from-file this often (%(default)s)"
+        "--repeat",
+        type=number(int, 1),
+        default=1,
+        help="use each line of --from-file, or of what --matrix makes, this often (%(default)s)",
+    )
+    group.add_argument(
+        "--matrix", action="store_true", help="of {a|b} in prompts draw both, of several such all combinations"
+    )
+
+
+def add_reading(parser: ArgumentParser) -> None:
+    """How to read prompts, if not as published: --emphasis, --long_prompt, --clip_skip."""
+    group = parser.add_argument_group("how to read prompts")
+    group.add_argument(
+        "--emphasis", action="store_true", help="weigh words: (word:1.2), (word) is 1.1, [word] 1/1.1; \\( is literal"
+    )
+    group.add_argument(
+        "--long_prompt",
+        action="store_true",
+        help="read what exceeds the encoder's length in chunks, and cut off nothing",
+    )
+    group.add_argument(
+        "--clip_skip", type=number(int, 1), default=1, metavar="N", help="CLIP's layer, the N-th last (%(default)s)"
     )
 
 
@@ -162,6 +183,7 @@ def sampling_parser(description: str, scale: float, outdir: str, n_iter: int, n_
     """
     parser = ArgumentParser(description=description)
     add_prompt(parser)
+    add_reading(parser)
     add_amount(parser, n_samples, n_iter)
     add_size(parser)
     add_sampler(parser, scale)
@@ -215,6 +237,12 @@ def _sampler(args: argparse.Namespace) -> str | None:
     return "ddim" if args.ddim else None
 
 
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_reading` that were asked for: `inference.Reading(**these)`, and for metadata."""
+    defaults = {"emphasis": False, "long_prompt": False, "clip_skip": 1}
+    return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
+
+
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_sampler`, and the negative prompt if there is one, as `ldm.inference` takes them."""
     text = {"negative_prompt": args.negative_prompt} if hasattr(args, "negative_prompt") else {}
@@ -224,33 +252,3 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "eta": args.ddim_eta,
         "scale": args.scale,
     }
-
-
-def prompt_batches(args: argparse.Namespace) -> list[list[str]]:
-    """The prompts of one iteration in batches of `n_samples`: the prompt repeated, or the lines of --from-file.
-
-    The last batch of a file may be smaller. Raises FileNotFoundError or ValueError if the file has no prompts to give.
-    """
-    if args.from_file is None:
-        batches = [[args.prompt] * args.n_samples]
-    else:
-        lines = [line for line in _read_lines(Path(args.from_file)) for _ in range(args.repeat)]
-        batches = [lines[i : i + args.n_samples] for i in range(0, len(lines), args.n_samples)]
-    for text in (getattr(args, "negative_prompt", ""), *sum(batches, [])):
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f"the prompt {text!r} is not valid text: check the terminal's encoding (UTF-8)")
-    return batches
-
-
-def _read_lines(path: Path) -> list[str]:
-    if path.is_dir():
-        raise ValueError(f"--from-file {path} is a folder, not a text file")
-    if not path.exists():
-        raise FileNotFoundError(f"--from-file {path}: there is no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig").rstrip()
-    except UnicodeDecodeError:
-        raise ValueError(f"--from-file {path} is not UTF-8 text: save it as UTF-8") from None
-    if not text:
-        raise ValueError(f"--from-file {path} holds no prompts")
-    return text.split("\n")  # not splitlines: a prompt may hold other characters that end lines somewhere
