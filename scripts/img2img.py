@@ -37,7 +37,7 @@ def parser() -> cli.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
-    batches = cli.prompt_batches(args)
+    batches, reading = cli.batches(args), cli.reading_options(args)
     if args.fixed_code:
         logger.warning("--fixed_code has no effect here, as in the public script: the start is the picture")
 
@@ -49,16 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm import inference
 
     model = cli.load_model(args)
-    settings = {"strength": args.strength, "init_image": Path(args.init_img).name}
+    settings = {"strength": args.strength, "init_image": Path(args.init_img).name, **reading}
     with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
         inference.seed_everything(args.seed)
         latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
         if depth is not None or inference.needs_depth(model):
             depth = inference.depth_map(model, init_image, depth, size=latents.shape[2:])
-        for prompts in batches * args.n_iter:
+        for batch in batches:
             options = {"strength": args.strength, "depth": depth, **cli.sampling_options(args)}
-            images = inference.img2img(model, prompts, latents[: len(prompts)], **options)
-            writer.save(images, prompts)
+            options |= batch.options(args.negative_prompt)
+            if reading:
+                options["reading"] = inference.Reading(**reading)
+            images = inference.img2img(model, batch.prompts, latents[: len(batch.prompts)], **options)
+            writer.save(images, batch.prompts, settings=batch.settings)
     cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 
 

@@ -39,22 +39,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     if args.laion400m:
         use_laion400m(args)
-    batches = cli.prompt_batches(args)
+    batches, reading = cli.batches(args), cli.reading_options(args)
 
     from ldm import inference
 
     with joined_processes() as processes:
         model = cli.load_model(args)
         size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
-        with cli.SampleWriter(args, processes, model=cli.model_name(model)) as writer:
+        with cli.SampleWriter(args, processes, model=cli.model_name(model), **reading) as writer:
             inference.seed_everything(args.seed)
             start = inference.start_latent(model, args.n_samples, **size) if args.fixed_code else None
-            for number, prompts in enumerate(batches * args.n_iter):
-                options = size | cli.sampling_options(args)
+            for number, batch in enumerate(batches):
+                prompts = batch.prompts
+                options = size | cli.sampling_options(args) | batch.options(args.negative_prompt)
+                if reading:
+                    options["reading"] = inference.Reading(**reading)
                 options["start_code"] = None if start is None else start[: len(prompts)]
                 if number % processes.world == processes.rank:
                     images = inference.txt2img(model, prompts, **options, progress=processes.rank == 0)
-                    writer.save(images, prompts)
+                    writer.save(images, prompts, settings=batch.settings)
                 else:
                     inference.skip_txt2img(model, prompts, **options)
                     writer.skip(len(prompts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -79,36 +79,44 @@ class SampleWriter:
         """Leave out `count` pictures that another process draws."""
         self._index += count
 
-    def save(self, images: Sequence[Image.Image], prompts: Sequence[str], name: str = "") -> None:
+    def save(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        name: str = "",
+        settings: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         """Write a batch unless --skip_save, and keep it for the grid unless --skip_grid.
 
         prompts: what each picture was drawn from; empty texts where that is no text. name: for a `NamedWriter`.
+        settings: of each picture, what its metadata say in place of the run's; None: nothing.
         """
         from ldm.images import save_png
 
-        for image, prompt in zip(images, prompts, strict=True):
+        for image, prompt, own in zip(images, prompts, settings or [{}] * len(images), strict=True):
             if not self._args.skip_save:
                 number = None if self._first is None else self._first + self._index
-                save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt), number)
+                save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt, own), number)
                 self.written += 1
             if not self._args.skip_grid:
                 self._for_grid.append((self._index, image))
             self._index += 1
 
-    def _metadata(self, image: Image.Image, prompt: str) -> dict[str, str]:
+    def _metadata(self, image: Image.Image, prompt: str, own: Mapping[str, Any] = {}) -> dict[str, str]:
         from ldm.images import png_metadata
 
         args = self._args
         if args.no_metadata:
             return {}
-        settings = sampling_options(args) | self._settings
-        if args.scale == 1.0:
+        size = f"{image.width}x{image.height}"
+        run = {"seed": args.seed, "size": size, "batch_size": args.n_samples, "index": self._index}
+        settings = {"prompt": prompt, **sampling_options(args), **self._settings, **run, **own}
+        if settings["scale"] == 1.0:
             settings.pop("negative_prompt", None)  # of no effect without guidance
         if args.sampler != "ddim":
             del settings["eta"]  # no other sampler has it
-        size = f"{image.width}x{image.height}"
-        run = {"seed": args.seed, "size": size, "batch_size": args.n_samples, "index": self._index}
-        return png_metadata({"prompt": prompt, **settings, **run, "version": f"ldm {__version__}"})
+        known = {name: value for name, value in settings.items() if name not in own or value is not None}
+        return png_metadata({**known, "version": f"ldm {__version__}"})
 
 
 class NamedWriter(SampleWriter):
