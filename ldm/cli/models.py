@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load_model(args: Namespace) -> LatentDiffusion:
-    """The model that the options of `add_model` name; settles the steps, sampler and scale that they leave to it.
+    """The model that the options of `add_model` name; settles the steps, sampler, scale, schedule they leave to it.
 
     Raises ValueError if --C or --f contradict the model, and what loading raises.
     """
@@ -27,8 +27,16 @@ def load_model(args: Namespace) -> LatentDiffusion:
         if given not in (None, actual):
             raise ValueError(f"{flag} {given} does not fit this model, which has {actual}: leave {flag} out")
     args.ddim_steps, args.sampler, args.scale = inference.sampling_settings(
-        model, args.public_scale, args.ddim_steps, args.sampler, args.scale, args.ddim_eta, args.public_steps
+        model,
+        args.public_scale,
+        args.ddim_steps,
+        args.sampler,
+        args.scale,
+        args.ddim_eta,
+        args.public_steps,
+        args.cfg_pp,
     )
+    args.schedule = args.schedule or getattr(model, "sampling", {}).get("schedule")
     return model
 
 
