@@ -240,7 +240,7 @@ def save_png_named(
 
 
 def replace_png(image: Image.Image, path: str | Path) -> None:
-    """Write `image` to `path`, in place of what is there: for previews, the one thing that may go. Whole at any time."""
+    """Write `image` to `path` in place of what is there, whole at any time: for previews, the one thing that may go."""
     path = Path(path)
     with _complete(_png(image), path.parent) as complete:
         os.replace(complete, path)

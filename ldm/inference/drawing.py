@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ from torch import Tensor
 from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
 from ldm.inference.loading import sampling_plan
 from ldm.inference.prompts import AS_PUBLISHED, Reading, negative_prompts, text_contexts
+from ldm.inference.seamless import seamless
 from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH, require, task_of
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition, Guidance
+from ldm.models.diffusion.noise import Noise, PerImage, shared
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import make_sampler
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
+
+OnStep = Callable[[Tensor, int, int], None]  # (latents expected to come out, step from 1, of how many)
 
 
 def seed_everything(seed: int) -> None:
@@ -92,8 +96,11 @@ def txt2img(
     scale: float | Sequence[float] | None = None,
     schedule: Choice | None = None,
     guidance: Mapping[str, Any] | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    noise: Noise = shared,
     start_code: Tensor | None = None,
+    tiling: str | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
     """One picture a prompt, as one batch.
@@ -104,7 +111,10 @@ def txt2img(
     the first step to the last. steps, sampler and scale are by default the model's own, else 50, "ddim" and 7.5.
     schedule: a name in `SCHEDULES` or a list of timesteps, by default the model's own, else the sampler's. guidance:
     what else there is to `Guidance`, such as {"terms": {"rescale": 0.7}}. seed: start of the random numbers; None goes
-    on where they are. start_code: the latents to start from (see `start_latent`).
+    on where they are, and one a prompt makes every picture the same alone or in any batch (see `noise.PerImage`).
+    noise: where else random numbers come from. start_code: the latents to start from (see `start_latent`). tiling: "x",
+    "y" or "both", for pictures that repeat without a seam. on_step: called after every step, with the latents that are
+    expected to come out, the number of the step from 1, and that of the last (see `previews`).
 
     Raises ValueError for what the model cannot do, ArithmeticError if the picture is not finite.
     """
@@ -115,19 +125,17 @@ def txt2img(
         wanted = (len(prompts), *shape)
         raise ValueError(f"start_code is {tuple(start_code.shape)}, but these prompts and this size need {wanted}")
     how, guidance = sampling_plan(model, 7.5, steps, sampler, scale, eta, schedule, guidance)
-    if seed is not None:
-        seed_everything(seed)
-    with drawing(model):
+    how |= {"noise": _noise_of(seed, noise), "on_step": on_step, "progress": progress}
+    with drawing(model), seamless(model, tiling):
         guided = text_condition(model, prompts, negative_prompt, guidance, reading)
-        latents = draw(model, guided, shape, len(prompts), **how, x_T=start_code, progress=progress)
-        return decode(model, latents)
+        return decode(model, draw(model, guided, shape, len(prompts), **how, x_T=start_code))
 
 
 @torch.no_grad()
 def skip_txt2img(model: LatentDiffusion, prompts: Sequence[str], **options: Any) -> None:
     """Draw the random numbers of a call of `txt2img`, without its work: what is drawn next is as after the call.
 
-    `options` are those of `txt2img` but `seed` and `progress`. Processes that share a run skip each other's batches.
+    `options` are those of `txt2img` but `seed`. Processes that share a run skip each other's batches.
     """
     height, width = resolve_size(model, options.get("height"), options.get("width"))
     taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
@@ -137,7 +145,8 @@ def skip_txt2img(model: LatentDiffusion, prompts: Sequence[str], **options: Any)
     idle = SimpleNamespace(**{name: getattr(model, name) for name in names})
     idle.apply_model = lambda x, t, cond: torch.zeros_like(x)
     shape = (model.channels, *model.latent_size(height, width))
-    draw(idle, Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"), progress=False)
+    how |= {"noise": options.get("noise", shared), "progress": False}
+    draw(idle, Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"))
 
 
 @torch.no_grad()
@@ -158,7 +167,10 @@ def img2img(
     scale: float | Sequence[float] | None = None,
     schedule: Choice | None = None,
     guidance: Mapping[str, Any] | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    noise: Noise = shared,
+    tiling: str | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
     """One picture a prompt, made from `init`: a picture, or its latents (B, C, h, w) from `encode_image`.
@@ -171,23 +183,35 @@ def img2img(
     task = require(model, TEXT, TEXT_AND_DEPTH)
     check_strength(strength)
     how, guidance = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
-    if seed is not None:
-        seed_everything(seed)
-    latents = init if isinstance(init, Tensor) else encode_image(model, init, len(prompts), height, width)
+    noise = _noise_of(seed, noise)
+    if isinstance(init, Tensor):
+        latents = init
+    else:
+        with seamless(model, tiling):
+            latents = encode_image(model, init, len(prompts), height, width, noise)
     if len(latents) != len(prompts):
         raise ValueError(f"init has {len(latents)} latents for {len(prompts)} prompts")
     if task is TEXT_AND_DEPTH and depth is None:
         if isinstance(init, Tensor):
             raise ValueError("latents say nothing of depth: give this model `depth`, what depth_map makes")
         depth = depth_map(model, init, size=latents.shape[2:])
-    with drawing(model):
+    how |= {"noise": noise, "on_step": on_step, "progress": progress}
+    with drawing(model), seamless(model, tiling):
         guided = text_condition(model, prompts, negative_prompt, guidance, reading)
         if task is TEXT_AND_DEPTH:
             guided = guided.beside(c_concat=depth.expand(len(prompts), -1, -1, -1))
         elif depth is not None:
             raise ValueError("a depth map has no effect on this model: leave it out, or use a depth-to-image model")
-        latents = redraw(model, guided, latents, strength, **how, progress=progress)
-        return decode(model, latents)
+        return decode(model, redraw(model, guided, latents, strength, **how))
+
+
+def _noise_of(seed: int | Sequence[int] | None, noise: Noise) -> Noise:
+    """Where random numbers come from: seeds of one an image, or `noise`, at whose start one seed puts it."""
+    if seed is None or isinstance(seed, int):
+        if seed is not None:
+            seed_everything(seed)
+        return noise
+    return PerImage(seed)
 
 
 def needs_depth(model: LatentDiffusion) -> bool:
@@ -220,27 +244,36 @@ def check_strength(strength: float) -> None:
 
 @torch.no_grad()
 def encode_image(
-    model: LatentDiffusion, image: Image.Image, batch: int = 1, height: int | None = None, width: int | None = None
+    model: LatentDiffusion,
+    image: Image.Image,
+    batch: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    noise: Noise = shared,
 ) -> Tensor:
-    """`batch` latents (batch, C, h, w) of one picture, each a draw of its own from the first stage's posterior."""
+    """`batch` latents (batch, C, h, w) of one picture, each a draw of its own from the first stage's posterior.
+
+    The posterior's noise is drawn on the CPU.
+    """
     image = fit(model, image, height, width)
     logger.info("Picture size: %dx%d", image.width, image.height)
-    return encode_pixels(model, image_to_tensor(image), batch)
+    return encode_pixels(model, image_to_tensor(image), batch, noise)
 
 
 @torch.no_grad()
-def encode_pixels(model: LatentDiffusion, pixels: Tensor, batch: int = 1) -> Tensor:
+def encode_pixels(model: LatentDiffusion, pixels: Tensor, batch: int = 1, noise: Noise = shared) -> Tensor:
     """The same of pixels (1, 3, H, W) from -1 to 1, whose size the model can take."""
     posterior = model.encode_first_stage(pixels.to(model.device, first_stage_dtype(model)))
     if isinstance(posterior, DiagonalGaussianDistribution):  # encoded once, drawn from `batch` times
         posterior = DiagonalGaussianDistribution(posterior.parameters.expand(batch, -1, -1, -1))
-        return model.get_first_stage_encoding(posterior).float()
+        drawn = posterior.sample(noise(posterior.mean.shape, torch.device("cpu")))
+        return model.get_first_stage_encoding(drawn).float()
     return model.get_first_stage_encoding(posterior).float().expand(batch, -1, -1, -1)
 
 
-def start_latent(model: LatentDiffusion, batch: int, height: int, width: int) -> Tensor:
+def start_latent(model: LatentDiffusion, batch: int, height: int, width: int, noise: Noise = shared) -> Tensor:
     """Noise (batch, C, h, w) to start several batches from, for pictures of height x width pixels."""
-    return torch.randn((batch, model.channels, *model.latent_size(height, width)), device=model.device)
+    return noise((batch, model.channels, *model.latent_size(height, width)), model.device)
 
 
 # ---- the parts ----
@@ -307,11 +340,18 @@ def draw(
     steps: int,
     sampler: str,
     eta: float = 0.0,
+    on_step: OnStep | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Tensor:
-    """Latents (batch_size, *shape) from noise. `options` are others of `Sampler.sample`: schedule, x_T, mask ..."""
-    latents, _ = make_sampler(model, sampler).sample(
+    """Latents (batch_size, *shape) from noise. `options` are others of `Sampler.sample`: schedule, x_T, mask ...
+
+    on_step: see `txt2img`.
+    """
+    solver = make_sampler(model, sampler)
+    if on_step is not None:
+        options["img_callback"] = lambda x0, i: on_step(x0, i + 1, len(solver.schedule))
+    latents, _ = solver.sample(
         S=steps,
         batch_size=batch_size,
         shape=shape,
@@ -335,25 +375,31 @@ def redraw(
     sampler: str,
     eta: float = 0.0,
     schedule: Choice | None = None,
+    noise: Noise = shared,
+    on_step: OnStep | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Tensor:
     """Latents (B, C, h, w) noised by `strength` of the schedule, and drawn anew from there (SDEdit).
 
-    `options` are further ones of `Sampler.decode`: mask, x0.
+    `options` are further ones of `Sampler.decode`: mask, x0. on_step: see `txt2img`.
     """
     solver = make_sampler(model, sampler)
     solver.make_schedule(steps, schedule, ddim_eta=eta, verbose=False)
     count = int(strength * steps)
     if count == 0:
         return latents
-    noised = solver.stochastic_encode(latents, count)
+    if on_step is not None:
+        total = len(solver.schedule.until(count))
+        options["img_callback"] = lambda x0, i: on_step(x0, i + 1, total)
+    noised = solver.stochastic_encode(latents, count, noise=noise(latents.shape, latents.device))
     return solver.decode(
         noised,
         guided.cond,
         count,
         unconditional_conditioning=guided.uncond,
         guidance=guided.guidance,
+        noise=noise,
         verbose=progress,
         **options,
     )
