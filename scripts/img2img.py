@@ -58,9 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for batch in batches:
             options = {"strength": args.strength, "depth": depth, **cli.sampling_options(args)}
             options |= batch.options(args.negative_prompt)
+            init = latents[: len(batch.prompts)]
+            if batch.seeded:  # their seeds draw the latents too
+                init, options = init_image, {**options, "height": args.H, "width": args.W}
             if reading:
                 options["reading"] = inference.Reading(**reading)
-            images = inference.img2img(model, batch.prompts, latents[: len(batch.prompts)], **options)
+            images = inference.img2img(model, batch.prompts, init, **options)
             writer.save(images, batch.prompts, settings=batch.settings)
     cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 

@@ -54,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options = size | cli.sampling_options(args) | batch.options(args.negative_prompt)
                 if reading:
                     options["reading"] = inference.Reading(**reading)
-                options["start_code"] = None if start is None else start[: len(prompts)]
+                options["start_code"] = None if start is None or batch.seeded else start[: len(prompts)]
                 if number % processes.world == processes.rank:
                     images = inference.txt2img(model, prompts, **options, progress=processes.rank == 0)
                     writer.save(images, prompts, settings=batch.settings)
                 else:
-                    inference.skip_txt2img(model, prompts, **options)
+                    if not batch.seeded:
+                        inference.skip_txt2img(model, prompts, **options)
                     writer.skip(len(prompts))
     if processes.rank == 0:
         cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)

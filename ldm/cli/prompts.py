@@ -61,18 +61,21 @@ class Batch:
         return [line.prompt for line in self.lines]
 
     @property
-    def seeds(self) -> list[int] | None:
-        """The seed of each line, if they have their own."""
-        return [line.options["seed"] for line in self.lines] if "seed" in self.lines[0].options else None
+    def seeded(self) -> bool:
+        """Whether the lines have seeds of their own: then they draw no other random numbers."""
+        return "seed" in self.lines[0].options
 
     @property
     def settings(self) -> list[dict[str, Any]]:
-        """What each picture's metadata are to say in place of the run's."""
-        return [dict(line.options) for line in self.lines]
+        """What each picture's metadata are to say in place of the run's. None: of no effect on it."""
+        alone = {"seed_mode": "image", "batch_size": None, "index": None} if self.seeded else {}
+        return [{**line.options, **alone} for line in self.lines]
 
     def options(self, negative_prompt: str) -> dict[str, Any]:
         """Its own options, as `ldm.inference` takes them; `negative_prompt` is for lines without one."""
         own = {name: value for name, value in self.lines[0].options.items() if name in ("steps", "scale")}
+        if self.seeded:
+            own["seed"] = [line.options["seed"] for line in self.lines]
         if any("negative_prompt" in line.options for line in self.lines):
             own["negative_prompt"] = [line.options.get("negative_prompt", negative_prompt) for line in self.lines]
         return own
