@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
-from ldm.cli.options import sampling_options
+from ldm.cli.options import sampling_metadata
 from ldm.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -110,11 +110,9 @@ class SampleWriter:
             return {}
         size = f"{image.width}x{image.height}"
         run = {"seed": args.seed, "size": size, "batch_size": args.n_samples, "index": self._index}
-        settings = {"prompt": prompt, **sampling_options(args), **self._settings, **run, **own}
-        if settings["scale"] == 1.0:
+        settings = {"prompt": prompt, **sampling_metadata(args), **self._settings, **run, **own}
+        if settings["scale"] == 1.0 and not args.cfg_pp:
             settings.pop("negative_prompt", None)  # of no effect without guidance
-        if args.sampler != "ddim":
-            del settings["eta"]  # no other sampler has it
         known = {name: value for name, value in settings.items() if name not in own or value is not None}
         return png_metadata({**known, "version": f"ldm {__version__}"})
 
