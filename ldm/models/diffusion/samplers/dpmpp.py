@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from ldm.models.diffusion.dpm_solver.sampler import log_snr, steps_in_log_snr
+from ldm.models.diffusion.dpm_solver.sampler import FEW_STEPS, log_snr, steps_in_log_snr
 from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
 
 
@@ -26,9 +26,10 @@ class DPMpp3MSampler(Sampler):
         a_next = float(s.a_prev[index])
         eps, x0 = self.predict(run, x, s.timesteps[index], s.a[index])
         x_next = transfer(x0, eps, a_next)
-        if run.history and a_next < 1:
-            h, before = steps_in_log_snr(s, index, len(run.history))
-            one, two = divided_differences(x0, run.history, [b / h for b in before])
+        history = run.history[:index] if len(s) < FEW_STEPS else run.history  # a short run ends in lower orders
+        if history and a_next < 1:
+            h, before = steps_in_log_snr(s, index, len(history))
+            one, two = derivatives(x0, history, [b / h for b in before])
             phi_1 = math.expm1(-h)
             if two is None:  # the second step is one of 2M
                 x_next = x_next - math.sqrt(a_next) * phi_1 / 2 * one
@@ -39,13 +40,17 @@ class DPMpp3MSampler(Sampler):
         return x_next, x0
 
 
-def divided_differences(x0: Tensor, history: list[Tensor], r: list[float]) -> tuple[Tensor, Tensor | None]:
-    """First and second derivative of x0 in steps' lengths; r: the lengths of the steps before in that of this one."""
+def derivatives(x0: Tensor, history: list[Tensor], r: list[float]) -> tuple[Tensor, Tensor | None]:
+    """First and second derivative of x0 in steps' lengths; r: the lengths of the steps before in that of this one.
+
+    A second divided difference is half a derivative. The published code takes it for a whole one, which leaves its rule
+    of third order one of second.
+    """
     slope = (x0 - history[0]) / r[0]
     if len(history) < 2:
         return slope, None
-    curve = (slope - (history[0] - history[1]) / r[1]) / (r[0] + r[1])
-    return slope + r[0] * curve, curve
+    half_curve = (slope - (history[0] - history[1]) / r[1]) / (r[0] + r[1])
+    return slope + r[0] * half_curve, 2 * half_curve
 
 
 @register("dpmpp_2s")
@@ -86,7 +91,7 @@ class DPMpp2MSDESampler(Sampler):
         signal, noise = math.sqrt(a_next), math.sqrt(1 - a_next)
         fresh = run.added(x, noise * math.sqrt(-math.expm1(-2 * h)))
         x_next = signal * x0 + noise * math.exp(-h) * eps + fresh
-        if run.history:
+        if run.history and not (index == 0 and len(s) < FEW_STEPS):
             slope = (x0 - run.history[0]) * (h / before[0])
             x_next = x_next - signal * math.expm1(-2 * h) / 2 * slope
         run.history = [x0]
