@@ -161,7 +161,7 @@ def _weighted(tokenizer: Tokenizer, parts: Sequence[tuple[str, float]]) -> Chunk
     """Every part tokenised by itself, one after the other: a word that is weighted in part falls into words."""
     text, ids, starts, weights = "", [], [], []
     for inner, weight in parts:
-        read = tokenizer.tokenize(inner)
+        read = tokenizer.tokenize(inner.strip(" "))
         text += " " if text else ""
         starts += [len(text) + start for start in read.starts]
         ids += read.ids
