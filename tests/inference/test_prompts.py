@@ -11,7 +11,9 @@ from ldm.inference import Reading, img2img, load_model, text_condition, txt2img
 from ldm.models.diffusion.guidance import Guidance
 
 PROMPTS = ["a large red circle", "a small blue square on a white background", "a green star"]
-LONG = "a large red circle to the left of a small blue square , on a white background , and to the right of a green star"
+LONG = (
+    "a large red circle to the left of a small blue square , on a white background , and to the right of a green star"
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,12 @@ def test_the_bundled_model_reads_otherwise(model, plain, otherwise, reading):
     difference = np.abs(drawn(model, [plain]) - drawn(model, [otherwise], reading=reading))
     assert difference.max() > 3
     pictures = img2img(
-        model, [otherwise], txt2img(model, [plain], steps=2, progress=False)[0], reading=reading, steps=2, progress=False
+        model,
+        [otherwise],
+        txt2img(model, [plain], steps=2, progress=False)[0],
+        reading=reading,
+        steps=2,
+        progress=False,
     )
     assert pictures[0].size == (64, 64)
 
