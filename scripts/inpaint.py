@@ -57,6 +57,7 @@ def parser() -> cli.ArgumentParser:
     )
     cli.add_prompt(options)
     cli.add_amount(options, n_samples=1, n_iter=1)
+    cli.add_reading(options)
     cli.add_size(options)
     cli.add_sampler(options, scale=7.5)
     cli.add_model(options, f"{PUBLIC_CKPT} for --indir, else Stable Diffusion v1 if present, else the bundled model")
@@ -99,7 +100,7 @@ def load_model(args: argparse.Namespace):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
-    batches = cli.prompt_batches(args)
+    batches, reading = cli.prompt_batches(args), cli.reading_options(args)
     if args.feather and not args.keep_unmasked:
         raise ValueError("--feather goes over into the pixels that --no-keep_unmasked gives up: leave one of them out")
     pairs = pairs_of(args)
@@ -109,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model = load_model(args)
     options = {name: getattr(args, name) for name in ("strength", "feather", "keep_unmasked")}
-    settings = options | {"init_image": pairs[0][0].name, "mask": pairs[0][1].name} if args.init_img else options
+    settings = options | reading
+    if args.init_img:
+        settings |= {"init_image": pairs[0][0].name, "mask": pairs[0][1].name}
+    if reading:
+        options["reading"] = inference.Reading(**reading)
     writer_kind = cli.NamedWriter if args.indir else cli.SampleWriter
     with writer_kind(args, model=cli.model_name(model), **settings) as writer:
         for path, mask_path in pairs:

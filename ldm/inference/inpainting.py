@@ -26,6 +26,7 @@ from ldm.inference.drawing import (
     text_condition,
 )
 from ldm.inference.loading import sampling_plan
+from ldm.inference.prompts import AS_PUBLISHED, Reading
 from ldm.inference.tasks import MASK, TEXT, TEXT_AND_MASK, require, task_of
 from ldm.inference.tiling import padded
 from ldm.models.diffusion.guidance import Guidance
@@ -50,6 +51,7 @@ def inpaint(
     feather: int = 0,
     keep_unmasked: bool = True,
     negative_prompt: str | Sequence[str] = "",
+    reading: Reading = AS_PUBLISHED,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
@@ -78,7 +80,7 @@ def inpaint(
     check_mask(mask, image)
     if feather and not keep_unmasked:
         raise ValueError("feather blends with the pixels that keep_unmasked would keep: leave one of the two out")
-    if textless and (any(prompts) or any(negative_prompt) or scale not in (None, 1.0)):
+    if textless and (any(prompts) or any(negative_prompt) or scale not in (None, 1.0) or reading != AS_PUBLISHED):
         raise ValueError("this model fills holes without a text or guidance: leave prompts and scale out")
     public_scale = 1.0 if textless else 7.5
     how, guidance = sampling_plan(model, public_scale, steps, sampler, scale, eta, schedule, guidance)
@@ -94,7 +96,7 @@ def inpaint(
         multiple = math.lcm(32, model.first_stage_model.downsampling_factor)  # as in `fit`, which resizes
         pixels, covered = padded(pixels, multiple), padded(hole, multiple)
     with drawing(model):
-        guided = _condition(model, pixels, covered, prompts, negative_prompt, guidance)
+        guided = _condition(model, pixels, covered, prompts, negative_prompt, guidance, reading)
         latents = _latents(model, guided, pixels, covered, len(prompts), strength, **how, progress=progress)
         images = decode(model, latents)
     images = [drawn.crop((0, 0, *working.size)) for drawn in images]
@@ -114,12 +116,13 @@ def _condition(
     prompts: Sequence[str],
     negative_prompt: str | Sequence[str],
     guidance: Guidance,
+    reading: Reading,
 ) -> Guided:
     """What to draw under: for pixels (1, 3, H, W) from -1 to 1, and a mask (1, 1, H, W) of 0 and 1."""
     task = task_of(model)
     if task is MASK:
         return Guided(_masked_latent(model, pixels, mask).expand(len(prompts), -1, -1, -1), guidance=guidance)
-    guided = text_condition(model, prompts, negative_prompt, guidance)
+    guided = text_condition(model, prompts, negative_prompt, guidance, reading)
     if task is TEXT:
         return guided
     batch = {"mask": mask.movedim(1, -1), "masked_image": (pixels * (1 - mask)).movedim(1, -1)}  # holes are mid grey

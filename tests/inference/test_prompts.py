@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from ldm.data.shapes_judge import judge
-from ldm.inference import Reading, img2img, load_model, text_condition, txt2img
+from ldm.inference import Reading, img2img, inpaint, load_model, text_condition, txt2img
 from ldm.models.diffusion.guidance import Guidance
 
 PROMPTS = ["a large red circle", "a small blue square on a white background", "a green star"]
 LONG = (
     "a large red circle to the left of a small blue square , on a white background , and to the right of a green star"
 )
+HOLE = torch.zeros(1, 1, 64, 64)
+HOLE[..., 16:48, 16:48] = 1
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,9 @@ def drawn(model, prompts=PROMPTS, **options) -> np.ndarray:
     return np.stack([np.asarray(image, np.int16) for image in txt2img(model, prompts, **options)])
 
 
-def conditions(model, negative, guidance=Guidance(3.0), **options):
+def conditions(model, negative, scale=3.0):
     with torch.no_grad():
-        return text_condition(model, PROMPTS, negative, guidance, **options)
+        return text_condition(model, PROMPTS, negative, Guidance(scale))
 
 
 def test_plain_prompts_are_encoded_as_published(model):
@@ -53,7 +55,7 @@ def test_one_negative_prompt_a_picture(model):
 def test_as_many_negative_prompts_as_pictures(model, caplog):
     with pytest.raises(ValueError, match="there are 2 negative prompts for 3 prompts: give one, or 3"):
         conditions(model, ["a", "b"])
-    guided = conditions(model, ["", "gray", ""], Guidance(1.0))
+    guided = conditions(model, ["", "gray", ""], scale=1.0)
     assert guided.uncond is None and "has no effect at scale 1" in caplog.text
 
 
@@ -77,15 +79,12 @@ def test_the_bundled_model_reads_otherwise(model, plain, otherwise, reading):
     assert np.array_equal(drawn(model), drawn(model, reading=Reading()))
     difference = np.abs(drawn(model, [plain]) - drawn(model, [otherwise], reading=reading))
     assert difference.max() > 3
-    pictures = img2img(
-        model,
-        [otherwise],
-        txt2img(model, [plain], steps=2, progress=False)[0],
-        reading=reading,
-        steps=2,
-        progress=False,
-    )
-    assert pictures[0].size == (64, 64)
+    options = {"steps": 2, "progress": False, "seed": 1}
+    start = txt2img(model, [plain], **options)[0]
+    pictures = [img2img(model, [otherwise], start, **options, reading=way)[0] for way in (Reading(), reading)]
+    assert pictures[0] != pictures[1]
+    pictures = [inpaint(model, start, HOLE, [otherwise], **options, reading=way)[0] for way in (Reading(), reading)]
+    assert pictures[0] != pictures[1]
 
 
 def test_emphasis_keeps_the_picture(model):
