@@ -97,9 +97,9 @@ class Branches:
 
     def perturbed(self) -> Tensor:
         """The output with the condition, and with self-attention that sees each place alone."""
-        if self.network.perturbed is None:
-            raise ValueError("perturbed-attention guidance needs a network with self-attention in its middle")
         if "perturbed" not in self._known:
+            if self.network.perturbed is None:
+                raise ValueError("perturbed-attention guidance needs a network with self-attention in its middle")
             with self.network.perturbed():
                 self._known["perturbed"] = self.network.apply_model(self.x, self.t, self.network.cond)
         return self._known["perturbed"]
