@@ -24,6 +24,7 @@ from ldm.cli.options import (
     sampling_parser,
     user_path,
 )
+from ldm.cli.pictures import Watch, add_preview, add_seeding, add_tiling, seeding, settings_of
 from ldm.cli.prompts import Batch, batches, combinations, prompt_batches
 from ldm.cli.reporting import FAREWELL, run, say
 from ldm.cli.sample_runs import RunWriter
@@ -38,14 +39,18 @@ __all__ = [
     "NamedWriter",
     "RunWriter",
     "SampleWriter",
+    "Watch",
     "add_amount",
     "add_conditions",
     "add_model",
     "add_output",
+    "add_preview",
     "add_prompt",
     "add_reading",
     "add_sampler",
+    "add_seeding",
     "add_size",
+    "add_tiling",
     "batches",
     "combinations",
     "is_setting",
@@ -63,5 +68,7 @@ __all__ = [
     "sampling_options",
     "sampling_parser",
     "say",
+    "seeding",
+    "settings_of",
     "user_path",
 ]

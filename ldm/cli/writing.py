@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,22 @@ SAMPLE_NAME = "{:05}.png"
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C after the finished pictures were written; the message says how many."""
+
+
+@contextlib.contextmanager
+def finishing() -> Iterator[None]:
+    """Ctrl-C waits for the block's end: what is drawn gets written."""
+    if threading.current_thread() is not threading.main_thread():  # where no signals arrive
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 class SampleWriter:
@@ -57,8 +76,14 @@ class SampleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._processes.rank == 0 or kind is None:  # after an error the others' pictures cannot be waited for
-            self._write_grid(self._processes.gather(self._for_grid) if kind is None else self._for_grid)
+        pictures = self._for_grid
+        if kind is None:  # after an error the others' pictures cannot be waited for
+            pictures = self._processes.gather(pictures)
+        try:
+            with finishing():
+                self._finish(pictures if self._processes.rank == 0 else [])
+        except KeyboardInterrupt:
+            kind = KeyboardInterrupt
         if kind is KeyboardInterrupt:
             raise Interrupted(f"interrupted; {self.written} images written to {self.samples}")
 
@@ -67,7 +92,8 @@ class SampleWriter:
 
         return next_free_index(self.samples, SAMPLE_NAME)
 
-    def _write_grid(self, pictures: list[tuple[int, Image.Image]]) -> None:
+    def _finish(self, pictures: list[tuple[int, Image.Image]]) -> None:
+        """Write what is made of all pictures, each with its place in the run."""
         if pictures:
             from ldm.images import make_grid, save_png
 
@@ -91,16 +117,20 @@ class SampleWriter:
         prompts: what each picture was drawn from; empty texts where that is no text. name: for a `NamedWriter`.
         settings: of each picture, what its metadata say in place of the run's; None: nothing.
         """
+        with finishing():
+            for image, prompt, own in zip(images, prompts, settings or [{}] * len(images), strict=True):
+                self._save(image, prompt, name, own)
+
+    def _save(self, image: Image.Image, prompt: str, name: str, own: Mapping[str, Any]) -> None:
         from ldm.images import save_png
 
-        for image, prompt, own in zip(images, prompts, settings or [{}] * len(images), strict=True):
-            if not self._args.skip_save:
-                number = None if self._first is None else self._first + self._index
-                save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt, own), number)
-                self.written += 1
-            if not self._args.skip_grid:
-                self._for_grid.append((self._index, image))
-            self._index += 1
+        if not self._args.skip_save:
+            number = None if self._first is None else self._first + self._index
+            save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt, own), number)
+            self.written += 1
+        if not self._args.skip_grid:
+            self._for_grid.append((self._index, image))
+        self._index += 1
 
     def _metadata(self, image: Image.Image, prompt: str, own: Mapping[str, Any] = {}) -> dict[str, str]:
         from ldm.images import png_metadata
@@ -122,11 +152,9 @@ class NamedWriter(SampleWriter):
 
     FOLDER = ""
 
-    def save(self, images: Sequence[Image.Image], prompts: Sequence[str], name: str = "") -> None:
-        """Write a batch, all of it called `name`."""
+    def _save(self, image: Image.Image, prompt: str, name: str, own: Mapping[str, Any]) -> None:
         from ldm.images import save_png_named
 
-        for image, prompt in zip(images, prompts, strict=True):
-            save_png_named(image, self.samples, name, self._metadata(image, prompt))
-            self.written += 1
-            self._index += 1
+        save_png_named(image, self.samples, name, self._metadata(image, prompt, own))
+        self.written += 1
+        self._index += 1

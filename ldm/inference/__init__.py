@@ -9,7 +9,8 @@ for image in txt2img(model, ["a red circle"], seed=42):
 loading   files to models    tasks   what a model draws from    drawing   text to picture, picture to picture
 reconstruction   what a first stage keeps of a picture    tiling   large pictures in pieces
 upscaling   small picture to larger
-prompts   texts to conditions
+prompts   texts to conditions    seeds   the random numbers of each picture    animation   from one picture to another
+previews   pictures on their way    seamless   pictures that repeat
 unprompted   classes, layouts, segmentation maps or nothing to picture
 retrieval   text and its neighbours to picture    variations   picture to others like it
 """
@@ -33,6 +34,7 @@ from ldm.inference.drawing import (
 )
 from ldm.inference.inpainting import inpaint, takes_text
 from ldm.inference.loading import SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
+from ldm.inference.previews import Previews
 from ldm.inference.prompts import Reading
 from ldm.inference.reconstruction import reconstruct
 from ldm.inference.retrieval import (
@@ -45,6 +47,8 @@ from ldm.inference.retrieval import (
     text_context,
     with_neighbours,
 )
+from ldm.inference.seamless import seamless
+from ldm.inference.seeds import Seeding
 from ldm.inference.unprompted import (
     check_labels,
     class2img,
@@ -60,8 +64,10 @@ __all__ = [
     "EmbeddingDatabase",
     "Guided",
     "NOISE_LEVEL",
+    "Previews",
     "Reading",
     "SAMPLERS",
+    "Seeding",
     "check_labels",
     "check_weights",
     "class2img",
@@ -89,6 +95,7 @@ __all__ = [
     "resolve_size",
     "sampling_settings",
     "save_database",
+    "seamless",
     "seed_everything",
     "segmentation2img",
     "skip_txt2img",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +44,17 @@ class Seeding:
         """Whether pictures know nothing of each other."""
         return self.mode == "image"
 
-    def noise(self, first: int, count: int) -> Noise:
-        """Random numbers of one batch: `count` pictures, from the run's picture `first` on."""
-        if self.every_batch and not self.per_image:
-            return self._together()  # the variation is in the start
+    def noise(self, first: int, count: int, seeds: Sequence[int] | None = None) -> Noise:
+        """Random numbers of one batch: `count` pictures, from the run's picture `first` on; seeds: those of their own.
+
+        A source for this one batch: a picture's numbers go on from draw to draw.
+        """
         rows = self._rows(first, count)
-        return self._varied(PerImage([self._seed(row) for row in rows]) if self.per_image else self._together(), rows)
+        if seeds is None and self.per_image:
+            seeds = [self._seed(row) for row in rows]
+        if seeds is None and self.every_batch:
+            return self._together()  # the variation is in the start
+        return self._varied(self._together() if seeds is None else PerImage(seeds), rows)
 
     def start(self, count: int) -> Noise:
         """What to draw the latent from that every batch of mode "batch" starts at."""
