@@ -329,6 +329,7 @@ _PARAMETER_NAMES = {
     "variation_strength": "Variation seed strength",
     "noise_device": "RNG",
     "tiling": "Tiling",
+    "clip_skip": "Clip skip",
     "batch_size": "Batch size",
     "index": "Image index",
     "version": "Version",

@@ -98,7 +98,7 @@ def batches(args: argparse.Namespace) -> list[Batch]:
             found += (Batch(part) for part in _parts(list(alike), args.n_samples))
     if getattr(args, "matrix", False):
         count = sum(len(batch.lines) for batch in found)
-        prompts = len({line.prompt for line, _ in lines})
+        prompts = sum(copy == 0 for _, copy in lines)
         logger.info("--matrix makes %d prompts: %d pictures in %d batches", prompts, count, len(found))
     return found
 
