@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import ddim_update
 from ldm.models.diffusion.sampler import Run, Sampler, register
-from ldm.models.diffusion.schedules import PURE
+from ldm.models.diffusion.schedules import far
 from ldm.modules.diffusionmodules.schedule import eps_and_x0
 
 # Adams-Bashforth weights of the newest and the older eps, by how many older ones there are (eq. 12 and appendix).
@@ -40,7 +40,7 @@ class PLMSSampler(Sampler):
         schedule = run.schedule
         a = float(schedule.a[index])
         eps, x0 = self.predict(run, x, schedule.timesteps[index], a)
-        if a < PURE:  # there eps is x, whatever the data
+        if not run.history and far(a, float(schedule.a_prev[index])):  # as in no published schedule
             return ddim_update(run, eps, x0, index), x0
         if run.history:
             older = reversed(run.history[-3:])

@@ -13,7 +13,7 @@ import numpy as np
 from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, usable_timesteps
 
 TINY = 1e-20  # where a schedule ends in pure noise, a trace of signal stands for none
-PURE = 1e6 * TINY  # levels below are taken for pure noise, from where only x0 tells the way
+FAR = 0.02  # a step that leaves a smaller share of the noise goes far: eps at its ends says little of the way
 RHO = 7.0  # how Karras et al. (2022, eq. 5) crowd steps towards the data
 
 
@@ -70,6 +70,11 @@ def sigma_of(a: np.ndarray | float) -> np.ndarray:
     """The noise of a level as a multiple of its signal."""
     a = np.asarray(a, np.float64)
     return np.sqrt((1 - a) / a)
+
+
+def far(a: float, a_next: float) -> bool:
+    """Whether a step goes so far that eps at its two ends must not be mixed: from pure noise, to data, in short runs."""
+    return float(sigma_of(a_next) / sigma_of(a)) < FAR
 
 
 def ddim_sigmas(a: np.ndarray, a_prev: np.ndarray, eta: float) -> np.ndarray:

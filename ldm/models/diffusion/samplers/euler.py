@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import noisy_transfer
 from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
-from ldm.models.diffusion.schedules import PURE, ddim_sigmas, sigma_of
+from ldm.models.diffusion.schedules import ddim_sigmas, far, sigma_of
 
 
 @register("euler")
@@ -57,12 +57,12 @@ class HeunSampler(Sampler):
     """Second order: along the mean of eps at both ends of a step (algorithm 1). Asks twice, but at the last step."""
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step; from pure noise and to clean data, where eps at one end is nothing, one of Euler's."""
+        """One step, or one of Euler's where that is `far`."""
         s = run.schedule
         a, a_next = float(s.a[index]), float(s.a_prev[index])
         eps, x0 = self.predict(run, x, s.timesteps[index], a)
         x_next = transfer(x0, eps, a_next)
-        if a < PURE or a_next >= 1:
+        if far(a, a_next):
             return x_next, x0
         eps_next, _ = self.predict(run, x_next, s.time_after(index), a_next)
         return along(x, (eps + eps_next) / 2, a, a_next), x0
@@ -73,11 +73,11 @@ class DPM2Sampler(Sampler):
     """Second order: along eps halfway, in log sigma (Lu et al. 2022, DPM-Solver-2). Asks twice, as Heun does."""
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step; from pure noise and to clean data one of Euler's."""
+        """One step, or one of Euler's where that is `far`."""
         s = run.schedule
         a, a_next = float(s.a[index]), float(s.a_prev[index])
         eps, x0 = self.predict(run, x, s.timesteps[index], a)
-        if a < PURE or a_next >= 1:
+        if far(a, a_next):
             return transfer(x0, eps, a_next), x0
         sigma_mid = math.sqrt(sigma_of(a) * sigma_of(a_next))
         a_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))

@@ -9,9 +9,10 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
-from ldm.models.diffusion.schedules import PURE, sigma_of
+from ldm.models.diffusion.schedules import TINY, sigma_of
 
 ORDER = 4
+PURE = 1e6 * TINY  # levels below are taken for pure noise, whose sigma is next to infinite
 
 
 @register("lms")
@@ -23,7 +24,7 @@ class LMSSampler(Sampler):
         s = run.schedule
         a, a_next = float(s.a[index]), float(s.a_prev[index])
         eps, x0 = self.predict(run, x, s.timesteps[index], a)
-        if a < PURE:  # its sigma is next to infinite: no polynomial goes through it
+        if a < PURE:  # no polynomial goes through it
             return transfer(x0, eps, a_next), x0
         run.history = [*run.history[1 - ORDER :], (float(sigma_of(a)), eps)]
         weights = integrals([sigma for sigma, _ in run.history], float(sigma_of(a_next)))
