@@ -73,7 +73,7 @@ def sigma_of(a: np.ndarray | float) -> np.ndarray:
 
 
 def far(a: float, a_next: float) -> bool:
-    """Whether a step goes so far that eps at its two ends must not be mixed: from pure noise, to data, in short runs."""
+    """Whether a step goes so far that eps at its ends must not be mixed: from pure noise, to data, in short runs."""
     return float(sigma_of(a_next) / sigma_of(a)) < FAR
 
 
