@@ -7,6 +7,7 @@ from ldm.cli.conditions import add_conditions, conditions_for, read_conditions
 from ldm.cli.models import load_model, model_name, resumed
 from ldm.cli.options import (
     MAX_SEED,
+    PROMPT,
     ArgumentParser,
     add_amount,
     add_model,
@@ -28,11 +29,13 @@ from ldm.cli.pictures import Watch, add_preview, add_seeding, add_tiling, seedin
 from ldm.cli.prompts import Batch, batches, combinations, prompt_batches
 from ldm.cli.reporting import FAREWELL, run, say
 from ldm.cli.sample_runs import RunWriter
-from ldm.cli.writing import Interrupted, NamedWriter, SampleWriter
+from ldm.cli.writing import AnimationWriter, Interrupted, NamedWriter, SampleWriter
 
 __all__ = [
     "FAREWELL",
     "MAX_SEED",
+    "PROMPT",
+    "AnimationWriter",
     "ArgumentParser",
     "Batch",
     "Interrupted",

@@ -158,3 +158,16 @@ class NamedWriter(SampleWriter):
         save_png_named(image, self.samples, name, self._metadata(image, prompt, own))
         self.written += 1
         self._index += 1
+
+
+class AnimationWriter(SampleWriter):
+    """Writes a run's frames, and in place of their grid the animations of them, `<outdir>/animation-0000.gif` ..."""
+
+    def _finish(self, pictures: list[tuple[int, Image.Image]]) -> None:
+        from ldm.images import save_animation
+
+        frames = [picture for _, picture in pictures]
+        if self._args.bounce:
+            frames += frames[-2:0:-1]
+        for kind in self._args.formats if frames else ():
+            save_animation(frames, self.outdir, f"animation-{{:04}}.{kind}", self._args.fps)

@@ -15,6 +15,7 @@ unprompted   classes, layouts, segmentation maps or nothing to picture
 retrieval   text and its neighbours to picture    variations   picture to others like it
 """
 
+from ldm.inference.animation import as_many, frames_between, interpolate
 from ldm.inference.drawing import (
     Guided,
     decode,
@@ -68,6 +69,7 @@ __all__ = [
     "Reading",
     "SAMPLERS",
     "Seeding",
+    "as_many",
     "check_labels",
     "check_weights",
     "class2img",
@@ -78,7 +80,9 @@ __all__ = [
     "embed_folder",
     "encode_image",
     "img2img",
+    "frames_between",
     "inpaint",
+    "interpolate",
     "knn2img",
     "load_database",
     "layout2img",

@@ -28,7 +28,7 @@ class Previews:
     """Hands the predicted pictures of a batch to `on_preview`, every so many steps: an `on_step` of `txt2img`.
 
     Decoding them would take longer than a step. A linear map from a latent position's channels to a colour does
-    instead, fitted once to what the first stage makes of a few soft colourful pictures.
+    instead, fitted once to what the first stage makes of a few mosaics of colours.
     """
 
     def __init__(self, model: LatentDiffusion, every: int, on_preview: OnPreview) -> None:
@@ -59,8 +59,8 @@ def fit_colours(model: LatentDiffusion) -> Tensor:
     """The linear map (C + 1, 3), a constant last, that best tells from scaled latents what colour they decode to."""
     stage = model.first_stage_model
     generator = torch.Generator("cpu").manual_seed(0)  # not the run's random numbers
-    soft = torch.rand((_PICTURES, 3, 3, 3), generator=generator, device="cpu") * 2 - 1
-    pixels = F.interpolate(soft, _SIDE * stage.downsampling_factor, mode="bicubic", align_corners=True).clamp(-1, 1)
+    mosaic = torch.rand((_PICTURES, 3, _SIDE, _SIDE), generator=generator, device="cpu") * 2 - 1
+    pixels = F.interpolate(mosaic, scale_factor=stage.downsampling_factor, mode="nearest")
     posterior = model.encode_first_stage(pixels.to(model.device, first_stage_dtype(model)))
     latents = posterior.mode() if isinstance(posterior, DiagonalGaussianDistribution) else posterior
     z = (model.scale_factor * latents).to(latents.dtype)
