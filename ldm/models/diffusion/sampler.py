@@ -252,11 +252,13 @@ class Sampler:
         after: Callable[[Tensor, Tensor, int, int], None] | None = None,
         verbose: bool = True,
     ) -> Tensor:
-        total = len(run.schedule)
+        total, noise = len(run.schedule), None
         for i in tqdm(range(total), desc=type(self).__name__, disable=not verbose, leave=None):
             index, run.step = total - 1 - i, i
             if run.keep:
-                x = run.keep(x, self._noised(known, run.schedule.a[index], run))
+                # new noise at every step, as published, would not go together with what a rule remembers of it
+                noise = run.fresh(known) if noise is None or self.published else noise
+                x = run.keep(x, transfer(known, noise, run.schedule.a[index]))
             x, pred_x0 = self.step(run, x, index)
             if after:
                 after(x, pred_x0, i, index)
@@ -345,7 +347,3 @@ class Sampler:
         if x0 is None:
             raise ValueError("mask needs x0, the latent to keep where the mask is 1")
         return lambda x, known=x0: mask * known + (1.0 - mask) * x
-
-    @staticmethod
-    def _noised(x0: Tensor, a: float, run: Run) -> Tensor:
-        return transfer(x0, run.fresh(x0), a)
