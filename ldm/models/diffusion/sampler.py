@@ -41,7 +41,7 @@ class Run:
     noise_dropout: float = 0.0
     repeat_noise: bool = False
     quantize: Callable[[Tensor], Tensor] | None = None
-    keep: Callable[[Tensor], Tensor] | None = None  # puts the known data under the mask into a predicted x0
+    keep: Callable[[Tensor], Tensor] | None = None  # puts known data in where the mask is 1
     correct: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     history: list[Any] = field(default_factory=list)  # the update rule's own
     step: int = 0  # steps taken so far
@@ -83,6 +83,7 @@ class Sampler:
 
     takes_eta = False  # whether the rule adds as much noise as it is told; the others add none, or as much as they do
     default_schedule: Choice = "even"
+    ddim_eta = 0.0  # of the schedule, once there is one
     plus_plus = False  # whether the rule goes on along the eps that `predict` gives, as CFG++ needs
     published = False  # whether masks and image to image are as the public code has them, for its numbers to come out
 
@@ -119,15 +120,15 @@ class Sampler:
         """The model's levels, between timesteps too."""
         return Levels(self._alphas_cumprod())
 
-    def _original_schedule(self, eta: float) -> Schedule:
+    def _original_schedule(self) -> Schedule:
         """Every timestep of the model, ending at the data itself."""
         a = np.maximum(self._alphas_cumprod(), TINY)
         a_prev = np.append(1.0, a[:-1])
-        return Schedule(np.arange(len(a)), a, a_prev, ddim_sigmas(a, a_prev, eta))
+        return Schedule(np.arange(len(a)), a, a_prev, ddim_sigmas(a, a_prev, self.ddim_eta))
 
     def _select(self, use_original_steps: bool) -> Schedule:
         if use_original_steps:
-            return self._original_schedule(getattr(self, "ddim_eta", 0.0))
+            return self._original_schedule()
         if not hasattr(self, "schedule"):
             raise ValueError("call make_schedule (or sample) first, so that there are steps to walk")
         return self.schedule
