@@ -318,7 +318,11 @@ def _rename_to_new(source: Path, target: Path) -> None:
 _PARAMETER_NAMES = {
     "steps": "Steps",
     "sampler": "Sampler",
+    "schedule": "Schedule type",
     "scale": "CFG scale",
+    "cfg_pp": "CFG++",
+    "guidance": "Guidance",
+    "guidance_interval": "Guidance interval",
     "eta": "Eta",
     "seed": "Seed",
     "size": "Size",
@@ -334,7 +338,11 @@ _PARAMETER_NAMES = {
     "index": "Image index",
     "version": "Version",
 }
-_SAMPLER_NAMES = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
+_SAMPLER_NAMES = {
+    **{"ddim": "DDIM", "plms": "PLMS", "ddpm": "DDPM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun"},
+    **{"dpm2": "DPM2", "lms": "LMS", "unipc": "UniPC", "dpm_solver": "DPM++ 2M", "dpmpp_2m": "DPM++ 2M"},
+    **{"dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_2s": "DPM++ 2S", "dpmpp_3m": "DPM++ 3M"},
+}
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
