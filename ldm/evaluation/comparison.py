@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.shapes import draw
-from ldm.evaluation.distances import distances, first_stage_features
+from ldm.evaluation.distances import first_stage_features, kernel_distance
 from ldm.evaluation.scores import draw_all, judge_all, prompts_of, scenes_of, summary
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-logger = logging.getLogger(__name__)
+TRUE = 1000  # drawings to compare with
 
 
 @dataclass(frozen=True)
@@ -92,19 +91,18 @@ def measure(
 ) -> dict[str, Any]:
     """Accuracy by the judge and distance to true drawings of one way with so many steps.
 
-    truth: features of the drawings that the prompts describe, see `distances.first_stage_features`.
+    truth: features of true drawings, not those that the prompts describe, see `distances.first_stage_features`.
     """
     with counted(model) as counter:
         pictures = draw_all(model, prompts, batch, seed, f"{way.name}, {steps} steps", steps=steps, **way.options)
     found = summary(prompts, judge_all(pictures, prompts))
-    apart = distances(features_of(model, pictures), truth)
     return {
         "way": way.name,
         "steps": steps,
         "evaluations": counter.rows / len(prompts),
         "share": found["share"],
         "interval": found["interval"],
-        "distance": apart["kernel"],
+        "distance": kernel_distance(features_of(model, pictures), truth)[0],
     }
 
 
@@ -119,7 +117,8 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """`measure` each way with as many steps as each budget of evaluations a picture allows, where it allows any."""
     prompts = prompts_of(kind, count, seed)
-    truth = features_of(model, [Image.fromarray(draw(scene)) for scene in scenes_of(kind, count, seed)])
+    others = scenes_of(kind, max(count, TRUE), seed + 1)
+    truth = features_of(model, [Image.fromarray(draw(scene)) for scene in others])
     for way in ways:
         for budget in budgets:
             if steps := budget // way.cost:
