@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -227,12 +227,7 @@ def save_png(
     the folder at once, and no name ever belongs to a half-written file. Raises OSError if the folder is not writable.
     """
     folder = Path(folder)
-
-    def names() -> Iterator[Path]:
-        first = next_free_index(folder, pattern) if index is None else index
-        return (folder / pattern.format(number) for number in itertools.count(first))
-
-    return _save_under_first_free(image, folder, names, metadata)
+    return _save_under_first_free(_png(image, metadata), folder, lambda: _numbered(folder, pattern, index))
 
 
 def save_png_named(
@@ -244,23 +239,69 @@ def save_png_named(
     def names() -> Iterator[Path]:
         return itertools.chain([folder / f"{name}.png"], (folder / f"{name}-{n}.png" for n in itertools.count(1)))
 
-    return _save_under_first_free(image, folder, names, metadata)
+    return _save_under_first_free(_png(image, metadata), folder, names)
 
 
-def _save_under_first_free(
-    image: Image.Image, folder: Path, names: Callable[[], Iterator[Path]], metadata: Mapping[str, str] | None
-) -> Path:
+def replace_png(image: Image.Image, path: str | Path) -> None:
+    """Write `image` to `path` in place of what is there, whole at any time: for previews, the one thing that may go."""
+    path = Path(path)
+    with _complete(_png(image), path.parent) as complete:
+        os.replace(complete, path)
+
+
+def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: str, fps: float) -> Path:
+    """Write pictures of one size as one that moves, `fps` of them a second, for ever; returns its path.
+
+    `pattern`, such as "{:04}.gif", says which kind: GIF (256 colours a picture, times in hundredths of a second) or
+    WebP. Its number is the next free one, as in `save_png`. ValueError for no pictures, or another kind.
+    """
+    kind = Path(pattern).suffix.lower()
+    kinds = {".gif": {"format": "GIF", "disposal": 1}, ".webp": {"format": "WEBP", "quality": 90}}
+    if not images or kind not in kinds:
+        raise ValueError(f"an animation is a .gif or .webp of at least one picture, not {kind} of {len(images)}")
+    first, *others = images
+    # the times when pictures change are rounded, not how long one lasts: no error adds up
+    unit = 10 if kind == ".gif" else 1  # in milliseconds
+    changes = [round(1000 * number / fps / unit) * unit for number in range(len(images) + 1)]
+    durations = [after - before for before, after in zip(changes, changes[1:])]
+
+    def write(file: BinaryIO) -> None:
+        first.save(file, save_all=True, append_images=others, duration=durations, loop=0, **kinds[kind])
+
+    folder = Path(folder)
+    return _save_under_first_free(write, folder, lambda: _numbered(folder, pattern, None))
+
+
+def _numbered(folder: Path, pattern: str, index: int | None) -> Iterator[Path]:
+    first = next_free_index(folder, pattern) if index is None else index
+    return (folder / pattern.format(number) for number in itertools.count(first))
+
+
+def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Callable[[BinaryIO], None]:
     text = PngInfo()
     for key, value in (metadata or {}).items():
         text.add_text(key, value)
-    complete = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with open(complete, "xb") as file:
-            image.save(file, format="PNG", pnginfo=text)
+    return lambda file: image.save(file, format="PNG", pnginfo=text)
+
+
+def _save_under_first_free(
+    write: Callable[[BinaryIO], None], folder: Path, names: Callable[[], Iterator[Path]]
+) -> Path:
+    with _complete(write, folder) as complete:
         for path in names():
             with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
                 _rename_to_new(complete, path)
                 return path
+
+
+@contextlib.contextmanager
+def _complete(write: Callable[[BinaryIO], None], folder: Path) -> Iterator[Path]:
+    """A file of `folder` with all of what `write` writes, under a name of no meaning, to be given another."""
+    complete = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with open(complete, "xb") as file:
+            write(file)
+        yield complete
     finally:
         complete.unlink(missing_ok=True)
 
@@ -280,17 +321,31 @@ def _rename_to_new(source: Path, target: Path) -> None:
 _PARAMETER_NAMES = {
     "steps": "Steps",
     "sampler": "Sampler",
+    "schedule": "Schedule type",
     "scale": "CFG scale",
+    "cfg_pp": "CFG++",
+    "guidance": "Guidance",
+    "guidance_interval": "Guidance interval",
     "eta": "Eta",
     "seed": "Seed",
     "size": "Size",
     "model": "Model",
     "strength": "Denoising strength",
+    "seed_mode": "Seed mode",
+    "variation_seed": "Variation seed",
+    "variation_strength": "Variation seed strength",
+    "noise_device": "RNG",
+    "tiling": "Tiling",
+    "clip_skip": "Clip skip",
     "batch_size": "Batch size",
     "index": "Image index",
     "version": "Version",
 }
-_SAMPLER_NAMES = {"ddim": "DDIM", "plms": "PLMS", "dpm_solver": "DPM++ 2M"}
+_SAMPLER_NAMES = {
+    **{"ddim": "DDIM", "plms": "PLMS", "ddpm": "DDPM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun"},
+    **{"dpm2": "DPM2", "lms": "LMS", "unipc": "UniPC", "dpm_solver": "DPM++ 2M", "dpmpp_2m": "DPM++ 2M"},
+    **{"dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_2s": "DPM++ 2S", "dpmpp_3m": "DPM++ 3M"},
+}
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Score a model of drawn scenes by the judge, on prompts drawn afresh; or measure how far two folders of pictures are
-apart, with `evaluate.py distance FOLDER FOLDER`.
+"""Score a model of drawn scenes by the judge, on prompts drawn afresh; compare ways of sampling from it, with
+`evaluate.py compare`; or measure how far two folders of pictures are apart, with `evaluate.py distance FOLDER FOLDER`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 KINDS = ("single", "single-full", "relation", "relation-plain", "held-out", "held-out-relation")
 SAMPLERS = ("ddim", "plms", "dpm_solver")
+WAYS = ("samplers", "schedules", "guidance")
 
 
 def parser() -> cli.ArgumentParser:
@@ -38,7 +39,13 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("--out", type=cli.user_path, default="outputs/evaluation", help="folder (%(default)s)")
     _add_model(options)
     options.set_defaults(batch=100, device="auto")
-    commands = options.add_subparsers(dest="command", metavar="distance")
+    commands = options.add_subparsers(dest="command", metavar="compare, distance")
+    compare = commands.add_parser("compare", help="samplers, schedules and guidance by network evaluations")
+    compare.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="(all)")
+    compare.add_argument("--kind", choices=KINDS, default="single-full", help="of prompts (%(default)s)")
+    compare.add_argument(
+        "--budgets", type=count, nargs="+", default=(10, 20, 40, 80), help="evaluations a picture (%(default)s)"
+    )
     distance = commands.add_parser("distance", help="the distance between two folders of pictures")
     distance.add_argument("folders", nargs=2, type=cli.user_path, metavar="FOLDER")
     distance.add_argument(
@@ -104,6 +111,22 @@ def evaluate(args: argparse.Namespace) -> None:
     cli.say(f"{report.markdown(results)}\nTable, numbers and pictures: {folder}", sys.stdout)
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Accuracy and distance of every way of sampling against what it costs; what is done is on disk."""
+    from ldm.evaluation import comparison, report, scores
+
+    model = load(args)
+    scores.check_model(model)
+    folder = report.new_folder(Path(args.out))
+    given = {"model": cli.model_name(model), "prompts": args.prompts, "kind": args.kind, "seed": args.seed}
+    ways = [way for name in args.ways for way in comparison.WAYS[name]()]
+    rows = []
+    for row in comparison.compare(model, ways, args.budgets, args.kind, args.prompts, args.batch, args.seed):
+        rows.append(row)
+        comparison.write(folder, given, rows)
+    cli.say(f"{comparison.markdown(rows)}\nTable, numbers and plot: {folder}", sys.stdout)
+
+
 def measure(args: argparse.Namespace) -> None:
     """The distance between two folders, and what it may be compared with."""
     from ldm.devices import choose_device
@@ -132,7 +155,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    (measure if args.command == "distance" else evaluate)(args)
+    {"distance": measure, "compare": compare, None: evaluate}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ logger = logging.getLogger("ldm.img2img")
 
 def parser() -> cli.ArgumentParser:
     options = cli.sampling_parser(__doc__, scale=5.0, outdir="outputs/img2img-samples", n_iter=1, n_samples=2)
+    cli.add_seeding(options)
+    cli.add_tiling(options)
+    cli.add_preview(options)
     options.add_argument(
         "--init-img", type=cli.user_path, required=True, metavar="FILE", help="the picture to start from"
     )
@@ -37,7 +40,7 @@ def parser() -> cli.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
-    batches = cli.prompt_batches(args)
+    batches, reading = cli.batches(args), cli.reading_options(args)
     if args.fixed_code:
         logger.warning("--fixed_code has no effect here, as in the public script: the start is the picture")
 
@@ -55,17 +58,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     with_depth = inference.needs_depth(model)
     if args.depth and not with_depth:
         raise ValueError(f"{args.ckpt or 'the model'} draws from text alone: leave --depth out")
-    settings = {"strength": args.strength, "init_image": Path(args.init_img).name}
+    settings = {"strength": args.strength, "init_image": Path(args.init_img).name, **reading}
     settings |= {"depth": Path(args.depth).name} if args.depth else {}
-    with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
+    settings |= {"tiling": args.tiling} if args.tiling else {}
+    watch = cli.Watch(args, model, len(batches))
+    with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer, watch:
         inference.seed_everything(args.seed)
-        latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
+        seeding, first = cli.seeding(args), 0
+        with inference.seamless(model, args.tiling):
+            latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
         if with_depth:
             depth = inference.depth_map(model, init_image, depth, size=latents.shape[2:])
-        for prompts in batches * args.n_iter:
+        for batch in batches:
+            count = len(batch.prompts)
             options = {"strength": args.strength, "depth": depth, **cli.sampling_options(args)}
-            images = inference.img2img(model, prompts, latents[: len(prompts)], **options)
-            writer.save(images, prompts)
+            options |= batch.options(args.negative_prompt)
+            init = latents[:count]
+            if batch.seeded or seeding.per_image:  # their seeds draw the latents too
+                init, options = init_image, {**options, "height": args.H, "width": args.W}
+            if reading:
+                options["reading"] = inference.Reading(**reading)
+            options["noise"] = seeding.noise(first, count, options.pop("seed", None))
+            options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
+            images = inference.img2img(model, batch.prompts, init, **options)
+            writer.save(images, batch.prompts, settings=cli.settings_of(seeding, first, batch))
+            first += count
     cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 
 

@@ -39,6 +39,7 @@ def parser() -> cli.ArgumentParser:
     group.add_argument("--strength", type=cli.number(float, 0, 1), default=1.0, help=strength)
     cli.add_prompt(options)
     cli.add_amount(options, n_samples=1, n_iter=1)
+    cli.add_reading(options)
     cli.add_size(options)
     cli.add_sampler(options, scale=7.5)
     cli.add_model(options, f"{PUBLIC_CKPT} for --indir, else Stable Diffusion v1 if present, else the bundled model")
@@ -84,7 +85,7 @@ def load_model(args: argparse.Namespace):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
-    batches = cli.prompt_batches(args)
+    batches, reading = cli.prompt_batches(args), cli.reading_options(args)
     if args.feather and not args.keep_unmasked:
         raise ValueError("--feather fades into the pixels that --no-keep_unmasked gives up: leave one of the two out")
     pairs = pairs_of(args)
@@ -96,8 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model = load_model(args)
     options = {name: getattr(args, name) for name in ("strength", "feather", "keep_unmasked")}
-    settings = options | ({} if args.indir else {"init_image": pairs[0][0].name, "mask": pairs[0][1].name})
+    settings = options | reading
+    settings |= {} if args.indir else {"init_image": pairs[0][0].name, "mask": pairs[0][1].name}
     options |= {"height": args.H, "width": args.W, **cli.sampling_options(args)}
+    options |= {"reading": inference.Reading(**reading)} if reading else {}
     writer_kind = cli.NamedWriter if args.indir else cli.SampleWriter
     with writer_kind(args, model=cli.model_name(model), **settings) as writer:
         for path, mask_path in tqdm(pairs, desc="Pictures", disable=len(pairs) == 1):

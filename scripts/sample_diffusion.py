@@ -70,7 +70,9 @@ def settle(args: argparse.Namespace) -> Path:
     if args.vanilla_sample:
         if args.sampler is not None:
             raise ValueError(f"--vanilla_sample and --{args.sampler} are both given; leave one of the two out")
-        args.sampler = "ancestral"
+        if args.schedule or cli.sampling_options(args).get("guidance"):
+            raise ValueError("--vanilla_sample walks all timesteps without guidance: leave --schedule and guidance out")
+        args.sampler, args.ddim_eta = "ancestral", 0.0  # which knows no eta
         if args.ddim_steps is not None:
             logger.warning("--vanilla_sample takes all timesteps, so -c %d has no effect", args.ddim_steps)
     model = cli.resumed(args.resume or args.ckpt)
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv, with_settings=True)
     logdir = settle(args)
     read = cli.read_conditions(args)
-    guided = args.scale not in (None, 1.0)
+    scale = args.scale
 
     from tqdm import tqdm
 
@@ -91,13 +93,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model = cli.load_model(args, NOTHING, CLASSES, LAYOUT, SEGMENTATION)
     conditions = cli.conditions_for(model, args, read)
-    if guided and args.classes is None:
-        raise ValueError(f"--scale {args.scale:g} leads towards a class, and this model has none: leave --scale out")
+    if scale not in (None, 1.0) and args.classes is None:
+        said = ",".join(f"{number:g}" for number in args.scale_schedule or [scale])
+        raise ValueError(f"--scale {said} leads towards a class, and this model has none: leave --scale out")
     if args.vanilla_sample:
         args.ddim_steps = model.num_timesteps
-    options = {"steps": args.ddim_steps, "sampler": args.sampler, "eta": args.ddim_eta}
+    options, metadata = cli.sampling_options(args), cli.sampling_metadata(args)
+    for settings in (options, metadata):
+        del settings["scale"]  # that is for classes, and goes with them
     total = args.n_samples * conditions.count
-    with cli.RunWriter(args, logdir, model.global_step_of_file, model=cli.model_name(model), **options) as writer:
+    with cli.RunWriter(args, logdir, model.global_step_of_file, model=cli.model_name(model), **metadata) as writer:
         inference.seed_everything(args.seed)
         with tqdm(total=total, desc="Pictures") as bar:
             for start in range(0, total, args.batch_size):

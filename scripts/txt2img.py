@@ -22,6 +22,9 @@ LAION400M_CKPT = "models/ldm/text2img-large/model.ckpt"
 
 def parser() -> cli.ArgumentParser:
     options = cli.sampling_parser(__doc__, scale=7.5, outdir="outputs/txt2img-samples", n_iter=2, n_samples=3)
+    cli.add_seeding(options)
+    cli.add_tiling(options)
+    cli.add_preview(options)
     options.add_argument("--laion400m", action="store_true", help="use the LAION-400M model of the public layout")
     return options
 
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     if args.laion400m:
         use_laion400m(args)
-    batches = cli.prompt_batches(args)
+    batches, reading = cli.batches(args), cli.reading_options(args)
 
     from ldm import inference
     from ldm.inference.tasks import TEXT
@@ -47,18 +50,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     with joined_processes() as processes:
         model = cli.load_model(args, TEXT)
         size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
-        with cli.SampleWriter(args, processes, model=cli.model_name(model)) as writer:
+        settings = {"model": cli.model_name(model), **reading, **({"tiling": args.tiling} if args.tiling else {})}
+        watch = cli.Watch(args, model, len(batches[processes.rank :: processes.world]), shown=processes.rank == 0)
+        with cli.SampleWriter(args, processes, **settings) as writer, watch:
             inference.seed_everything(args.seed)
-            start = inference.start_latent(model, args.n_samples, **size) if args.fixed_code else None
-            for number, prompts in enumerate(batches * args.n_iter):
-                options = size | cli.sampling_options(args)
-                options["start_code"] = None if start is None else start[: len(prompts)]
+            seeding = cli.seeding(args, args.fixed_code)
+            start, first = None, 0
+            if args.fixed_code and not seeding.per_image:
+                start = inference.start_latent(model, args.n_samples, **size, noise=seeding.start(args.n_samples))
+            for number, batch in enumerate(batches):
+                prompts, count = batch.prompts, len(batch.prompts)
+                options = size | cli.sampling_options(args) | batch.options(args.negative_prompt)
+                if reading:
+                    options["reading"] = inference.Reading(**reading)
+                options["noise"] = seeding.noise(first, count, options.pop("seed", None))
+                options["start_code"] = None if start is None or batch.seeded else start[:count]
                 if number % processes.world == processes.rank:
-                    images = inference.txt2img(model, prompts, **options, progress=processes.rank == 0)
-                    writer.save(images, prompts)
+                    options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
+                    images = inference.txt2img(model, prompts, **options)
+                    writer.save(images, prompts, settings=cli.settings_of(seeding, first, batch))
                 else:
-                    inference.skip_txt2img(model, prompts, **options)
-                    writer.skip(len(prompts))
+                    if not (batch.seeded or seeding.per_image):
+                        inference.skip_txt2img(model, prompts, **options)
+                    writer.skip(count)
+                first += count
     if processes.rank == 0:
         cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 

@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from ldm import cli, devices, util
+from ldm.cli import sampling
+from ldm.models.diffusion.guidance import TERMS
+from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.schedules import SCHEDULES
 
 
 def parser() -> cli.ArgumentParser:
@@ -72,6 +76,9 @@ def test_spellings(argv, expected):
         (["--seed", "4294967296"], "is not a whole number from 0 to 4294967295"),
         (["--scale", "inf"], "'inf' is not a number"),
         (["--scale", "nan"], "'nan' is not a number"),
+        (["--scale_schedule", "9,x"], "'9,x' is not a list of numbers such as 9,3"),
+        (["--guidance", "rescale"], "'rescale' is not like rescale=0.7"),
+        (["--guidance_interval", "-1", "5"], "'-1' is not a number of at least 0"),
         (["--ddim_eta", "-0.1"], "'-0.1' is not a number of at least 0"),
         (["--H", "-64"], "is not a whole number of at least 1"),
         (["--n_rows", "-1"], "is not a whole number of at least 0"),
@@ -98,6 +105,78 @@ def test_sampler_precedence(caplog):
         parse("--plms", "--ddim_eta", "0.2")
     with pytest.raises(ValueError, match="--plms and --ddim are both given"):
         parse("--plms", "--ddim")
+    assert parse("--dpm_solver", "--ddim_eta", "0.5").ddim_eta == 0 and "--ddim_eta 0.5 has no effect" in caplog.text
+
+
+def test_names_in_the_help_are_those_of_the_registries():
+    assert sorted(sampling.sampler_names()) == sorted(SAMPLERS)
+    assert sorted(sampling.term_names()) == sorted(TERMS)
+    assert list(sampling.SCHEDULES) == list(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_by_name(name):
+    assert parse("--sampler", name).sampler == name
+    if not SAMPLERS[name].func.takes_eta:
+        with pytest.raises(ValueError, match=f"--sampler {name} needs --ddim_eta 0, not 0.5"):
+            parse("--sampler", name, "--ddim_eta", "0.5")
+    elif name != "ddim":
+        assert parse("--sampler", name, "--ddim_eta", "0.5").ddim_eta == 0.5
+
+
+GUIDED = [
+    ("", {}),
+    ("--sampler plms --plms", {"sampler": "plms"}),
+    ("--schedule karras", {"schedule": "karras"}),
+    ("--schedule 999,500.5,1", {"schedule": [999.0, 500.5, 1.0]}),
+    ("--scale_schedule 9,3", {"scale": [9.0, 3.0]}),
+    ("--guidance pag=3 --guidance rescale=.7", {"guidance": {"terms": {"pag": 3.0, "rescale": 0.7}}}),
+    ("--guidance_interval 0.3 5", {"guidance": {"interval": [0.3, 5.0]}}),
+    ("--cfg_pp --sampler euler", {"sampler": "euler", "guidance": {"plus_plus": True}}),
+]
+
+
+@pytest.mark.parametrize(("argv", "expected"), GUIDED)
+def test_what_the_library_is_given(argv, expected):
+    plain = {"negative_prompt": "", "steps": None, "sampler": None, "eta": 0.0, "scale": None}
+    assert cli.sampling_options(parse(*argv.split())) == plain | expected
+
+
+AT_ODDS = [
+    ("--sampler eular", "--sampler eular is not one of ddim, "),
+    ("--schedule caras", "--schedule caras is not one of uniform, "),
+    ("--guidance magic=1", "guidance 'magic' is not one of pag, "),
+    ("--sampler euler --plms", "--sampler euler and --plms are both given"),
+    ("--sampler ddim --dpm_solver", "--sampler ddim and --dpm_solver are both given"),
+    ("--scale 3 --scale_schedule 9,3", "--scale and --scale_schedule are both given"),
+    ("--guidance pag=1 --guidance pag=2", "--guidance names one term twice"),
+    ("--guidance_interval 5 1", "a low and a high sigma"),
+    ("--guidance rescale=0.7 --scale 1", "at scale 1 there is none: leave rescale out"),
+    ("--cfg_pp --scale 7.5", "takes scales from 0 to 1"),
+    ("--cfg_pp --sampler heun", "--cfg_pp is for the samplers ddim, .*, not for heun"),
+    ("--cfg_pp --guidance rescale=0.7", "nothing to rescale"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), AT_ODDS)
+def test_sampling_that_has_no_meaning_is_refused_before_a_model_is_loaded(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*argv.split())
+
+
+def test_metadata_of_sampling():
+    argv = "--guidance pag=3 --guidance rescale=.7 --guidance_interval 0.3 5 --schedule karras --sampler euler"
+    said = cli.sampling_metadata(parse(*argv.split()))
+    assert {name: said[name] for name in ("guidance", "guidance_interval", "schedule", "sampler")} == {
+        "guidance": "pag=3, rescale=0.7",
+        "guidance_interval": [0.3, 5.0],
+        "schedule": "karras",
+        "sampler": "euler",
+    }
+    assert "eta" not in said and "cfg_pp" not in said
+    assert cli.sampling_metadata(parse("--cfg_pp", "--sampler", "ddim"))["cfg_pp"] is True
+    plain = {"negative_prompt": "", "steps": None, "sampler": "ddim", "eta": 0.0, "scale": None}
+    assert cli.sampling_metadata(parse("--ddim")) == plain
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts

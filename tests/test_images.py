@@ -348,3 +348,30 @@ def test_load_gray_refuses_what_is_not_finite(tmp_path):
     Image.fromarray(np.array([[0.5, np.nan]], np.float32)).save(tmp_path / "depth.tif")
     with pytest.raises(ValueError, match="depth.tif holds NaN or infinity"):
         images.load_gray(tmp_path / "depth.tif")
+
+
+@pytest.mark.parametrize("kind, tolerance", [("gif", 0), ("webp", 12)])
+def test_animations_last_as_long_as_they_should_and_overwrite_nothing(tmp_path, kind, tolerance):
+    frames = [Image.new("RGB", (8, 6), (40 * i, 0, 255 - 40 * i)) for i in range(6)]
+    (tmp_path / f"a-0002.{kind}").write_text("kept")
+    path = images.save_animation(frames, tmp_path, f"a-{{:04}}.{kind}", fps=15)
+    assert path.name == f"a-0003.{kind}" and (tmp_path / f"a-0002.{kind}").read_text() == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"a-0002.{kind}", f"a-0003.{kind}"]
+    with Image.open(path) as animated:
+        assert animated.n_frames == 6 and animated.info["loop"] == 0
+        shown, durations = [], []
+        for number in range(6):
+            animated.seek(number)
+            shown.append(np.asarray(animated.convert("RGB")).astype(int))
+            durations.append(animated.info["duration"])
+    assert sum(durations) == 400 and max(durations) - min(durations) <= 10
+    assert max(np.abs(a - np.asarray(b)).max() for a, b in zip(shown, frames)) <= tolerance
+    with pytest.raises(ValueError, match=r"a \.gif or \.webp of at least one picture, not \.mp4 of 6"):
+        images.save_animation(frames, tmp_path, "a-{:04}.mp4", fps=15)
+
+
+def test_previews_replace_each_other(tmp_path):
+    for colour in ("red", "blue"):
+        images.replace_png(Image.new("RGB", (2, 2), colour), tmp_path / "preview.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["preview.png"]
+    assert Image.open(tmp_path / "preview.png").getpixel((0, 0)) == (0, 0, 255)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
-    """The model that the options of `add_model` name; settles the steps, sampler and scale that they leave to it.
+    """The model that the options of `add_model` name; settles the steps, sampler, scale, schedule they leave to it.
 
     tasks: what the script has for a model to draw from. Raises ValueError if the model draws from nothing of that, if
     --C or --f contradict it, and what loading raises.
@@ -29,8 +29,16 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
         if given not in (None, actual):
             raise ValueError(f"{flag} {given} does not fit this model, which has {actual}: leave {flag} out")
     args.ddim_steps, args.sampler, args.scale = inference.sampling_settings(
-        model, args.public_scale, args.ddim_steps, args.sampler, args.scale, args.ddim_eta, args.public_steps
+        model,
+        args.public_scale,
+        args.ddim_steps,
+        args.sampler,
+        args.scale,
+        args.ddim_eta,
+        args.public_steps,
+        args.cfg_pp,
     )
+    args.schedule = args.schedule or getattr(model, "sampling", {}).get("schedule")
     return model
 
 

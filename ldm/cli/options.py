@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.cli import sampling
 from ldm.devices import DEVICES, PRECISIONS
-
-logger = logging.getLogger(__name__)
 
 PROMPT = "a painting of a virus monster playing guitar"
 MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_everything allowed
@@ -72,7 +69,29 @@ def add_prompt(parser: ArgumentParser, negative: bool = True) -> None:
         help="read prompts from a text file, one a line; empty ones count",
     )
     group.add_argument(
-        "--repeat", type=number(int, 1), default=1, help="use each line of --from-file this often (%(default)s)"
+        "--repeat",
+        type=number(int, 1),
+        default=1,
+        help="use each line of --from-file, or of what --matrix makes, this often (%(default)s)",
+    )
+    group.add_argument(
+        "--matrix", action="store_true", help="of {a|b} in prompts draw both, of several such all combinations"
+    )
+
+
+def add_reading(parser: ArgumentParser) -> None:
+    """How to read prompts, if not as published: --emphasis, --long_prompt, --clip_skip."""
+    group = parser.add_argument_group("how to read prompts")
+    group.add_argument(
+        "--emphasis", action="store_true", help="weigh words: (word:1.2), (word) is 1.1, [word] 1/1.1; \\( is literal"
+    )
+    group.add_argument(
+        "--long_prompt",
+        action="store_true",
+        help="read what exceeds the encoder's length in chunks, and cut off nothing",
+    )
+    group.add_argument(
+        "--clip_skip", type=number(int, 1), default=1, metavar="N", help="CLIP's layer, the N-th last (%(default)s)"
     )
 
 
@@ -100,7 +119,7 @@ def add_size(parser: ArgumentParser) -> None:
 def add_sampler(
     parser: ArgumentParser, scale: float, steps: int = 50, eta: float = 0.0, also: Mapping[str, Sequence[str]] = {}
 ) -> None:
-    """The sampler, its steps, its noise, and guidance; `scale` and `steps` are for models that name none of their own.
+    """The sampler, its steps and noise, and guidance; `scale` and `steps` are for models that name none of their own.
 
     also: further spellings of --ddim_steps and --ddim_eta in a public script, {"ddim_steps": ["-c"], ...}.
     """
@@ -112,9 +131,11 @@ def add_sampler(
         type=number(int, 1, 1000),
         help=f"steps of any sampler (the model's own, else {steps})",
     )
-    group.add_argument("--ddim", action="store_true", help="use the DDIM sampler (the model's own, else DDIM)")
-    group.add_argument("--plms", action="store_true", help="use the PLMS sampler")
-    group.add_argument("--dpm_solver", "--dpm", action="store_true", help="use DPM-Solver++ (2M); wins over the others")
+    names = ", ".join(sampling.sampler_names())
+    group.add_argument("--sampler", metavar="NAME", help=f"one of {names} (the model's own, else ddim)")
+    group.add_argument("--ddim", action="store_true", help="the same as --sampler ddim")
+    group.add_argument("--plms", action="store_true", help="the same as --sampler plms")
+    group.add_argument("--dpm_solver", "--dpm", action="store_true", help="DPM-Solver++ (2M); wins over --plms, --ddim")
     group.add_argument(
         "--ddim_eta",
         *also.get("ddim_eta", ()),
@@ -122,8 +143,38 @@ def add_sampler(
         help=f"noise of each DDIM step, 0 for none ({eta:g}); more than 0 means DDIM",
     )
     group.add_argument(
+        "--schedule",
+        type=sampling.schedule,
+        metavar="NAME",
+        help=f"where the steps lie: {', '.join(sampling.SCHEDULES)}, or timesteps such as 999,850,700 (the "
+        "model's own, else the sampler's)",
+    )
+    group = parser.add_argument_group("guidance")
+    group.add_argument(
         "--scale", type=number(float), help=f"guidance scale, 1 for no guidance (the model's own, else {scale:g})"
     )
+    group.add_argument(
+        "--scale_schedule",
+        type=sampling.numbers,
+        metavar="SCALES",
+        help="several scales, gone through evenly from the first step to the last: 9,3 falls from 9 to 3",
+    )
+    group.add_argument(
+        "--guidance",
+        type=sampling.term,
+        action="append",
+        metavar="NAME=STRENGTH",
+        help=f"what else guides, as often as you like: {', '.join(sampling.term_names())}; rescale=0.7 against "
+        "overexposure, threshold=0.995 against saturation, pag=3 for form",
+    )
+    group.add_argument(
+        "--guidance_interval",
+        type=number(float, 0),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only where there is so much noise, in sigma",
+    )
+    group.add_argument("--cfg_pp", action="store_true", help="CFG++: --scale is from 0 to 1 (0.6)")
     parser.set_defaults(public_scale=scale, public_steps=steps, public_eta=eta)
 
 
@@ -174,6 +225,7 @@ def sampling_parser(description: str, scale: float, outdir: str, n_iter: int, n_
     """
     parser = ArgumentParser(description=description)
     add_prompt(parser)
+    add_reading(parser)
     add_amount(parser, n_samples, n_iter)
     add_size(parser)
     add_sampler(parser, scale)
@@ -190,7 +242,7 @@ def sampling_parser(description: str, scale: float, outdir: str, n_iter: int, n_
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None, *, with_settings: bool = False) -> argparse.Namespace:
-    """The options in `argv` (None: the command line), and the `sampler` that they choose; None is the model's own.
+    """The options in `argv` (None: the command line), with those of `add_sampler` settled (see `sampling.settle`).
 
     with_settings: what else there is, pairs such as `model.params.x=1`, becomes `args.settings`. Exits as argparse does
     on options that it refuses. Raises ValueError for options that do not go together.
@@ -200,9 +252,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None, *, with_settings: 
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.settings = rest
-    args.sampler = _sampler(args)
-    if args.ddim_eta is None:
-        args.ddim_eta = args.public_eta if args.sampler in (None, "ddim") else 0.0
+    sampling.settle(args)
     return args
 
 
@@ -212,57 +262,23 @@ def is_setting(text: str) -> bool:
     return bool(equals and key) and not text.startswith("-")
 
 
-def _sampler(args: argparse.Namespace) -> str | None:
-    if args.dpm_solver:
-        for name in ("plms", "ddim"):
-            if getattr(args, name):
-                logger.warning("--dpm_solver and --%s are both given: using DPM-Solver", name)
-        return "dpm_solver"
-    if args.plms and args.ddim:
-        raise ValueError("--plms and --ddim are both given; leave one of the two out")
-    if args.plms and args.ddim_eta:
-        raise ValueError(f"--plms needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
-    if args.plms:
-        return "plms"
-    return "ddim" if args.ddim else None
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_reading` that were asked for: `inference.Reading(**these)`, and for metadata."""
+    defaults = {"emphasis": False, "long_prompt": False, "clip_skip": 1}
+    return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_sampler`, and the negative prompt if there is one, as `ldm.inference` takes them."""
     text = {"negative_prompt": args.negative_prompt} if hasattr(args, "negative_prompt") else {}
-    return text | {
-        "steps": args.ddim_steps,
-        "sampler": args.sampler,
-        "eta": args.ddim_eta,
-        "scale": args.scale,
-    }
+    settled = {"steps": args.ddim_steps, "sampler": args.sampler, "eta": args.ddim_eta, "scale": args.scale}
+    chosen = {"schedule": args.schedule, "guidance": sampling.guidance_options(args)}
+    return text | settled | {name: value for name, value in chosen.items() if value}
 
 
-def prompt_batches(args: argparse.Namespace) -> list[list[str]]:
-    """The prompts of one iteration in batches of `n_samples`: the prompt repeated, or the lines of --from-file.
-
-    The last batch of a file may be smaller. Raises FileNotFoundError or ValueError if the file has no prompts to give.
-    """
-    if args.from_file is None:
-        batches = [[args.prompt] * args.n_samples]
-    else:
-        lines = [line for line in _read_lines(Path(args.from_file)) for _ in range(args.repeat)]
-        batches = [lines[i : i + args.n_samples] for i in range(0, len(lines), args.n_samples)]
-    for text in (getattr(args, "negative_prompt", ""), *sum(batches, [])):
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f"the prompt {text!r} is not valid text: check the terminal's encoding (UTF-8)")
-    return batches
-
-
-def _read_lines(path: Path) -> list[str]:
-    if path.is_dir():
-        raise ValueError(f"--from-file {path} is a folder, not a text file")
-    if not path.exists():
-        raise FileNotFoundError(f"--from-file {path}: there is no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig").rstrip()
-    except UnicodeDecodeError:
-        raise ValueError(f"--from-file {path} is not UTF-8 text: save it as UTF-8") from None
-    if not text:
-        raise ValueError(f"--from-file {path} holds no prompts")
-    return text.split("\n")  # not splitlines: a prompt may hold other characters that end lines somewhere
+def sampling_metadata(args: argparse.Namespace) -> dict[str, Any]:
+    """The same for a picture's metadata: in the names of the options, and without an eta that no sampler saw."""
+    options = {name: value for name, value in sampling_options(args).items() if name != "guidance"}
+    if args.sampler != "ddim" and not args.ddim_eta:
+        del options["eta"]
+    return options | sampling.chosen(args)

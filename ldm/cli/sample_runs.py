@@ -73,10 +73,7 @@ class RunWriter:
             return {}
         size = f"{image.width}x{image.height}"
         run = {"seed": self._args.seed, "size": size, "batch_size": self._args.batch_size, "index": self.written}
-        settings = dict(self._settings)
-        if self._args.sampler != "ddim":
-            del settings["eta"]  # no other sampler has it
-        return png_metadata({**settings, **condition, **run, "version": f"ldm {__version__}"})
+        return png_metadata({**self._settings, **condition, **run, "version": f"ldm {__version__}"})
 
     def _write_config(self) -> None:
         import yaml

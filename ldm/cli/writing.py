@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
-from ldm.cli.options import sampling_options
+from ldm.cli.options import sampling_metadata
 from ldm.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -39,6 +41,22 @@ def make_folder(folder: Path, option: str = "--outdir") -> list[Path]:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} is not writable: choose another {option}")
     return missing
+
+
+@contextlib.contextmanager
+def finishing() -> Iterator[None]:
+    """Ctrl-C waits for the block's end: what is drawn gets written."""
+    if threading.current_thread() is not threading.main_thread():  # where no signals arrive
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 class SampleWriter:
@@ -70,8 +88,14 @@ class SampleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._processes.rank == 0 or kind is None:  # after an error the others' pictures cannot be waited for
-            self._write_grid(self._processes.gather(self._for_grid) if kind is None else self._for_grid)
+        pictures = self._for_grid
+        if kind is None:  # after an error the others' pictures cannot be waited for
+            pictures = self._processes.gather(pictures)
+        try:
+            with finishing():
+                self._finish(pictures if self._processes.rank == 0 else [])
+        except KeyboardInterrupt:
+            kind = KeyboardInterrupt
         if kind is not None and self._processes.world == 1:  # of several, another may still write
             for folder in reversed(self._made):
                 with contextlib.suppress(OSError):
@@ -84,7 +108,8 @@ class SampleWriter:
 
         return next_free_index(self.samples, SAMPLE_NAME)
 
-    def _write_grid(self, pictures: list[tuple[int, Image.Image]]) -> None:
+    def _finish(self, pictures: list[tuple[int, Image.Image]]) -> None:
+        """Write what is made of all pictures, each with its place in the run."""
         if pictures:
             from ldm.images import make_grid, save_png
 
@@ -96,36 +121,46 @@ class SampleWriter:
         """Leave out `count` pictures that another process draws."""
         self._index += count
 
-    def save(self, images: Sequence[Image.Image], prompts: Sequence[str], name: str = "") -> None:
+    def save(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        name: str = "",
+        settings: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         """Write a batch unless --skip_save, and keep it for the grid unless --skip_grid.
 
         prompts: what each picture was drawn from; empty texts where that is no text. name: for a `NamedWriter`.
+        settings: of each picture, what its metadata say in place of the run's; None: nothing.
         """
+        with finishing():
+            for image, prompt, own in zip(images, prompts, settings or [{}] * len(images), strict=True):
+                self._save(image, prompt, name, own)
+
+    def _save(self, image: Image.Image, prompt: str, name: str, own: Mapping[str, Any]) -> None:
         from ldm.images import save_png
 
-        for image, prompt in zip(images, prompts, strict=True):
-            if not self._args.skip_save:
-                number = None if self._first is None else self._first + self._index
-                save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt), number)
-                self.written += 1
-            if not self._args.skip_grid:
-                self._for_grid.append((self._index, image))
-            self._index += 1
+        if not self._args.skip_save:
+            number = None if self._first is None else self._first + self._index
+            save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt, own), number)
+            self.written += 1
+        if not self._args.skip_grid:
+            self._for_grid.append((self._index, image))
+        self._index += 1
 
-    def _metadata(self, image: Image.Image, prompt: str) -> dict[str, str]:
+    def _metadata(self, image: Image.Image, prompt: str, own: Mapping[str, Any] = {}) -> dict[str, str]:
         from ldm.images import png_metadata
 
         args = self._args
         if args.no_metadata:
             return {}
-        settings = sampling_options(args) | self._settings
-        if args.scale == 1.0:
-            settings.pop("negative_prompt", None)  # of no effect without guidance
-        if args.sampler != "ddim":
-            del settings["eta"]  # no other sampler has it
         size = f"{image.width}x{image.height}"
         run = {"seed": args.seed, "size": size, "batch_size": args.n_samples, "index": self._index}
-        return png_metadata({"prompt": prompt, **settings, **run, "version": f"ldm {__version__}"})
+        settings = {"prompt": prompt, **sampling_metadata(args), **self._settings, **run, **own}
+        if settings["scale"] == 1.0 and not args.cfg_pp:
+            settings.pop("negative_prompt", None)  # of no effect without guidance
+        known = {name: value for name, value in settings.items() if name not in own or value is not None}
+        return png_metadata({**known, "version": f"ldm {__version__}"})
 
 
 class NamedWriter(SampleWriter):
@@ -133,11 +168,22 @@ class NamedWriter(SampleWriter):
 
     FOLDER = ""
 
-    def save(self, images: Sequence[Image.Image], prompts: Sequence[str], name: str = "") -> None:
-        """Write a batch, all of it called `name`."""
+    def _save(self, image: Image.Image, prompt: str, name: str, own: Mapping[str, Any]) -> None:
         from ldm.images import save_png_named
 
-        for image, prompt in zip(images, prompts, strict=True):
-            save_png_named(image, self.samples, name, self._metadata(image, prompt))
-            self.written += 1
-            self._index += 1
+        save_png_named(image, self.samples, name, self._metadata(image, prompt, own))
+        self.written += 1
+        self._index += 1
+
+
+class AnimationWriter(SampleWriter):
+    """Writes a run's frames, and in place of their grid the animations of them, `<outdir>/animation-0000.gif` ..."""
+
+    def _finish(self, pictures: list[tuple[int, Image.Image]]) -> None:
+        from ldm.images import save_animation
+
+        frames = [picture for _, picture in pictures]
+        if self._args.bounce:
+            frames += frames[-2:0:-1]
+        for kind in self._args.formats if frames else ():
+            save_animation(frames, self.outdir, f"animation-{{:04}}.{kind}", self._args.fps)

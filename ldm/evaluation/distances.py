@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -93,13 +93,14 @@ def folder_features(
 
 
 def distances(one: Tensor, other: Tensor) -> dict[str, float]:
-    """Frechet distance (Heusel et al. 2017) and kernel distance (Binkowski et al. 2018) of features (N, D), (M, D).
+    """Frechet distance (Heusel et al. 2017) and kernel distance (Binkowski et al. 2018) of features (N, D), (M, D)."""
+    mean, deviation = kernel_distance(one, other)
+    return {"frechet": frechet_distance(one, other), "kernel": mean, "kernel_deviation": deviation}
 
-    The kernel distance is the mean over random subsets, with its standard deviation beside it; as an unbiased estimate
-    it is below 0 about as often as above where nothing differs.
-    """
+
+def frechet_distance(one: Tensor, other: Tensor) -> float:
+    """Between normal distributions of the mean and covariance of features (N, D), (M, D)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
 
     counts = (len(one), len(other))
     if min(counts) <= one.shape[1]:
@@ -109,16 +110,32 @@ def distances(one: Tensor, other: Tensor) -> dict[str, float]:
             min(counts),
             one.shape[1],
         )
-    as_given = nn.Identity()
-    as_given.num_features = one.shape[1]
+    return float(_updated(FrechetInceptionDistance(_as_given(one)), one, other).compute())
+
+
+def kernel_distance(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """The mean over random subsets of features (N, D), (M, D), with its standard deviation.
+
+    As an unbiased estimate it is below 0 about as often as above where nothing differs.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that features take memory
-        kernel = KernelInceptionDistance(as_given, _KERNEL_SUBSETS, min(_KERNEL_SUBSET, *counts))
-    frechet = FrechetInceptionDistance(as_given)
-    for metric in (frechet, kernel):
-        metric.update(one.double(), real=True)
-        metric.update(other.double(), real=False)
+        metric = KernelInceptionDistance(_as_given(one), _KERNEL_SUBSETS, min(_KERNEL_SUBSET, len(one), len(other)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the subsets
-        mean, deviation = kernel.compute()
-    return {"frechet": float(frechet.compute()), "kernel": float(mean), "kernel_deviation": float(deviation)}
+        mean, deviation = _updated(metric, one, other).compute()
+    return float(mean), float(deviation)
+
+
+def _as_given(features: Tensor) -> nn.Module:
+    as_given = nn.Identity()
+    as_given.num_features = features.shape[1]
+    return as_given
+
+
+def _updated(metric: Any, one: Tensor, other: Tensor) -> Any:
+    metric.update(one.double(), real=True)
+    metric.update(other.double(), real=False)
+    return metric

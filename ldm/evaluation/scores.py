@@ -51,12 +51,17 @@ def plain(scene: Scene) -> str:
     return f" {scene.relation} ".join(f"a {item.colour} {item.shape}" for item in scene.items)
 
 
-def prompts_of(kind: str, count: int, seed: int = 0) -> list[str]:
-    """`count` prompts of one of the `KINDS`, for scenes that no training has drawn; fixed by `seed`."""
+def scenes_of(kind: str, count: int, seed: int = 0) -> list[Scene]:
+    """`count` scenes of one of the `KINDS` that no training has drawn; fixed by `seed`."""
     wanted = KINDS[kind]
     shares = [float(number == wanted.objects) for number in range(1, wanted.objects + 1)]
     data = ShapesDataset(count, _FRESH + seed, shares, held_out=wanted.held_out)
-    return [(describe if wanted.complete else plain)(data.scene(i)) for i in range(count)]
+    return [data.scene(i) for i in range(count)]
+
+
+def prompts_of(kind: str, count: int, seed: int = 0) -> list[str]:
+    """`count` prompts of one of the `KINDS`, for its `scenes_of`."""
+    return [(describe if KINDS[kind].complete else plain)(scene) for scene in scenes_of(kind, count, seed)]
 
 
 def binomial_interval(right: int, count: int) -> tuple[float, float]:

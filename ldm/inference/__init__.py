@@ -9,10 +9,13 @@ for image in txt2img(model, ["a red circle"], seed=42):
 loading   files to models    tasks   what a model draws from    drawing   text to picture, picture to picture
 reconstruction   what a first stage keeps of a picture    tiling   large pictures in pieces
 inpainting   picture with a hole to picture    upscaling   small picture to larger
+prompts   texts to conditions    seeds   the random numbers of each picture    animation   from one picture to another
+previews   pictures on their way    seamless   pictures that repeat
 unprompted   classes, layouts, segmentation maps or nothing to picture
 retrieval   text and its neighbours to picture    variations   picture to others like it
 """
 
+from ldm.inference.animation import as_many, frames_between, interpolate
 from ldm.inference.drawing import (
     Guided,
     decode,
@@ -32,6 +35,8 @@ from ldm.inference.drawing import (
 )
 from ldm.inference.inpainting import inpaint, takes_text
 from ldm.inference.loading import BUNDLED_CKPT, SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
+from ldm.inference.previews import Previews
+from ldm.inference.prompts import Reading
 from ldm.inference.reconstruction import reconstruct
 from ldm.inference.retrieval import (
     EmbeddingDatabase,
@@ -43,6 +48,8 @@ from ldm.inference.retrieval import (
     text_context,
     with_neighbours,
 )
+from ldm.inference.seamless import seamless
+from ldm.inference.seeds import Seeding
 from ldm.inference.unprompted import (
     check_labels,
     class2img,
@@ -59,7 +66,11 @@ __all__ = [
     "EmbeddingDatabase",
     "Guided",
     "NOISE_LEVEL",
+    "Previews",
+    "Reading",
     "SAMPLERS",
+    "Seeding",
+    "as_many",
     "check_labels",
     "check_weights",
     "class2img",
@@ -70,7 +81,9 @@ __all__ = [
     "embed_folder",
     "encode_image",
     "img2img",
+    "frames_between",
     "inpaint",
+    "interpolate",
     "knn2img",
     "load_database",
     "layout2img",
@@ -87,6 +100,7 @@ __all__ = [
     "resolve_size",
     "sampling_settings",
     "save_database",
+    "seamless",
     "seed_everything",
     "segmentation2img",
     "skip_txt2img",

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
-from ldm.inference.loading import SAMPLERS, sampling_settings
+from ldm.inference.loading import sampling_plan
+from ldm.inference.prompts import AS_PUBLISHED, Reading, negative_prompts, text_contexts
+from ldm.inference.seamless import seamless
 from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH, require, task_of
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.gaussian import square
-from ldm.models.diffusion.guidance import Condition
-from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.guidance import Condition, Guidance
+from ldm.models.diffusion.noise import Noise, PerImage, shared
+from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.samplers import make_sampler
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
+
+OnStep = Callable[[Tensor, int, int], None]  # (latents expected to come out, step from 1, of how many)
 
 
 def seed_everything(seed: int) -> None:
@@ -83,23 +86,35 @@ def txt2img(
     model: LatentDiffusion,
     prompts: Sequence[str],
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
+    reading: Reading = AS_PUBLISHED,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    scale: float | None = None,
-    seed: int | None = None,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
+    seed: int | Sequence[int] | None = None,
+    noise: Noise = shared,
     start_code: Tensor | None = None,
+    tiling: str | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
     """One picture a prompt, as one batch.
 
-    height, width: pixels, by default the model's own. sampler: "ddim", "plms" or "dpm_solver". eta: noise of a DDIM
-    step. scale: guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`. steps, sampler and scale
-    are by default the model's own, else 50, "ddim" and 7.5. seed: start of the random numbers; None goes on where they
-    are. start_code: the latents to start from (see `start_latent`).
+    negative_prompt: one for all, or one a prompt. reading: emphasis, long prompts and clip_skip (see `Reading`).
+    height, width: pixels, by default the model's own. sampler: a name in `SAMPLERS`. eta: noise of a DDIM step. scale:
+    guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`; several are gone through evenly, from
+    the first step to the last. steps, sampler and scale are by default the model's own, else 50, "ddim" and 7.5.
+    schedule: a name in `SCHEDULES` or a list of timesteps, by default the model's own, else the sampler's. guidance:
+    what else there is to `Guidance`, such as {"terms": {"rescale": 0.7}}. seed: start of the random numbers; None goes
+    on where they are, and one a prompt makes every picture the same alone or in any batch (see `noise.PerImage`).
+    noise: where else random numbers come from. start_code: the latents to start from (see `start_latent`). tiling: "x",
+    "y" or "both", for pictures that repeat without a seam. on_step: called after every step, with the latents that are
+    expected to come out, the number of the step from 1, and that of the last (see `previews`).
 
     Raises ValueError for what the model cannot do, ArithmeticError if the picture is not finite.
     """
@@ -109,33 +124,29 @@ def txt2img(
     if start_code is not None and start_code.shape != (len(prompts), *shape):
         wanted = (len(prompts), *shape)
         raise ValueError(f"start_code is {tuple(start_code.shape)}, but these prompts and this size need {wanted}")
-    steps, sampler, scale = sampling_settings(model, 7.5, steps, sampler, scale, eta)
-    if seed is not None:
-        seed_everything(seed)
-    with drawing(model):
-        guided = text_condition(model, prompts, negative_prompt, scale)
-        latents = draw(
-            model, guided, shape, len(prompts), steps=steps, sampler=sampler, eta=eta, x_T=start_code, progress=progress
-        )
-        return decode(model, latents)
+    how, guidance = sampling_plan(model, 7.5, steps, sampler, scale, eta, schedule, guidance)
+    how |= {"noise": _noise_of(seed, noise), "on_step": on_step, "progress": progress}
+    with drawing(model), seamless(model, tiling):
+        guided = text_condition(model, prompts, negative_prompt, guidance, reading)
+        return decode(model, draw(model, guided, shape, len(prompts), **how, x_T=start_code))
 
 
 @torch.no_grad()
 def skip_txt2img(model: LatentDiffusion, prompts: Sequence[str], **options: Any) -> None:
     """Draw the random numbers of a call of `txt2img`, without its work: what is drawn next is as after the call.
 
-    `options` are those of `txt2img` but `seed` and `progress`. Processes that share a run skip each other's batches.
+    `options` are those of `txt2img` but `seed`. Processes that share a run skip each other's batches.
     """
     height, width = resolve_size(model, options.get("height"), options.get("width"))
-    eta = options.get("eta", 0.0)
-    steps, sampler, _ = sampling_settings(model, 7.5, options.get("steps"), options.get("sampler"), eta=eta)
-    # Which numbers a sampler draws does not depend on what the network answers.
+    taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
+    how, _ = sampling_plan(model, 7.5, **taken)
+    # Which numbers a sampler draws does not depend on what the network answers, nor on guidance.
     names = ("alphas_cumprod", "num_timesteps", "parameterization", "device")
     idle = SimpleNamespace(**{name: getattr(model, name) for name in names})
     idle.apply_model = lambda x, t, cond: torch.zeros_like(x)
-    solver = make_sampler(idle, sampler)
     shape = (model.channels, *model.latent_size(height, width))
-    solver.sample(steps, len(prompts), shape, eta=eta, x_T=options.get("start_code"), verbose=False)
+    how |= {"noise": options.get("noise", shared), "progress": False}
+    draw(idle, Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"))
 
 
 @torch.no_grad()
@@ -146,14 +157,20 @@ def img2img(
     *,
     strength: float = 0.75,
     depth: Tensor | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
+    reading: Reading = AS_PUBLISHED,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    scale: float | None = None,
-    seed: int | None = None,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
+    seed: int | Sequence[int] | None = None,
+    noise: Noise = shared,
+    tiling: str | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
     """One picture a prompt, made from `init`: a picture, or its latents (B, C, h, w) from `encode_image`.
@@ -165,24 +182,36 @@ def img2img(
     """
     task = require(model, TEXT, TEXT_AND_DEPTH)
     check_strength(strength)
-    steps, sampler, scale = sampling_settings(model, 5.0, steps, sampler, scale, eta)
-    if seed is not None:
-        seed_everything(seed)
-    latents = init if isinstance(init, Tensor) else encode_image(model, init, len(prompts), height, width)
+    how, guidance = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
+    noise = _noise_of(seed, noise)
+    if isinstance(init, Tensor):
+        latents = init
+    else:
+        with seamless(model, tiling):
+            latents = encode_image(model, init, len(prompts), height, width, noise)
     if len(latents) != len(prompts):
         raise ValueError(f"init has {len(latents)} latents for {len(prompts)} prompts")
     if task is TEXT_AND_DEPTH and depth is None:
         if isinstance(init, Tensor):
             raise ValueError("latents say nothing of depth: give this model `depth`, what depth_map makes")
         depth = depth_map(model, init, size=latents.shape[2:])
-    with drawing(model):
-        guided = text_condition(model, prompts, negative_prompt, scale)
+    how |= {"noise": noise, "on_step": on_step, "progress": progress}
+    with drawing(model), seamless(model, tiling):
+        guided = text_condition(model, prompts, negative_prompt, guidance, reading)
         if task is TEXT_AND_DEPTH:
             guided = guided.beside(c_concat=depth.expand(len(prompts), -1, -1, -1))
         elif depth is not None:
             raise ValueError("a depth map has no effect on this model: leave it out, or use a depth-to-image model")
-        latents = redraw(model, guided, latents, strength, steps=steps, sampler=sampler, eta=eta, progress=progress)
-        return decode(model, latents)
+        return decode(model, redraw(model, guided, latents, strength, **how))
+
+
+def _noise_of(seed: int | Sequence[int] | None, noise: Noise) -> Noise:
+    """Where random numbers come from: seeds of one an image, or `noise`, at whose start one seed puts it."""
+    if seed is None or isinstance(seed, int):
+        if seed is not None:
+            seed_everything(seed)
+        return noise
+    return PerImage(seed)
 
 
 def needs_depth(model: LatentDiffusion) -> bool:
@@ -215,27 +244,36 @@ def check_strength(strength: float) -> None:
 
 @torch.no_grad()
 def encode_image(
-    model: LatentDiffusion, image: Image.Image, batch: int = 1, height: int | None = None, width: int | None = None
+    model: LatentDiffusion,
+    image: Image.Image,
+    batch: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    noise: Noise = shared,
 ) -> Tensor:
-    """`batch` latents (batch, C, h, w) of one picture, each a draw of its own from the first stage's posterior."""
+    """`batch` latents (batch, C, h, w) of one picture, each a draw of its own from the first stage's posterior.
+
+    The posterior's noise is drawn on the CPU.
+    """
     image = fit(model, image, height, width)
     logger.info("Picture size: %dx%d", image.width, image.height)
-    return encode_pixels(model, image_to_tensor(image), batch)
+    return encode_pixels(model, image_to_tensor(image), batch, noise)
 
 
 @torch.no_grad()
-def encode_pixels(model: LatentDiffusion, pixels: Tensor, batch: int = 1) -> Tensor:
+def encode_pixels(model: LatentDiffusion, pixels: Tensor, batch: int = 1, noise: Noise = shared) -> Tensor:
     """The same of pixels (1, 3, H, W) from -1 to 1, whose size the model can take."""
     posterior = model.encode_first_stage(pixels.to(model.device, first_stage_dtype(model)))
     if isinstance(posterior, DiagonalGaussianDistribution):  # encoded once, drawn from `batch` times
         posterior = DiagonalGaussianDistribution(posterior.parameters.expand(batch, -1, -1, -1))
-        return model.get_first_stage_encoding(posterior).float()
+        drawn = posterior.sample(noise(posterior.mean.shape, torch.device("cpu")))
+        return model.get_first_stage_encoding(drawn).float()
     return model.get_first_stage_encoding(posterior).float().expand(batch, -1, -1, -1)
 
 
-def start_latent(model: LatentDiffusion, batch: int, height: int, width: int) -> Tensor:
+def start_latent(model: LatentDiffusion, batch: int, height: int, width: int, noise: Noise = shared) -> Tensor:
     """Noise (batch, C, h, w) to start several batches from, for pictures of height x width pixels."""
-    return torch.randn((batch, model.channels, *model.latent_size(height, width)), device=model.device)
+    return noise((batch, model.channels, *model.latent_size(height, width)), model.device)
 
 
 # ---- the parts ----
@@ -243,11 +281,11 @@ def start_latent(model: LatentDiffusion, batch: int, height: int, width: int) ->
 
 @dataclass(frozen=True)
 class Guided:
-    """What to draw under: a condition, the one that guidance leads away from (None: no guidance), and how far."""
+    """What to draw under: a condition, the one that guidance leads away from (None: no such), and the guidance."""
 
     cond: Condition
     uncond: Condition = None
-    scale: float = 1.0
+    guidance: Guidance = Guidance()
 
     def beside(self, c_concat: Tensor | None = None, c_adm: Tensor | None = None, uncond_adm: Tensor | None = None):
         """The same, of a context, with what else a hybrid network takes: it is the same with and without condition.
@@ -273,27 +311,24 @@ def drawing(model: LatentDiffusion) -> Iterator[None]:
         yield
 
 
-def text_condition(model: LatentDiffusion, prompts: Sequence[str], negative_prompt: str, scale: float) -> Guided:
-    """The prompts' encodings (B, L, D), and at any scale but 1 the negative prompt's, to be led away from."""
+def text_condition(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negative_prompt: str | Sequence[str],
+    guidance: Guidance,
+    reading: Reading = AS_PUBLISHED,
+) -> Guided:
+    """The prompts' encodings (B, L, D), and those of the negative prompts, if guidance is to lead away from them.
+
+    negative_prompt: one for all, or one a prompt. reading: other ways to read both (see `Reading`).
+    """
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")
-    if negative_prompt and scale == 1.0:
+    negatives = negative_prompts(negative_prompt, len(prompts))
+    if not guidance.needs_uncond and any(negatives):
         logger.warning("the negative prompt has no effect at scale 1, which is without guidance")
-    uncond = None
-    if scale != 1.0:
-        uncond = model.get_learned_conditioning([negative_prompt]).expand(len(prompts), -1, -1)
-    return Guided(model.get_learned_conditioning(list(prompts)), uncond, scale)
-
-
-def make_sampler(model: Any, name: str) -> Sampler:
-    """The sampler called `name` for a model, or for what stands for one."""
-    if name == "ddim":
-        return DDIMSampler(model)
-    if name == "plms":
-        return PLMSSampler(model, convert_v=True)
-    if name == "dpm_solver":
-        return DPMSolverSampler(model)
-    raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
+    cond, uncond = text_contexts(model, prompts, negatives if guidance.needs_uncond else None, reading)
+    return Guided(cond, uncond, guidance)
 
 
 def draw(
@@ -305,17 +340,24 @@ def draw(
     steps: int,
     sampler: str,
     eta: float = 0.0,
+    on_step: OnStep | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Tensor:
-    """Latents (batch_size, *shape) from noise. `options` are further ones of `Sampler.sample`: x_T, mask, x0 ..."""
-    latents, _ = make_sampler(model, sampler).sample(
+    """Latents (batch_size, *shape) from noise. `options` are others of `Sampler.sample`: schedule, x_T, mask ...
+
+    on_step: see `txt2img`.
+    """
+    solver = make_sampler(model, sampler)
+    if on_step is not None:
+        options["img_callback"] = lambda x0, i: on_step(x0, i + 1, len(solver.schedule))
+    latents, _ = solver.sample(
         S=steps,
         batch_size=batch_size,
         shape=shape,
         conditioning=guided.cond,
         unconditional_conditioning=guided.uncond,
-        unconditional_guidance_scale=guided.scale,
+        guidance=guided.guidance,
         eta=eta,
         verbose=progress,
         **options,
@@ -332,20 +374,35 @@ def redraw(
     steps: int,
     sampler: str,
     eta: float = 0.0,
+    schedule: Choice | None = None,
+    noise: Noise = shared,
+    on_step: OnStep | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Tensor:
     """Latents (B, C, h, w) noised by `strength` of the schedule, and drawn anew from there (SDEdit).
 
-    `options` are further ones of `Sampler.decode`: mask, x0.
+    `options` are further ones of `Sampler.decode`: mask, x0. on_step: see `txt2img`.
     """
     solver = make_sampler(model, sampler)
-    solver.make_schedule(steps, ddim_eta=eta, verbose=False)
+    solver.make_schedule(steps, schedule, ddim_eta=eta, verbose=False)
     count = int(strength * steps)
     if count == 0:
         return latents
-    noised = solver.stochastic_encode(latents, count)
-    return solver.decode(noised, guided.cond, count, guided.scale, guided.uncond, verbose=progress, **options)
+    if on_step is not None:
+        total = len(solver.schedule.until(count))
+        options["img_callback"] = lambda x0, i: on_step(x0, i + 1, total)
+    noised = solver.stochastic_encode(latents, count, noise=noise(latents.shape, latents.device))
+    return solver.decode(
+        noised,
+        guided.cond,
+        count,
+        unconditional_conditioning=guided.uncond,
+        guidance=guided.guidance,
+        noise=noise,
+        verbose=progress,
+        **options,
+    )
 
 
 def decode(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:

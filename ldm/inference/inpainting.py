@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +25,12 @@ from ldm.inference.drawing import (
     seed_everything,
     text_condition,
 )
-from ldm.inference.loading import sampling_settings
+from ldm.inference.loading import sampling_plan
+from ldm.inference.prompts import AS_PUBLISHED, Reading
 from ldm.inference.tasks import MASK, TEXT, TEXT_AND_MASK, require, task_of
 from ldm.inference.tiling import padded
+from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.sampler import Choice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,13 +50,16 @@ def inpaint(
     strength: float = 1.0,
     feather: int = 0,
     keep_unmasked: bool = True,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
+    reading: Reading = AS_PUBLISHED,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
@@ -74,9 +80,10 @@ def inpaint(
     check_mask(mask, image)
     if feather and not keep_unmasked:
         raise ValueError("feather blends with the pixels that keep_unmasked would keep: leave one of the two out")
-    if textless and (any(prompts) or negative_prompt or scale not in (None, 1.0)):
+    if textless and (any(prompts) or any(negative_prompt) or scale not in (None, 1.0) or reading != AS_PUBLISHED):
         raise ValueError("this model fills holes without a text or guidance: leave prompts and scale out")
-    steps, sampler, scale = sampling_settings(model, 1.0 if textless else 7.5, steps, sampler, scale, eta)
+    public_scale = 1.0 if textless else 7.5
+    how, guidance = sampling_plan(model, public_scale, steps, sampler, scale, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
 
@@ -89,9 +96,9 @@ def inpaint(
         multiple = math.lcm(32, model.first_stage_model.downsampling_factor)  # as in `fit`, which resizes
         pixels, covered = padded(pixels, multiple), padded(hole, multiple)
     with drawing(model):
-        guided = _condition(model, pixels, covered, prompts, negative_prompt, scale)
-        options = {"steps": steps, "sampler": sampler, "eta": eta, "progress": progress}
-        images = decode(model, _latents(model, guided, pixels, covered, len(prompts), strength, **options))
+        guided = _condition(model, pixels, covered, prompts, negative_prompt, guidance, reading)
+        latents = _latents(model, guided, pixels, covered, len(prompts), strength, **how, progress=progress)
+        images = decode(model, latents)
     images = [drawn.crop((0, 0, *working.size)) for drawn in images]
     soft = feathered(hole, feather)
     return [blend(working, drawn, soft) for drawn in images] if keep_unmasked else images
@@ -103,13 +110,19 @@ def takes_text(model: LatentDiffusion) -> bool:
 
 
 def _condition(
-    model: LatentDiffusion, pixels: Tensor, mask: Tensor, prompts: Sequence[str], negative_prompt: str, scale: float
+    model: LatentDiffusion,
+    pixels: Tensor,
+    mask: Tensor,
+    prompts: Sequence[str],
+    negative_prompt: str | Sequence[str],
+    guidance: Guidance,
+    reading: Reading,
 ) -> Guided:
     """What to draw under: for pixels (1, 3, H, W) from -1 to 1, and a mask (1, 1, H, W) of 0 and 1."""
     task = task_of(model)
     if task is MASK:
-        return Guided(_masked_latent(model, pixels, mask).expand(len(prompts), -1, -1, -1))
-    guided = text_condition(model, prompts, negative_prompt, scale)
+        return Guided(_masked_latent(model, pixels, mask).expand(len(prompts), -1, -1, -1), guidance=guidance)
+    guided = text_condition(model, prompts, negative_prompt, guidance, reading)
     if task is TEXT:
         return guided
     batch = {"mask": mask.movedim(1, -1), "masked_image": (pixels * (1 - mask)).movedim(1, -1)}  # holes are mid grey

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ from ldm.checkpoint import Checkpoint, build_on_meta, config_for, fill_model, re
 from ldm.checkpoint.families import describe, family_of
 from ldm.devices import choose_device, choose_precision
 from ldm.inference.tasks import TEXT, Task, require, task_of
+from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
+from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.schedules import SCHEDULES
 from ldm.util import public_path
 
 if TYPE_CHECKING:
@@ -29,7 +33,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 BUNDLED_CKPT = "models/ldm/shapes64/model.ckpt"
 
-SAMPLERS = ("ddim", "plms", "dpm_solver")
 DTYPES = {"full": torch.float32, "autocast": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -157,11 +160,12 @@ def _laid_over(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def _own_sampling(config: DictConfig) -> dict[str, Any]:
-    """The `sampling:` section of a config, checked: scale, sampler, steps, pixels where the user names none."""
-    own = dict(config.get("sampling", None) or {})
+    """The `sampling:` section of a config, checked: what counts where the user names nothing else."""
+    own = OmegaConf.to_container(config.get("sampling", None) or OmegaConf.create())
     valid = {
         "scale": lambda value: isinstance(value, (int, float)) and math.isfinite(value),
         "sampler": lambda value: value in SAMPLERS,
+        "schedule": lambda value: value in SCHEDULES if isinstance(value, str) else _timesteps(value),
         "steps": lambda value: isinstance(value, int) and value > 0,
         "size": lambda value: isinstance(value, int) and value > 0,
     }
@@ -169,9 +173,14 @@ def _own_sampling(config: DictConfig) -> dict[str, Any]:
         if name not in valid or isinstance(value, bool) or not valid[name](value):
             raise ValueError(
                 f"the config's `sampling:` has {name}: {value!r}; it takes a number `scale`, a `sampler` of "
-                f"{', '.join(SAMPLERS)}, a whole number of `steps`, and a `size` in pixels"
+                f"{', '.join(SAMPLERS)}, a whole number of `steps`, a `schedule` of {', '.join(SCHEDULES)} or "
+                "timesteps in a list, and a `size` in pixels"
             )
     return own
+
+
+def _timesteps(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(t, (int, float)) for t in value)
 
 
 def sampling_settings(
@@ -179,20 +188,47 @@ def sampling_settings(
     public_scale: float,
     steps: int | None = None,
     sampler: str | None = None,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
     eta: float = 0.0,
     public_steps: int = 50,
-) -> tuple[int, str, float]:
+    plus_plus: bool = False,
+) -> tuple[int, str, float | Sequence[float]]:
     """(steps, sampler, scale), each None as the model's own (`sampling:` in its config), else as the public default.
 
-    The public defaults are `public_steps` of DDIM at `public_scale`. Only DDIM adds noise, so `eta` above 0 asks for
-    it.
+    The public defaults are `public_steps` of DDIM at `public_scale`. An `eta` above 0 asks for DDIM. `plus_plus` has a
+    scale of its own, since CFG++ counts otherwise.
     """
     if sampler is None and eta != 0:
         sampler = "ddim"
+    if scale is None and plus_plus:
+        scale = PLUS_PLUS_SCALE
     own = {"steps": public_steps, "sampler": "ddim", "scale": public_scale} | getattr(model, "sampling", {})
     given = {"steps": steps, "sampler": sampler, "scale": scale}
     return tuple(own[name] if value is None else value for name, value in given.items())
+
+
+def sampling_plan(
+    model: LatentDiffusion,
+    public_scale: float,
+    steps: int | None = None,
+    sampler: str | None = None,
+    scale: float | Sequence[float] | None = None,
+    eta: float = 0.0,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], Guidance]:
+    """What `draw` and `redraw` take of these options, and the guidance that they ask for.
+
+    steps, sampler, scale: see `sampling_settings`. schedule: by default the model's own, else the sampler's. guidance:
+    what else there is to `Guidance`. ValueError for what does not go together.
+    """
+    guidance = dict(guidance or {})
+    steps, sampler, scale = sampling_settings(
+        model, public_scale, steps, sampler, scale, eta, plus_plus=guidance.get("plus_plus", False)
+    )
+    schedule = getattr(model, "sampling", {}).get("schedule") if schedule is None else schedule
+    how = {"steps": steps, "sampler": sampler, "eta": eta, "schedule": schedule}
+    return how, Guidance(scale, **guidance)
 
 
 def _default_checkpoint() -> Path:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from tqdm import tqdm
 from ldm.data.folder import scan
 from ldm.images import load_image
 from ldm.inference.drawing import Guided, decode, draw, drawing, resolve_size, seed_everything
-from ldm.inference.loading import sampling_settings
+from ldm.inference.loading import sampling_plan
 from ldm.inference.tasks import NEIGHBOURS, require
+from ldm.models.diffusion.sampler import Choice
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder, square_picture
 from ldm.util import REPOSITORY
@@ -250,7 +251,9 @@ def knn2img(
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
@@ -266,14 +269,14 @@ def knn2img(
             f"this model takes embeddings (B, n, {wanted}), not {tuple(context.shape)}: use the CLIP that it was "
             "trained with (ViT-L/14 for the public model)"
         )
-    steps, sampler, scale = sampling_settings(model, 5.0, steps, sampler, scale, eta)
+    how, guidance = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
     with drawing(model):
         context = model.get_learned_conditioning(context.to(model.device))
-        guided = Guided(context, torch.zeros_like(context) if scale != 1.0 else None, scale)
+        guided = Guided(context, torch.zeros_like(context) if guidance.needs_uncond else None, guidance)
         shape = (model.channels, *model.latent_size(height, width))
-        latents = draw(model, guided, shape, len(context), steps=steps, sampler=sampler, eta=eta, progress=progress)
+        latents = draw(model, guided, shape, len(context), **how, progress=progress)
         return decode(model, latents)
 
 

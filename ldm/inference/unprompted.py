@@ -1,14 +1,16 @@
 """Drawing without text: from nothing but noise, from class labels, from layouts and from segmentation maps.
 
 All four take these options. steps, sampler: by default the model's own, else 50 of "ddim"; beside the samplers of
-`txt2img` there is "ancestral", which walks all timesteps (Ho et al. 2020, algorithm 2). eta: noise of a DDIM step.
-seed: start of the random numbers; None goes on where they are. progress: show a bar. They raise ValueError for models
-that draw from something else and ArithmeticError if a picture is not finite.
+`txt2img` there is "ancestral", which walks all timesteps (Ho et al. 2020, algorithm 2). eta, schedule, guidance: as in
+`txt2img`, but without classes `pag` is the only guidance. seed: start of the random numbers; None goes on where they
+are. progress: show a bar. They raise ValueError for models that draw from something else and ArithmeticError if a
+picture is not finite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +19,11 @@ from torch import Tensor
 from ldm.data.layouts import Box, LayoutTokens
 from ldm.data.segmentation import one_hot_map
 from ldm.inference.drawing import Guided, decode, draw, drawing, seed_everything
-from ldm.inference.loading import sampling_settings
+from ldm.inference.loading import sampling_plan
 from ldm.inference.tasks import CLASSES, LAYOUT, NOTHING, SEGMENTATION, require
 from ldm.models.diffusion.gaussian import square
+from ldm.models.diffusion.guidance import Condition
+from ldm.models.diffusion.sampler import Choice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,14 +37,14 @@ def noise2img(model: LatentDiffusion, count: int, **options: Any) -> list[Image.
     """`count` pictures of an unconditional model, as one batch."""
     require(model, NOTHING)
     with drawing(model):
-        return _drawn(model, Guided(None), count, **options)
+        return _drawn(model, None, count, **options)
 
 
 def class2img(
     model: LatentDiffusion,
     labels: Sequence[int],
     *,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
     null_class: int | None = None,
     **options: Any,
 ) -> list[Image.Image]:
@@ -51,11 +55,10 @@ def class2img(
     (`ucg_training`), or class 1000 of ImageNet models with 1001. ValueError if guidance needs one and there is none.
     """
     check_labels(model, labels if null_class is None else [*labels, null_class])
-    scale = sampling_settings(model, 1.0, scale=scale)[2]
     with drawing(model):
-        batch = {model.cond_stage_key: torch.tensor(labels, device=model.device)}
-        uncond = None if scale == 1.0 else model.get_unconditional_conditioning(len(labels), null_class)
-        return _drawn(model, Guided(model.get_learned_conditioning(batch), uncond, scale), len(labels), **options)
+        cond = model.get_learned_conditioning({model.cond_stage_key: torch.tensor(labels, device=model.device)})
+        without = partial(model.get_unconditional_conditioning, len(labels), null_class)
+        return _drawn(model, cond, len(labels), scale=scale, without=without, **options)
 
 
 def check_labels(model: LatentDiffusion, labels: Sequence[int]) -> None:
@@ -70,7 +73,7 @@ def layout2img(model: LatentDiffusion, tokens: Tensor, **options: Any) -> list[I
     """One picture a layout, as one batch. tokens: (B, L), what `layout_tokens` makes of the layouts."""
     require(model, LAYOUT)
     with drawing(model):
-        return _drawn(model, Guided(model.get_learned_conditioning(tokens.to(model.device))), len(tokens), **options)
+        return _drawn(model, model.get_learned_conditioning(tokens.to(model.device)), len(tokens), **options)
 
 
 def layout_tokens(model: LatentDiffusion, layouts: Sequence[Sequence[Box]]) -> Tensor:
@@ -93,30 +96,40 @@ def segmentation2img(model: LatentDiffusion, ids: Tensor, count: int = 1, **opti
     with drawing(model):
         cond = model.get_learned_conditioning(planes)  # (1, C, h, w)
         size = model.latent_size(*planes.shape[2:])
-        return _drawn(model, Guided(cond.expand(count, -1, -1, -1)), count, size, **options)
+        return _drawn(model, cond.expand(count, -1, -1, -1), count, size, **options)
 
 
 def _drawn(
     model: LatentDiffusion,
-    guided: Guided,
+    cond: Condition,
     count: int,
     size: tuple[int, int] | None = None,
     *,
+    without: Callable[[], Condition] | None = None,
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
-    """`count` pictures under a condition. size: (h, w) of the latents, by default the model's own."""
-    steps, sampler, _ = sampling_settings(model, 1.0, steps, sampler, eta=eta)
+    """`count` pictures under a condition. size: (h, w) of the latents, by default the model's own.
+
+    without: what makes the condition that guidance leads away from; models that have none know no scale.
+    """
+    if without is None and scale not in (None, 1.0):
+        raise ValueError(f"guidance leads towards a class, and this model has none: leave scale={scale} out")
+    how, guided_by = sampling_plan(model, 1.0, steps, sampler, scale if without else 1.0, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
     shape = (model.channels, *(size or square(model.image_size)))
-    if sampler != ANCESTRAL:
-        return decode(
-            model, draw(model, guided, shape, count, steps=steps, sampler=sampler, eta=eta, progress=progress)
+    if how["sampler"] != ANCESTRAL:
+        guided = Guided(cond, without() if without and guided_by.needs_uncond else None, guided_by)
+        return decode(model, draw(model, guided, shape, count, **how, progress=progress))
+    if guided_by.needs_uncond or guidance or schedule is not None:
+        raise ValueError(
+            "ancestral sampling has no guidance: use scale 1, or DDIM, with eta 1 for its noise; nor another schedule"
         )
-    if guided.uncond is not None:
-        raise ValueError("ancestral sampling has no guidance: use scale 1, or DDIM, with eta 1 for its noise")
-    return decode(model, model.p_sample_loop(guided.cond, (count, *shape), verbose=progress))
+    return decode(model, model.p_sample_loop(cond, (count, *shape), verbose=progress))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from ldm.images import image_to_tensor
 from ldm.inference.drawing import Guided, decode, draw, drawing, first_stage_dtype, seed_everything, text_condition
-from ldm.inference.loading import sampling_settings
+from ldm.inference.loading import sampling_plan
 from ldm.inference.tasks import SMALL_PICTURE, SMALL_PICTURE_AND_TEXT, require
 from ldm.inference.tiling import padded, tiled
 from ldm.models.diffusion.gaussian import square
-from ldm.models.diffusion.guidance import Condition
+from ldm.models.diffusion.guidance import Condition, Guidance
+from ldm.models.diffusion.sampler import Choice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,13 +33,15 @@ def upscale(
     images: Sequence[Image.Image],
     prompts: Sequence[str] | None = None,
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
     noise_level: int | None = None,
     tile: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
@@ -58,7 +62,8 @@ def upscale(
         noise_level = NOISE_LEVEL if noise_level is None else noise_level
     else:
         _refuse(prompt=prompts, negative_prompt=negative_prompt or None, noise_level=noise_level, scale=scale)
-    steps, sampler, scale = sampling_settings(model, 9.0, steps, sampler, scale, eta)
+    public_scale = 9.0 if with_text else 1.0
+    how, guidance = sampling_plan(model, public_scale, steps, sampler, scale, eta, schedule, guidance)
     if tile is None:
         tile = 2 * max(square(model.image_size))
     looks = TiledModel(model, tile, progress)
@@ -66,10 +71,9 @@ def upscale(
         seed_everything(seed)
     x = padded(torch.cat([image_to_tensor(image) for image in images]), MULTIPLE).to(model.device)  # (B, 3, h, w)
     with drawing(model):
-        guided = _condition(model, x, prompts, negative_prompt, noise_level, scale)
+        guided = _condition(model, x, prompts, negative_prompt, noise_level, guidance)
         shape = (model.channels, *x.shape[2:])
-        options = {"steps": steps, "sampler": sampler, "eta": eta, "progress": progress}
-        latents = draw(looks, guided, shape, len(images), **options)
+        latents = draw(looks, guided, shape, len(images), **how, progress=progress)
     if first_stage_dtype(model) == torch.float16:
         model.first_stage_model.float()  # the published one's maps grow beyond half precision
     factor = model.first_stage_model.downsampling_factor
@@ -93,18 +97,18 @@ def _condition(
     model: LatentDiffusion,
     x: Tensor,
     prompts: Sequence[str] | None,
-    negative_prompt: str,
+    negative_prompt: str | Sequence[str],
     noise_level: int | None,
-    scale: float,
+    guidance: Guidance,
 ) -> Guided:
     """What to draw under, for small pictures x (B, 3, h, w)."""
     if noise_level is None:
-        return Guided({"c_concat": [model.get_learned_conditioning(x)]})
+        return Guided({"c_concat": [model.get_learned_conditioning(x)]}, guidance=guidance)
     prompts = [""] * len(x) if prompts is None else prompts
     if len(prompts) != len(x):
         raise ValueError(f"every picture needs its prompt: there are {len(x)} pictures and {len(prompts)} prompts")
     noised, level = model.low_scale_condition(x, noise_level)
-    return text_condition(model, prompts, negative_prompt, scale).beside(c_concat=noised, c_adm=level)
+    return text_condition(model, prompts, negative_prompt, guidance).beside(c_concat=noised, c_adm=level)
 
 
 class TiledModel:
@@ -134,6 +138,10 @@ class TiledModel:
             return self._model.apply_model(part[:, :channels], t, under)
 
         return tiled(look, torch.cat([x, *cond["c_concat"]], dim=1), self._tile, multiple=MULTIPLE)
+
+    def perturbed_attention(self) -> AbstractContextManager[None]:
+        """As of the model."""
+        return self._model.perturbed_attention()
 
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """As of the model: z (B, C, h, w) to pictures (B, 3, f h, f w)."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ldm.images import image_to_tensor
 from ldm.inference.drawing import decode, draw, drawing, resolve_size, seed_everything, text_condition
-from ldm.inference.loading import sampling_settings
+from ldm.inference.loading import sampling_plan
 from ldm.inference.tasks import PICTURE, require
+from ldm.models.diffusion.sampler import Choice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,13 +52,15 @@ def variations(
     prompts: Sequence[str],
     *,
     noise_level: int = 0,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
     eta: float = 0.0,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    schedule: Choice | None = None,
+    guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
@@ -69,14 +72,14 @@ def variations(
     """
     require(model, PICTURE)
     height, width = resolve_size(model, height, width)
-    steps, sampler, scale = sampling_settings(model, 10.0, steps, sampler, scale, eta)
+    how, guidance = sampling_plan(model, 10.0, steps, sampler, scale, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
     embedding = images if isinstance(images, Tensor) else picture_embedding(model, images)
     with drawing(model):
         c_adm = model.embedding_condition(embedding.expand(len(prompts), -1), noise_level)
-        guided = text_condition(model, prompts, negative_prompt, scale)
+        guided = text_condition(model, prompts, negative_prompt, guidance)
         guided = guided.beside(c_adm=c_adm, uncond_adm=torch.zeros_like(c_adm))
         shape = (model.channels, *model.latent_size(height, width))
-        latents = draw(model, guided, shape, len(prompts), steps=steps, sampler=sampler, eta=eta, progress=progress)
+        latents = draw(model, guided, shape, len(prompts), **how, progress=progress)
         return decode(model, latents)

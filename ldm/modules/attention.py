@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +103,37 @@ class CrossAttention(nn.Module):
         out = attend(q, k, v, mask)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, query_dim)
 
+    def values(self, x: Tensor) -> Tensor:
+        """What comes out for x (B, N, query_dim) if each place attends to itself alone."""
+        return self.to_out(self.to_v(x))
 
-class BasicTransformerBlock(nn.Module):
+
+class SelfAttending(nn.Module):
+    """A module with self-attention that can be put out of the way (see `seeing_themselves_alone`)."""
+
+    attends_to_itself = True
+    alone = False  # each place has its own value, as if it attended to itself alone
+
+
+@contextlib.contextmanager
+def seeing_themselves_alone(network: nn.Module) -> Iterator[None]:
+    """While this lasts, all self-attention in `network` is the identity on the values (Ahn et al. 2024, section 4.2).
+
+    ValueError if it has none.
+    """
+    found = [part for part in network.modules() if isinstance(part, SelfAttending) and part.attends_to_itself]
+    if not found:
+        raise ValueError("perturbed-attention guidance needs self-attention in the middle of the network: it has none")
+    try:
+        for part in found:
+            part.alone = True
+        yield
+    finally:
+        for part in found:
+            part.alone = False
+
+
+class BasicTransformerBlock(SelfAttending):
     """Self-attention, cross-attention on the context, feed-forward; each after a layer norm, each residual."""
 
     def __init__(
@@ -118,6 +149,7 @@ class BasicTransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.disable_self_attn = disable_self_attn
+        self.attends_to_itself = not disable_self_attn
         self.attn1 = CrossAttention(dim, context_dim if disable_self_attn else None, n_heads, d_head, dropout)
         self.ff = FeedForward(dim, glu=gated_ff, dropout=dropout)
         self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head, dropout)
@@ -130,7 +162,8 @@ class BasicTransformerBlock(nn.Module):
         return checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B, N, dim) -> same
-        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
+        h = self.norm1(x)
+        x = x + (self.attn1.values(h) if self.alone else self.attn1(h, context if self.disable_self_attn else None))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 

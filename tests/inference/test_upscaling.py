@@ -14,6 +14,7 @@ from ldm import inference
 from ldm.images import image_to_tensor
 from ldm.inference.upscaling import TiledModel
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.guidance import Guidance
 from tests.tiny import super_resolution_config, upscaler_config, write_model, write_tiny
 
 CONFIGS = {"upscaler": upscaler_config, "super-resolution": super_resolution_config}
@@ -148,7 +149,7 @@ def test_tiles_change_nothing_for_networks_that_look_near(upscaler, sampler, siz
     local = blurring(upscaler)
     noise, small = torch.randn(2, 3, *size), torch.randn(2, 3, *size)
     cond = {"c_concat": [small], "c_adm": torch.tensor([0.1, 0.3])}
-    guided = inference.Guided(cond, {**cond, "c_adm": torch.tensor([0.2, 0.1])}, 3.0)
+    guided = inference.Guided(cond, {**cond, "c_adm": torch.tensor([0.2, 0.1])}, Guidance(3.0))
     found = []
     for tile in (0, 16):
         looks = TiledModel(local, tile, progress=False)

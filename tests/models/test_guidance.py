@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.guidance import classifier_free, condition_batch_size, join_conditions
+from ldm.models.diffusion.guidance import Branches, Guidance, Network, condition_batch_size, join_conditions
 
 A, B = torch.zeros(2, 3), torch.ones(2, 3)
 
@@ -30,6 +30,12 @@ def test_misfits_are_named(first, second, message):
         join_conditions(first, second)
 
 
+def answer(network, cond, uncond, guidance, a=0.5):
+    """What `guidance` makes of a network at one point; x and t as below."""
+    x, t = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([3.0, 4.0])
+    return guidance(Branches(Network(network, cond, uncond), x, t, a), 0), x, t
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 7.5])
 def test_formula_and_number_of_calls(scale):
     calls = []
@@ -38,14 +44,15 @@ def test_formula_and_number_of_calls(scale):
         calls.append(x.shape[0])
         return c[:, :1] * t[:, None] + x
 
-    x, t = torch.randn(2, 1), torch.tensor([3.0, 4.0])
-    out = classifier_free(network, B, A, scale)(x, t)
+    (out, onward), x, t = answer(network, B, A, Guidance(scale))
     torch.testing.assert_close(out, x + scale * t[:, None])  # the unconditional answer is x, the other x + t
     assert calls == ([2] if scale == 1.0 else [4])  # one batch of both, or the conditional half alone
+    assert onward is None
 
 
 def test_without_unconditional_condition():
-    assert classifier_free(lambda x, t, c: c, B, None, 7.5)(A, None) is B
+    (out, _), _, _ = answer(lambda x, t, c: c, B, None, Guidance(7.5))
+    assert out is B
 
 
 def test_batch_size():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ from PIL import Image
 import ldm
 from ldm import cli
 from ldm import inference as real
+from ldm.models.diffusion.noise import PerImage
 
 
 class FakeInference(ModuleType):
@@ -25,6 +27,7 @@ class FakeInference(ModuleType):
     def __init__(self) -> None:
         super().__init__("ldm.inference")
         self.calls: list[tuple[str, dict]] = []
+        self.noises = []  # of each drawing call
         self.drawn = 0
         self.fail_at, self.failure = None, None
 
@@ -37,6 +40,7 @@ class FakeInference(ModuleType):
         return SimpleNamespace(channels=4, latent_size=lambda h, w: (h // 8, w // 8), checkpoint_path=path)
 
     sampling_settings = staticmethod(real.sampling_settings)
+    Reading = real.Reading
 
     def needs_depth(self, model):
         return False
@@ -54,11 +58,22 @@ class FakeInference(ModuleType):
     def seed_everything(self, seed):
         self.calls.append(("seed_everything", {"seed": seed}))
 
-    def start_latent(self, model, batch, height, width):
+    Seeding, Previews = real.Seeding, real.Previews
+
+    def seamless(self, model, axes):
+        return contextlib.nullcontext()
+
+    def start_latent(self, model, batch, height, width, noise):
         self.calls.append(("start_latent", {"batch": batch, "size": (height, width)}))
         return torch.arange(batch).view(batch, 1, 1, 1).expand(batch, 4, height // 8, width // 8)
 
-    def _draw(self, name, prompts, size, arguments):
+    def _draw(self, name, prompts, size, *, noise, on_step, tiling, progress, **arguments):
+        assert progress is False and isinstance(on_step, cli.Watch)  # one bar for the run
+        self.noises.append(noise)
+        if isinstance(noise, PerImage):
+            arguments["seed"] = [generator.initial_seed() for generator in noise.generators]
+        if tiling:
+            arguments["tiling"] = tiling
         self.calls.append((name, {"prompts": list(prompts), **arguments}))
         if self.fail_at == len(self.named("txt2img", "img2img")):
             raise self.failure
@@ -66,8 +81,8 @@ class FakeInference(ModuleType):
         self.drawn += len(images)
         return images
 
-    def txt2img(self, model, prompts, *, height, width, progress, **arguments):
-        return self._draw("txt2img", prompts, (width, height), {"height": height, "width": width, **arguments})
+    def txt2img(self, model, prompts, *, height, width, **arguments):
+        return self._draw("txt2img", prompts, (width, height), height=height, width=width, **arguments)
 
     def encode_image(self, model, image, batch, height, width):
         self.calls.append(("encode_image", {"image": image, "batch": batch, "height": height, "width": width}))
@@ -75,8 +90,8 @@ class FakeInference(ModuleType):
         return torch.arange(batch).view(batch, 1, 1, 1).expand(shape)
 
     def img2img(self, model, prompts, init, **arguments):
-        height, width = init.shape[2] * 8, init.shape[3] * 8
-        return self._draw("img2img", prompts, (width, height), {"init": init, **arguments})
+        size = init.size if isinstance(init, Image.Image) else (init.shape[3] * 8, init.shape[2] * 8)
+        return self._draw("img2img", prompts, size, init=init, **arguments)
 
 
 @pytest.fixture

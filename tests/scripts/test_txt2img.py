@@ -104,6 +104,40 @@ def test_ragged_file_of_prompts(script, inference):
     assert Image.open(outdir / "samples" / "00006.png").text["parameters"].startswith("prompt 6\n")
 
 
+def test_lines_with_options_of_their_own(script, inference):
+    lines = [
+        {"prompt": "a", "seed": 5, "steps": 9},
+        {"prompt": "b"},
+        {"prompt": "c", "negative_prompt": "n", "scale": 1},
+    ]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert script("--from-file", "p.jsonl", "--n_iter", 1, "--negative_prompt", "dog", "--fixed_code") == 0
+    names = ("prompts", "negative_prompt", "steps", "scale", "seed")
+    assert [{name: call[name] for name in names if name in call} for call in inference.named("txt2img")] == [
+        {"prompts": ["a"], "negative_prompt": "dog", "steps": 9, "scale": 7.5, "seed": [5]},
+        {"prompts": ["b"], "negative_prompt": "dog", "steps": 50, "scale": 7.5},
+        {"prompts": ["c"], "negative_prompt": ["n"], "steps": 50, "scale": 1.0},
+    ]
+    assert [call["start_code"] is None for call in inference.named("txt2img")] == [True, False, False]
+    texts = [Image.open(path).text for path in sorted(Path("outputs/txt2img-samples/samples").iterdir())]
+    first, second, third = (json.loads(text["ldm"]) for text in texts)
+    assert (first["seed"], first["steps"], first["negative_prompt"]) == (5, 9, "dog")
+    assert "index" not in first and "batch_size" not in first  # of no effect on it
+    assert (second["seed"], second["steps"], second["index"]) == (42, 50, 1)
+    assert third["scale"] == 1.0 and "negative_prompt" not in third
+
+
+def test_ways_to_read_prompts_arrive_and_are_written_down(script, inference):
+    flags = ["--prompt", "a {red|(red:1.2)} cat", "--n_iter", 1, "--matrix", "--emphasis", "--long_prompt"]
+    assert script(*flags, "--clip_skip", 2) == 0
+    (call,) = inference.named("txt2img")
+    assert call["prompts"] == ["a red cat", "a (red:1.2) cat"]
+    assert call["reading"] == inference.Reading(emphasis=True, long_prompt=True, clip_skip=2)
+    text = Image.open("outputs/txt2img-samples/samples/00001.png").text
+    assert text["parameters"].startswith("a (red:1.2) cat\n") and "Clip skip: 2, " in text["parameters"]
+    assert json.loads(text["ldm"])["emphasis"] is True
+
+
 def test_fixed_code_is_drawn_once_and_cut_to_the_batch(script, inference):
     Path("p.txt").write_text("a\nb\nc\n")
     assert script("--from-file", "p.txt", "--n_samples", 2, "--fixed_code", "--H", 64) == 0
@@ -160,6 +194,7 @@ def test_metadata_names_models_with_the_public_file_name_by_their_folder(script)
     [
         (["--plms", "--ddim_eta", "0.1"], "--plms needs --ddim_eta 0, not 0.1"),
         (["--from-file", "none.txt"], "--from-file none.txt: there is no such file"),
+        (["--prompt", "{a|b}" * 20, "--matrix"], "--matrix makes 1048576 prompts of"),
         (["--laion400m"], "--laion400m needs models/ldm/text2img-large/model.ckpt, which is not there"),
         (["--C", "8"], "--C 8 does not fit this model, which has 4"),
         (["--f", "4"], "--f 4 does not fit this model, which has 8"),

@@ -8,30 +8,32 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.guidance import Condition
-from ldm.models.diffusion.sampler import Run, Sampler
-from ldm.modules.diffusionmodules.util import noise_like
+from ldm.models.diffusion.guidance import Condition, Guidance
+from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
 
 
 def ddim_update(run: Run, eps: Tensor, x0: Tensor, index: int) -> Tensor:
-    """x at the level after step `index` (eq. 12), given eps and x0 (B, ...).
-
-    Noise is drawn even where sigma is 0, as published: the random stream of a whole run depends on it.
-    """
-    a_prev, sigma = float(run.schedule.a_prev[index]), float(run.schedule.sigma[index])
-    direction = math.sqrt(max(1.0 - a_prev - sigma**2, 0.0)) * eps
-    noise = sigma * run.temperature * noise_like(eps.shape, eps.device, run.repeat_noise).to(eps.dtype)
-    if run.noise_dropout > 0.0:
-        noise = F.dropout(noise, p=run.noise_dropout)
-    return math.sqrt(a_prev) * x0 + direction + noise
+    """x at the level after step `index`, given eps and x0 (B, ...)."""
+    return noisy_transfer(run, eps, x0, float(run.schedule.a_prev[index]), float(run.schedule.sigma[index]))
 
 
+def noisy_transfer(run: Run, eps: Tensor, x0: Tensor, a: float, sigma: float) -> Tensor:
+    """x at level a, made up of x0 and eps (B, ...), where noise of standard deviation sigma is new (eq. 12)."""
+    direction = math.sqrt(max(1.0 - a - sigma**2, 0.0)) * eps
+    return math.sqrt(a) * x0 + direction + run.added(eps, sigma)
+
+
+@register("ddim")
 class DDIMSampler(Sampler):
     """The default sampler; with eta = 1 and every timestep it is ancestral sampling."""
+
+    takes_eta = True
+    default_schedule = "uniform"
+    plus_plus = True
+    published = True
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One DDIM update."""
@@ -63,7 +65,7 @@ class DDIMSampler(Sampler):
             replace(schedule, timesteps=timesteps),
             c,
             unconditional_conditioning,
-            unconditional_guidance_scale,
+            Guidance(unconditional_guidance_scale),
             temperature=temperature,
             noise_dropout=noise_dropout,
             repeat_noise=repeat_noise,
@@ -85,6 +87,7 @@ class DDIMSampler(Sampler):
         callback: Callable[[int], None] | None = None,
         verbose: bool = True,
         schedule_timesteps: bool = False,
+        guidance: Guidance | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """DDIM inversion: walk x0 (B, C, H, W) up the first `t_enc` steps of the schedule.
 
@@ -97,13 +100,17 @@ class DDIMSampler(Sampler):
         schedule = self._select(use_original_steps)
         if not 0 <= t_enc <= len(schedule):
             raise ValueError(f"t_enc must be from 0 to the schedule's {len(schedule)} steps, not {t_enc}")
-        run = self._run(schedule, c, unconditional_conditioning, unconditional_guidance_scale)
+        run = self._run(schedule, c, unconditional_conditioning, guidance or Guidance(unconditional_guidance_scale))
         every = max(t_enc // return_intermediates, 1) if return_intermediates else None
         x, kept, kept_steps = x0, [], []
         for i in tqdm(range(t_enc), desc="DDIM inversion", disable=not verbose):
             a, a_next = float(schedule.a_prev[i]), float(schedule.a[i])
-            eps, _ = self.predict(run, x, schedule.timesteps[i] if schedule_timesteps else i, a)
-            x = math.sqrt(a_next / a) * (x - math.sqrt(1 - a) * eps) + math.sqrt(1 - a_next) * eps
+            run.step = len(schedule) - 1 - i  # of a run the other way, whose scale this takes
+            # A step down from x_next is from the guided eps on along the other one, if they differ (CFG++). Both are
+            # asked for as of x_next, at its level and timestep; x stands in for it.
+            onward, x0 = self.predict(run, x, schedule.timesteps[i] if schedule_timesteps else i, a_next)
+            eps = (x - math.sqrt(a_next) * x0) / math.sqrt(1 - a_next)
+            x = transfer((x - math.sqrt(1 - a) * onward) / math.sqrt(a), eps, a_next)
             if every and (i % every == 0 or i >= t_enc - 2):
                 kept.append(x)
                 kept_steps.append(i)

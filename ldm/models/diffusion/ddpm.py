@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ldm.models.diffusion.pictures import DiffusionPictures, LatentPictures
 from ldm.models.diffusion.stages import LatentStages, images_of
 from ldm.models.diffusion.training import DiffusionTraining
 from ldm.models.diffusion.wrapper import DiffusionWrapper
+from ldm.modules.attention import seeing_themselves_alone
 from ldm.modules.diffusionmodules.schedule import min_snr_weights
 from ldm.modules.ema import LitEma
 from ldm.util import FIRST_STAGE, UNCONDITIONAL, instantiate_from_config
@@ -335,6 +337,10 @@ class LatentDiffusion(LatentPictures, LatentStages, DDPM):
         return super().trained_modules() | ({"cond_stage_model": self.cond_stage_model} if trains_encoder else {})
 
     # ---- sampling ----
+
+    def perturbed_attention(self) -> AbstractContextManager[None]:
+        """A context in which self-attention in the network's middle is the identity, as `pag` guidance wants it."""
+        return seeing_themselves_alone(self.model.diffusion_model.middle_block)
 
     @torch.no_grad()
     def sample(

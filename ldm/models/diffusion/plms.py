@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import ddim_update
-from ldm.models.diffusion.sampler import Run, Sampler
+from ldm.models.diffusion.sampler import Run, Sampler, register
+from ldm.models.diffusion.schedules import far
 from ldm.modules.diffusionmodules.schedule import eps_and_x0
 
 # Adams-Bashforth weights of the newest and the older eps, by how many older ones there are (eq. 12 and appendix).
@@ -17,6 +18,7 @@ WEIGHTS = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 
 logger = logging.getLogger(__name__)
 
 
+@register("plms", convert_v=True)
 class PLMSSampler(Sampler):
     """Fourth-order multi-step update of eps in DDIM's transfer; deterministic. The first step asks the network twice.
 
@@ -24,7 +26,8 @@ class PLMSSampler(Sampler):
     the picture; that is the default here only so that its published numbers come out. `ldm.inference` sets it.
     """
 
-    deterministic = True
+    default_schedule = "uniform"
+    published = True
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None, convert_v: bool = False) -> None:
         super().__init__(model, schedule, device)
@@ -37,6 +40,8 @@ class PLMSSampler(Sampler):
         schedule = run.schedule
         a = float(schedule.a[index])
         eps, x0 = self.predict(run, x, schedule.timesteps[index], a)
+        if not run.history and far(a, float(schedule.a_prev[index])):  # as in no published schedule
+            return ddim_update(run, eps, x0, index), x0
         if run.history:
             older = reversed(run.history[-3:])
             weights = WEIGHTS[min(len(run.history), 3)]

@@ -7,6 +7,7 @@ every rule works with every model, and masks, callbacks and intermediates work w
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,60 +15,77 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.guidance import Condition, Denoiser, classifier_free, condition_batch_size
-from ldm.modules.diffusionmodules.schedule import (
-    eps_and_x0,
-    make_ddim_sampling_parameters,
-    make_ddim_timesteps,
-    usable_timesteps,
-)
+from ldm.models.diffusion.guidance import Branches, Condition, Guidance, Network, condition_batch_size
+from ldm.models.diffusion.noise import Noise, shared
+from ldm.models.diffusion.schedules import TINY, Levels, Schedule, ddim_sigmas, lay_out
+from ldm.modules.diffusionmodules.schedule import eps_and_x0
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps of a run, in ascending time, as float64 host numbers.
-
-    Step i leaves timestep `timesteps[i]`, where the cumulative alpha is `a[i]`, for the level `a_prev[i]`, and adds
-    noise of standard deviation `sigma[i]`.
-    """
-
-    timesteps: np.ndarray
-    a: np.ndarray
-    a_prev: np.ndarray
-    sigma: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def until(self, steps: int) -> Schedule:
-        """The last `steps` steps of a run, those nearest to the data."""
-        return Schedule(self.timesteps[:steps], self.a[:steps], self.a_prev[:steps], self.sigma[:steps])
+Choice = str | Sequence[float]  # of a schedule: a name in `schedules.SCHEDULES`, or timesteps
 
 
 @dataclass
 class Run:
-    """What holds for one walk: the schedule, the guided network, and the caller's wishes."""
+    """What holds for one walk: the schedule, the network and its guidance, and the caller's wishes."""
 
     schedule: Schedule
-    denoise: Denoiser
+    network: Network
+    guidance: Guidance
+    noise: Noise = shared
     temperature: float = 1.0
     noise_dropout: float = 0.0
     repeat_noise: bool = False
     quantize: Callable[[Tensor], Tensor] | None = None
-    keep: Callable[[Tensor], Tensor] | None = None  # puts the known data under the mask into a predicted x0
+    keep: Callable[[Tensor], Tensor] | None = None  # puts known data in where the mask is 1
     correct: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    history: list[Tensor] = field(default_factory=list)
+    history: list[Any] = field(default_factory=list)  # the update rule's own
+    step: int = 0  # steps taken so far
+
+    def fresh(self, x: Tensor) -> Tensor:
+        """Standard normal noise of x's shape (B, ...) and kind; the same for every item with `repeat_noise`."""
+        shape = (1, *x.shape[1:]) if self.repeat_noise else x.shape
+        return self.noise(shape, x.device).expand(x.shape).to(x.dtype)
+
+    def added(self, x: Tensor, sigma: float) -> Tensor:
+        """What a step to x (B, ...) adds: noise of standard deviation sigma, but for temperature and dropout.
+
+        It is drawn even where sigma is 0, as published: the random stream of a whole run depends on it.
+        """
+        noise = sigma * self.temperature * self.fresh(x)
+        return F.dropout(noise, p=self.noise_dropout) if self.noise_dropout > 0.0 else noise
+
+
+def transfer(x0: Tensor, eps: Tensor, a: float) -> Tensor:
+    """x at level a, made up of x0 and eps (B, ...)."""
+    return float(np.sqrt(a)) * x0 + float(np.sqrt(1 - a)) * eps
+
+
+SAMPLERS: dict[str, Callable[[Any], Sampler]] = {}
+
+
+def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sampler]]:
+    """Make a sampler known as `name`, built with `options`."""
+
+    def _register(kind: type[Sampler]) -> type[Sampler]:
+        SAMPLERS[name] = functools.partial(kind, **options)
+        return kind
+
+    return _register
 
 
 class Sampler:
-    """Base of all samplers. A subclass supplies `step`, and `_lay_out` if its steps lie elsewhere than DDIM's."""
+    """Base of all samplers. A subclass supplies `step`."""
 
-    deterministic = False  # True: the update rule cannot add noise, so eta must be 0
+    takes_eta = False  # whether the rule adds as much noise as it is told; the others add none, or as much as they do
+    default_schedule: Choice = "even"
+    ddim_eta = 0.0  # of the schedule, once there is one
+    plus_plus = False  # whether the rule goes on along the eps that `predict` gives, as CFG++ needs
+    published = False  # whether masks and image to image are as the public code has them, for its numbers to come out
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None) -> None:
         """`schedule` and `device` are accepted as published; both are the model's."""
@@ -80,39 +98,37 @@ class Sampler:
     def make_schedule(
         self,
         ddim_num_steps: int,
-        ddim_discretize: str = "uniform",
+        ddim_discretize: Choice | None = None,
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Lay out `ddim_num_steps` steps ("uniform" or "quad") with noise `ddim_eta` (0: none, 1: as much as DDPM)."""
-        if self.deterministic and ddim_eta != 0:
-            raise ValueError(f"{type(self).__name__} is deterministic: eta must be 0, not {ddim_eta}")
-        if not 1 <= ddim_num_steps <= self.ddpm_num_timesteps:
-            raise ValueError(f"the number of steps must be from 1 to {self.ddpm_num_timesteps}, not {ddim_num_steps}")
-        if ddim_discretize not in ("uniform", "quad"):
-            raise ValueError(f"ddim_discretize {ddim_discretize!r} is not one of uniform, quad")
-        self.schedule = self._lay_out(ddim_num_steps, ddim_discretize, ddim_eta)
-        self.ddim_eta = ddim_eta
+        """Lay out `ddim_num_steps` steps with noise `ddim_eta` (0: none, 1: as much as DDPM).
 
-    def _lay_out(self, steps: int, discretize: str, eta: float) -> Schedule:
-        alphas_cumprod = self._alphas_cumprod()
-        timesteps = make_ddim_timesteps(discretize, steps, len(alphas_cumprod))
-        sigma, a, a_prev = make_ddim_sampling_parameters(alphas_cumprod, timesteps, eta)
-        return Schedule(usable_timesteps(timesteps, len(alphas_cumprod)), a, a_prev, sigma)
+        ddim_discretize: a name in `schedules.SCHEDULES` or a list of timesteps; None is the sampler's own.
+        """
+        if not self.takes_eta and ddim_eta != 0:
+            raise ValueError(f"{type(self).__name__} has no eta to set: eta must be 0, not {ddim_eta}")
+        choice = self.default_schedule if ddim_discretize is None else ddim_discretize
+        self.schedule = lay_out(choice, ddim_num_steps, self._alphas_cumprod(), ddim_eta)
+        self.ddim_eta = ddim_eta
 
     def _alphas_cumprod(self) -> np.ndarray:
         return self.model.alphas_cumprod.detach().cpu().double().numpy()  # MPS has no float64
 
-    def _original_schedule(self, eta: float) -> Schedule:
+    @functools.cached_property
+    def levels(self) -> Levels:
+        """The model's levels, between timesteps too."""
+        return Levels(self._alphas_cumprod())
+
+    def _original_schedule(self) -> Schedule:
         """Every timestep of the model, ending at the data itself."""
-        a = self._alphas_cumprod()
+        a = np.maximum(self._alphas_cumprod(), TINY)
         a_prev = np.append(1.0, a[:-1])
-        sigma = eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-        return Schedule(np.arange(len(a)), a, a_prev, sigma)
+        return Schedule(np.arange(len(a)), a, a_prev, ddim_sigmas(a, a_prev, self.ddim_eta))
 
     def _select(self, use_original_steps: bool) -> Schedule:
         if use_original_steps:
-            return self._original_schedule(getattr(self, "ddim_eta", 0.0))
+            return self._original_schedule()
         if not hasattr(self, "schedule"):
             raise ValueError("call make_schedule (or sample) first, so that there are steps to walk")
         return self.schedule
@@ -126,13 +142,22 @@ class Sampler:
     # ---- the update rule ----
 
     def predict(self, run: Run, x: Tensor, t: float, a: float) -> tuple[Tensor, Tensor]:
-        """(eps, x0) that the guided network sees in x (B, ...) at timestep t and cumulative alpha a."""
+        """(eps, x0) that the guided network sees in x (B, ...) at timestep t and cumulative alpha a.
+
+        The two make up x, but under CFG++, where eps is the unconditional one, to go on along.
+        """
         batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long if t == int(t) else torch.float32)
-        output = run.denoise(x, batch_t)
+        output, onward = run.guidance(Branches(run.network, x, batch_t, float(a)), run.step)
         if run.correct is not None:
             output = run.correct(output, x, batch_t)
         eps, x0 = eps_and_x0(output, x, a, self.parameterization)
-        return eps, run.quantize(x0) if run.quantize else x0
+        x0 = run.quantize(x0) if run.quantize else x0
+        if onward is not None:
+            eps, _ = eps_and_x0(onward, x, a, self.parameterization)
+        if run.keep and not self.published:  # of a mask, the public rules see x alone, and end in what they predict
+            x0 = run.keep(x0)
+            eps = run.keep(eps, (x - float(np.sqrt(a)) * x0) / float(np.sqrt(1 - a)))
+        return eps, x0
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One step of `run.schedule`, from entry `index` down: (the next x, the x0 that it aims at)."""
@@ -165,6 +190,10 @@ class Sampler:
         unconditional_conditioning: Condition = None,
         dynamic_threshold: None = None,
         ucg_schedule: Sequence[float] | None = None,
+        *,
+        schedule: Choice | None = None,
+        guidance: Guidance | None = None,
+        noise: Noise = shared,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Draw `batch_size` latents of `shape` (C, H, W) in S steps.
 
@@ -175,6 +204,9 @@ class Sampler:
         noise_dropout, score_corrector, corrector_kwargs: as in the public code. normals_sequence, dynamic_threshold:
         in the public signature, and of no effect there; anything but None is refused.
 
+        schedule: see `make_schedule`. guidance: instead of a scale, whatever `Guidance` can do. noise: where random
+        numbers come from, see `ldm.models.diffusion.noise`.
+
         Returns latents (batch_size, C, H, W) and {"x_inter": [...], "pred_x0": [...]}.
         """
         size = condition_batch_size(conditioning)
@@ -183,28 +215,24 @@ class Sampler:
         if normals_sequence is not None or dynamic_threshold is not None:
             raise ValueError("normals_sequence and dynamic_threshold are not supported: leave them out")
         keep = self._pasting(mask, x0)
-        self.make_schedule(S, ddim_eta=eta, verbose=verbose)
+        self.make_schedule(S, schedule, ddim_eta=eta, verbose=verbose)
         if ucg_schedule is not None and len(ucg_schedule) != len(self.schedule):
             raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(self.schedule)} steps")
-        device = self.model.device
-        x = torch.randn((batch_size, *shape), device=device) if x_T is None else x_T
+        guidance = guidance or Guidance(unconditional_guidance_scale if ucg_schedule is None else ucg_schedule)
         run = self._run(
             self.schedule,
             conditioning,
             unconditional_conditioning,
-            unconditional_guidance_scale,
+            guidance,
+            noise=noise,
             temperature=temperature,
             noise_dropout=noise_dropout,
             quantize=self._quantize if quantize_x0 else None,
             keep=keep,
             correct=self._corrector(score_corrector, conditioning, corrector_kwargs),
         )
+        x = noise((batch_size, *shape), self.model.device) if x_T is None else x_T
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-
-        def before(x: Tensor, i: int, index: int) -> Tensor:
-            if ucg_schedule is not None:
-                run.denoise = self._guide(conditioning, unconditional_conditioning, float(ucg_schedule[i]))
-            return x if keep is None else keep(x, self._noised(x0, self.schedule.a[index]))
 
         def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
             if callback:
@@ -215,21 +243,23 @@ class Sampler:
                 intermediates["x_inter"].append(x)
                 intermediates["pred_x0"].append(pred_x0)
 
-        return self._walk(run, x, before, after, verbose), intermediates
+        return self._walk(run, x, x0, after, verbose), intermediates
 
     def _walk(
         self,
         run: Run,
         x: Tensor,
-        before: Callable[[Tensor, int, int], Tensor] | None = None,
+        known: Tensor | None = None,
         after: Callable[[Tensor, Tensor, int, int], None] | None = None,
         verbose: bool = True,
     ) -> Tensor:
-        total = len(run.schedule)
+        total, noise = len(run.schedule), None
         for i in tqdm(range(total), desc=type(self).__name__, disable=not verbose, leave=None):
-            index = total - 1 - i
-            if before:
-                x = before(x, i, index)
+            index, run.step = total - 1 - i, i
+            if run.keep:
+                # new noise at every step, as published, would not go together with what a rule remembers of it
+                noise = run.fresh(known) if noise is None or self.published else noise
+                x = run.keep(x, transfer(known, noise, run.schedule.a[index]))
             x, pred_x0 = self.step(run, x, index)
             if after:
                 after(x, pred_x0, i, index)
@@ -241,12 +271,14 @@ class Sampler:
     def stochastic_encode(
         self, x0: Tensor, t: Tensor | int, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
-        """Noise x0 (B, ...) to the level of schedule entry t (an index, one for all or one each).
+        """Noise x0 (B, ...) to where `decode(..., t)` starts: t steps from the end, one number for all or one each.
 
-        An index past the schedule's end, which full strength asks for, means its last entry.
+        DDIM and PLMS noise it by one step more, as published: to entry t of the schedule, where decode starts at t - 1.
+        A t beyond the schedule's beginning, which full strength asks them for, means the beginning.
         """
         noise = torch.randn_like(x0) if noise is None else noise
-        levels = self._select(use_original_steps).a
+        schedule = self._select(use_original_steps)
+        levels = schedule.a if self.published else np.append(schedule.a_prev[0], schedule.a)
         index = np.atleast_1d(torch.as_tensor(t).cpu().numpy()).clip(0, len(levels) - 1)
         a = torch.tensor(levels[index], dtype=torch.float32).to(x0.device).reshape(-1, *(1,) * (x0.ndim - 1))
         return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * noise
@@ -264,25 +296,37 @@ class Sampler:
         verbose: bool = True,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
+        *,
+        guidance: Guidance | None = None,
+        noise: Noise = shared,
+        img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> Tensor:
         """Walk the last `t_start` steps of the schedule from x_latent (B, C, H, W) to the data.
 
-        mask, x0: as in `sample`.
+        mask, x0, guidance, noise, img_callback: as in `sample`.
         """
         schedule = self._select(use_original_steps).until(t_start)
+        guidance = guidance or Guidance(unconditional_guidance_scale)
         keep = self._pasting(mask, x0)
-        run = self._run(schedule, cond, unconditional_conditioning, unconditional_guidance_scale, keep=keep)
-        before = (lambda x, i, index: keep(x, self._noised(x0, schedule.a[index]))) if keep else None
-        after = (lambda x, x0, i, index: callback(i)) if callback else None
-        return self._walk(run, x_latent, before, after, verbose)
+        run = self._run(schedule, cond, unconditional_conditioning, guidance, keep=keep, noise=noise)
+
+        def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
+            if callback:
+                callback(i)
+            if img_callback:
+                img_callback(pred_x0, i)
+
+        return self._walk(run, x_latent, x0, after, verbose)
 
     # ---- parts of a run ----
 
-    def _run(self, schedule: Schedule, cond: Condition, uncond: Condition, scale: float, **options: Any) -> Run:
-        return Run(schedule, self._guide(cond, uncond, scale), **options)
-
-    def _guide(self, cond: Condition, uncond: Condition, scale: float) -> Denoiser:
-        return classifier_free(self.model.apply_model, cond, uncond, scale)
+    def _run(self, schedule: Schedule, cond: Condition, uncond: Condition, guidance: Guidance, **options: Any) -> Run:
+        if guidance.plus_plus and not self.plus_plus:
+            able = ", ".join(name for name, make in SAMPLERS.items() if make.func.plus_plus)
+            raise ValueError(f"CFG++ is for samplers that go on along eps ({able}), not for {type(self).__name__}")
+        perturbed = getattr(self.model, "perturbed_attention", None)
+        network = Network(self.model.apply_model, cond, uncond, self.parameterization, perturbed)
+        return Run(schedule, network, guidance.over(len(schedule)), **options)
 
     def _quantize(self, x0: Tensor) -> Tensor:
         return self.model.first_stage_model.quantize(x0)[0]
@@ -304,7 +348,3 @@ class Sampler:
         if x0 is None:
             raise ValueError("mask needs x0, the latent to keep where the mask is 1")
         return lambda x, known=x0: mask * known + (1.0 - mask) * x
-
-    @staticmethod
-    def _noised(x0: Tensor, a: float) -> Tensor:
-        return float(np.sqrt(a)) * x0 + float(np.sqrt(1 - a)) * torch.randn_like(x0)

@@ -48,13 +48,14 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, with_conv: bool = True) -> None:
         super().__init__()
+        # Published weights expect one row and column of zeros at the far edges only.
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
         self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2)
         if self.conv is None:
             return F.avg_pool2d(x, 2)
-        # Published weights expect one row and column of zeros at the far edges only.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(self.pad(x))
 
 
 class ResnetBlock(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import SpatialTransformer, attend
+from ldm.modules.attention import SelfAttending, SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
@@ -108,7 +108,7 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + h
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(SelfAttending):
     """Self-attention over all positions, residual.
 
     use_new_attention_order: the joint projection is ordered [q, k, v] x heads, rather than heads x [q, k, v].
@@ -142,7 +142,7 @@ class AttentionBlock(nn.Module):
         else:
             qkv = qkv.unflatten(1, (self.num_heads, 3, -1)).movedim(2, 0)
         q, k, v = qkv.transpose(-1, -2)  # each (B, heads, N, C / heads)
-        h = attend(q, k, v)
+        h = v if self.alone else attend(q, k, v)
         h = h.transpose(-1, -2).flatten(1, 2)  # (B, C, N)
         return x + self.proj_out(h).reshape(x.shape)
 

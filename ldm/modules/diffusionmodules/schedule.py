@@ -193,3 +193,16 @@ def eps_and_x0(output: Tensor, x: Tensor, a: float | Tensor, parameterization: s
     if parameterization == "v":
         return signal * output + noise * x, signal * x - noise * output
     raise ValueError(f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
+
+
+def output_of(x0: Tensor, x: Tensor, a: float, parameterization: str) -> Tensor:
+    """What a network would have to say of x_t = `x` at level `a` to mean `x0`: the inverse of `eps_and_x0`."""
+    signal, noise = math.sqrt(a), math.sqrt(1 - a)
+    if parameterization == "x0":
+        return x0
+    eps = (x - signal * x0) / noise
+    if parameterization == "eps":
+        return eps
+    if parameterization == "v":
+        return signal * eps - noise * x0
+    raise ValueError(f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")

@@ -57,6 +57,12 @@ def check_length(max_length: int, limit: int) -> None:
         raise ValueError(f"this tower takes max_length 2 to {limit}, got {max_length}")
 
 
+def check_clip_skip(clip_skip: int, layers: int) -> None:
+    """ValueError unless a tower of which `layers` are in use can give the one that is `clip_skip`-th from the end."""
+    if not 1 <= clip_skip <= max(layers, 1):
+        raise ValueError(f"clip_skip must be from 1, the last layer, to {layers}, the first; got {clip_skip}")
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """ValueError unless a tower of `vocab_size` ids knows all of the tokenizer's."""
     if tokenizer.vocab_size > vocab_size:

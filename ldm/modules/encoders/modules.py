@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
-from ldm.modules.encoders.base import AbstractEncoder, check_length, check_vocabulary, resolve_tokenizer
+from ldm.modules.encoders.base import (
+    AbstractEncoder,
+    check_clip_skip,
+    check_length,
+    check_vocabulary,
+    resolve_tokenizer,
+)
 from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.clip_image import (
     CLIPEmbeddingNoiseAugmentation,
@@ -95,8 +101,20 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
         Raises TypeError for anything but a string or a list of them. Prompts too long are cut, with a warning.
         """
-        tokens = self.tokenizer(text, self.max_length)  # (B, L)
-        output = self.transformer(tokens.to(self.transformer.text_model.final_layer_norm.weight.device))
+        return self.encode_tokens(self.tokenizer(text, self.max_length))
+
+    def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
+        """Ids (B, L) to (B, L, D), or (B, 1, D) for the pooled layer. ValueError unless it can leave out layers.
+
+        clip_skip: which layer from the end to take, the final norm applied: 1 is the last.
+        """
+        norm = self.transformer.text_model.final_layer_norm
+        output = self.transformer(tokens.to(norm.weight.device))
+        if clip_skip != 1:
+            if self.layer != "last":
+                raise ValueError(f"clip_skip counts from the last layer, and this encoder gives the {self.layer!r} one")
+            check_clip_skip(clip_skip, self.transformer.config.num_hidden_layers)
+            return norm(output.hidden_states[-clip_skip])
         if self.layer == "pooled":
             return output.pooler_output[:, None]
         return output.last_hidden_state if self.layer == "last" else output.hidden_states[self.layer_idx]
@@ -130,7 +148,17 @@ class BERTEmbedder(AbstractEncoder):
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """B texts, or token ids (B, L) where there is no tokenizer, to (B, L, n_embed); texts have L = max_seq_len."""
-        tokens = text if self.tokenizer is None else self.tokenizer(text, self.transformer.max_seq_len)
+        return self.encode_tokens(text if self.tokenizer is None else self.tokenizer(text, self.max_length))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a text is cut or padded to."""
+        return self.transformer.max_seq_len
+
+    def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
+        """Ids (B, L) to (B, L, n_embed). ValueError for any clip_skip but 1: this is no CLIP."""
+        if clip_skip != 1:
+            raise ValueError(f"clip_skip {clip_skip} is for CLIP text encoders, and this one is BERT's: leave it out")
         return self.transformer(tokens.to(self.transformer.norm.weight.device))
 
 

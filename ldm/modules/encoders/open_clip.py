@@ -18,6 +18,7 @@ from ldm.modules.attention import attend
 from ldm.modules.encoders.base import (
     AbstractEncoder,
     TowerConfig,
+    check_clip_skip,
     check_heads,
     check_length,
     check_vocabulary,
@@ -201,9 +202,19 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
 
         Raises TypeError for anything but a string or a list of them. Prompts too long are cut, with a warning.
         """
-        tokens = self.tokenizer(text, self.max_length)  # (B, L)
-        return self.encode_with_transformer(tokens.to(self.model.positional_embedding.device))
+        return self.encode_tokens(self.tokenizer(text, self.max_length))
+
+    def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
+        """Ids (B, L) to (B, L, D), on the device of the weights.
+
+        clip_skip: how many layers before the encoder's own `layer` to stop, counted from 1, which is that layer: files
+        need not hold more. ValueError for more than there are.
+        """
+        leave_out = self.LAYERS.index(self.layer)
+        check_clip_skip(clip_skip, self.model.config.layers - leave_out)
+        tokens = tokens.to(self.model.positional_embedding.device)
+        return self.model.text_features(tokens, leave_out=leave_out + clip_skip - 1)
 
     def encode_with_transformer(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L) to (B, L, D)."""
-        return self.model.text_features(tokens, leave_out=self.LAYERS.index(self.layer))
+        """`encode_tokens` under its published name."""
+        return self.encode_tokens(tokens)

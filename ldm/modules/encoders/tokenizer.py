@@ -82,28 +82,25 @@ class Tokenizer(ABC):
         Longer texts are cut so that the end token comes last, and a warning names the part cut off.
         Raises TypeError for a text that is no string, ValueError for no text at all or `max_length` below 2.
         """
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, Sequence) or isinstance(texts, bytes):
-            raise TypeError(f"prompts must be a string or a list of strings, got {type(texts).__name__}: {texts!r}")
-        if not texts:
-            raise ValueError("there is no prompt: pass at least one string (the empty string '' is one)")
+        return self.rows([self.tokenize(text) for text in check_texts(texts)], max_length)
+
+    def rows(self, read: Sequence[Tokens], max_length: int) -> Tensor:
+        """The same of texts that are tokenised."""
         if max_length < 2:
             raise ValueError(f"max_length must leave room for the start and end tokens (2), got {max_length}")
-        for index, text in enumerate(texts):
-            _check_text(text, f"prompt {index} of {len(texts)}")
-        rows = torch.full((len(texts), max_length), self.pad_id, dtype=torch.long)
-        for row, text in zip(rows, texts, strict=True):
-            ids = self._fit(text, max_length)
+        rows = torch.full((len(read), max_length), self.pad_id, dtype=torch.long)
+        for row, tokens in zip(rows, read, strict=True):
+            ids = self._fit(tokens, max_length)
             row[: len(ids)] = torch.tensor(ids)
         return rows
 
-    def _fit(self, text: str, max_length: int) -> list[int]:
-        """Start, as much of `text` as fits, end."""
-        tokens, room = self.tokenize(text), max_length - 2
+    def _fit(self, tokens: Tokens, max_length: int) -> list[int]:
+        """Start, as many tokens as fit, end."""
+        room = max_length - 2
         if len(tokens.ids) > room:
             rest = tokens.text[tokens.starts[room] :].strip()
             self._warn_once(
-                text,
+                tokens.text,
                 f"the prompt has {len(tokens.ids)} tokens and the text encoder reads {room}; "
                 f"this part was cut off ({len(tokens.ids) - room} tokens): {_quote(rest)}",
             )
@@ -205,6 +202,18 @@ class WordTokenizer(Tokenizer):
 def _quote(text: str) -> str:
     """`text` in quotes, short enough for a message and without control characters."""
     return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "...")
+
+
+def check_texts(texts: object) -> list[str]:
+    """One string, or a sequence of them, as a list. TypeError for anything else, ValueError for no text at all."""
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes):
+        raise TypeError(f"prompts must be a string or a list of strings, got {type(texts).__name__}: {texts!r}")
+    if not texts:
+        raise ValueError("there is no prompt: pass at least one string (the empty string '' is one)")
+    for index, text in enumerate(texts):
+        _check_text(text, f"prompt {index} of {len(texts)}")
+    return list(texts)
 
 
 def _check_text(text: object, name: str = "a prompt") -> None:

@@ -8,61 +8,56 @@ from __future__ import annotations
 import logging
 import math
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Run, Sampler, Schedule
+from ldm.models.diffusion.sampler import Choice, Run, Sampler, register, transfer
+from ldm.models.diffusion.schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
 FEW_STEPS = 15  # below this many steps the last one is first order, which is stabler (as published)
 
 
+@register("dpm_solver")
+@register("dpmpp_2m")
 class DPMSolverSampler(Sampler):
-    """Second-order multi-step solver of the probability-flow ODE in terms of x0; deterministic.
+    """Second-order multi-step solver of the probability-flow ODE in terms of x0; deterministic."""
 
-    Time is continuous: S + 1 points evenly from the schedule's last timestep to its first, most of them fractional.
-    As published, eta and the discretisation are accepted and have no effect.
-    """
+    plus_plus = True
 
-    def _lay_out(self, steps: int, discretize: str, eta: float) -> Schedule:
-        if eta != 0:
-            logger.warning("DPM-Solver++ adds no noise: eta=%g has no effect", eta)
-        nodes = np.linspace(0, self.ddpm_num_timesteps - 1, steps + 1)
-        # Between timesteps log alpha is linear. Where a schedule ends in pure noise, a trace of signal stands for none.
-        log_a = np.log(np.maximum(self._alphas_cumprod(), 1e-20))
-        a = np.exp(np.interp(nodes, np.arange(self.ddpm_num_timesteps), log_a))
-        return Schedule(nodes[1:], a[1:], a[:-1], sigma=np.zeros(steps))
+    def make_schedule(
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: Choice | None = None,
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+    ) -> None:
+        """As of every sampler, but eta is accepted, as published, and has no effect."""
+        if ddim_eta != 0:
+            logger.warning("DPM-Solver++ adds no noise: eta=%g has no effect", ddim_eta)
+        super().make_schedule(ddim_num_steps, ddim_discretize, 0.0, verbose)
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One DPM-Solver++ update (algorithm 2); `run.history` holds the x0 of the step before."""
         s = run.schedule
-        _, x0 = self.predict(run, x, s.timesteps[index], s.a[index])
-        if run.keep:  # fresh noise under a mask would otherwise be extrapolated from step to step
-            x0 = run.keep(x0)
-        if s.a_prev[index] >= 1:  # all of the model's timesteps end at the data itself
+        eps, x0 = self.predict(run, x, s.timesteps[index], s.a[index])
+        if s.a_prev[index] >= 1:
             return x0, x0
-        target = x0
-        first_order = not run.history or (index == 0 and len(s) < FEW_STEPS)
-        lambda_now, lambda_next = log_snr(s.a[index]), log_snr(s.a_prev[index])
-        h = lambda_next - lambda_now
-        if not first_order:
-            r = (lambda_now - log_snr(s.a[index + 1])) / h
-            target = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * run.history[-1]
+        x_next = transfer(x0, eps, s.a_prev[index])
+        if run.history and not (index == 0 and len(s) < FEW_STEPS):
+            h, (h_before,) = steps_in_log_snr(s, index, 1)
+            slope = (x0 - run.history[-1]) * (h / h_before)
+            x_next = x_next - math.sqrt(s.a_prev[index]) * math.expm1(-h) / 2 * slope
         run.history = [x0]
-        sigma_ratio = math.sqrt((1 - s.a_prev[index]) / (1 - s.a[index]))
-        return sigma_ratio * x - math.sqrt(s.a_prev[index]) * math.expm1(-h) * target, x0
+        return x_next, x0
 
-    @torch.no_grad()
-    def stochastic_encode(
-        self, x0: Tensor, t: Tensor | int, use_original_steps: bool = False, noise: Tensor | None = None
-    ) -> Tensor:
-        """Noise x0 to where `decode(..., t)` starts.
 
-        The public off-by-one of DDIM's image-to-image is not repeated: no public code used this solver for it.
-        """
-        return super().stochastic_encode(x0, torch.as_tensor(t) - 1, use_original_steps, noise)
+def steps_in_log_snr(schedule: Schedule, index: int, before: int) -> tuple[float, list[float]]:
+    """The lengths in `log_snr` of step `index` and of as many steps before it as asked for, the latest first."""
+    ends = [schedule.a_prev[index], *schedule.a[index : index + before + 1]]
+    logs = [log_snr(a) for a in ends]
+    h, *earlier = (later - sooner for later, sooner in zip(logs, logs[1:]))
+    return h, earlier
 
 
 def log_snr(a: float) -> float:

@@ -1,0 +1,42 @@
+"""Prompts as a model's condition: what to draw, what to avoid, and how to read both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ldm.modules.encoders.prompting import Reading, encode_prompts
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+AS_PUBLISHED = Reading()
+
+
+def negative_prompts(negative_prompt: str | Sequence[str], count: int) -> list[str]:
+    """One negative prompt for each of `count` pictures, of one for all or of as many. ValueError for another number."""
+    if isinstance(negative_prompt, str):
+        return [negative_prompt] * count
+    if len(negative_prompt) != count:
+        raise ValueError(f"there are {len(negative_prompt)} negative prompts for {count} prompts: give one, or {count}")
+    return list(negative_prompt)
+
+
+def text_contexts(
+    model: LatentDiffusion, prompts: Sequence[str], negatives: Sequence[str] | None, reading: Reading = AS_PUBLISHED
+) -> tuple[Tensor, Tensor | None]:
+    """The encodings (B, L, D) of the prompts and of the negative prompts, if there are any; both of the same length.
+
+    Equal negative prompts are encoded once.
+    """
+    distinct = list(dict.fromkeys(negatives or ()))
+    groups = [list(prompts), distinct] if distinct else [list(prompts)]
+    if reading == AS_PUBLISHED:
+        contexts = [model.get_learned_conditioning(group) for group in groups]
+    else:
+        contexts = encode_prompts(model.cond_stage_model, groups, reading)
+    if not distinct:
+        return contexts[0], None
+    return contexts[0], contexts[1][[distinct.index(text) for text in negatives]]

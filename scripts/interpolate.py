@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""Draw the way from one prompt or seed to others, as an animated GIF or WebP and its frames."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
+
+from ldm import cli
+
+
+def parser() -> cli.ArgumentParser:
+    options = cli.ArgumentParser(description=__doc__)
+    group = options.add_argument_group("what to draw")
+    group.add_argument("--prompts", nargs="+", default=[cli.PROMPT], help="from the first to the last (%(default)s)")
+    group.add_argument("--negative_prompt", default="", help="what the pictures should not show")
+    group.add_argument(
+        "--seeds",
+        type=cli.number(int, 0, cli.MAX_SEED),
+        nargs="+",
+        default=[42],
+        help="of the noise at each prompt, or one for all (42); one prompt with several seeds goes from seed to seed",
+    )
+    group.add_argument(
+        "--contexts", choices=("linear", "slerp"), default="linear", help="how prompts mix (%(default)s); noise: slerp"
+    )
+    cli.add_tiling(group)
+    cli.add_reading(options)
+    group = options.add_argument_group("how many, how fast")
+    group.add_argument("--frames", type=cli.number(int, 2), default=24, help="frames to draw (%(default)s)")
+    group.add_argument("--fps", type=cli.number(float, 0.1, 50), default=12, help="frames a second (%(default)s)")
+    ways = group.add_mutually_exclusive_group()
+    ways.add_argument("--loop", action="store_true", help="go on from the last prompt to the first")
+    ways.add_argument("--bounce", action="store_true", help="show the frames backwards after the last")
+    group.add_argument("--n_samples", type=cli.number(int, 1), default=4, help="frames in a batch (%(default)s)")
+    cli.add_size(options)
+    cli.add_sampler(options, scale=7.5)
+    cli.add_model(options)
+    group = options.add_argument_group("the output")
+    group.add_argument(
+        "--outdir",
+        type=cli.user_path,
+        default="outputs/interpolations",
+        metavar="FOLDER",
+        help="where to write (%(default)s)",
+    )
+    group.add_argument(
+        "--formats", nargs="+", choices=("gif", "webp"), default=["gif"], help="of the animation (%(default)s)"
+    )
+    group.add_argument("--skip_save", action="store_true", help="do not write the frames as pictures")
+    group.add_argument("--no_metadata", action="store_true", help="leave prompts and settings out of the PNG files")
+    cli.add_preview(group)
+    options.set_defaults(skip_grid=False, n_rows=0)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = cli.parse(parser(), argv)
+    args.seed = args.seeds[0]
+    reading = cli.reading_options(args)
+
+    from ldm import inference
+
+    prompts, seeds = inference.as_many(args.prompts, args.seeds)
+    frames = inference.frames_between(len(prompts), args.frames, args.loop)
+    model = cli.load_model(args)
+    settings = {"model": cli.model_name(model), **reading, **({"tiling": args.tiling} if args.tiling else {})}
+    watch = cli.Watch(args, model, -(-len(frames) // args.n_samples))
+    with cli.AnimationWriter(args, **settings) as writer, watch:
+        options = {"height": args.H, "width": args.W, "tiling": args.tiling, **cli.sampling_options(args)}
+        options |= {"contexts": args.contexts, "batch_size": args.n_samples, "on_step": watch, "progress": False}
+        if reading:
+            options["reading"] = inference.Reading(**reading)
+        done = 0
+        for images in inference.interpolate(model, prompts, seeds, frames, **options):
+            batch = frames[done : done + len(images)]
+            shown = [setting(prompts, seeds, frame, args.contexts) for frame in batch]
+            writer.save(images, [prompts[frame.start] for frame in batch], settings=shown)
+            done += len(images)
+    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
+
+
+def setting(prompts: Sequence[str], seeds: Sequence[int], frame, contexts: str) -> dict:
+    """What the metadata of a frame say besides the run's; without a `towards`, txt2img --seed_mode image draws it."""
+    own = {"seed": seeds[frame.start], "seed_mode": "image", "batch_size": None, "index": None}
+    if frame.weight:
+        end = {"prompt": prompts[frame.end], "seed": seeds[frame.end]}
+        own["towards"] = {**end, "weight": frame.weight, "contexts": contexts}
+    return own
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,168 @@
+"""Samplers, schedules and guidance in every way of drawing: what is asked for is what the sampler gets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm import inference
+from ldm.inference.loading import sampling_plan
+from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
+from ldm.models.diffusion.sampler import SAMPLERS, Sampler
+from ldm.models.diffusion.schedules import SCHEDULES
+from tests.inference.test_variations import unclip_config
+from tests.tiny import RETRIEVAL, super_resolution_config, tiny_config, upscaler_config, write_model, write_tiny
+from tests.unprompted import toy
+
+PROMPTS = ["a red circle", "a blue square"]
+PHOTO = Image.fromarray(np.arange(32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8))
+HOLE = torch.zeros(1, 1, 32, 32)
+HOLE[..., 8:24] = 1.0
+CONFIGS = {
+    "text": tiny_config(),
+    "neighbours": tiny_config(**RETRIEVAL),
+    "upscaler": upscaler_config(),
+    "small picture": super_resolution_config(),
+    "picture": unclip_config(),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    paths = {name: write_model(tmp_path_factory.mktemp("model"), config) for name, config in CONFIGS.items()}
+    loaded = {name: inference.load_model(ckpt=path, device="cpu") for name, path in paths.items()}
+    return loaded | {name: toy(name) for name in ("classes", "nothing", "layout", "segmentation")}
+
+
+# What draws with guidance, and what without: the model and the call.
+GUIDED = {
+    "txt2img": ("text", lambda m, **o: inference.txt2img(m, PROMPTS, **o)),
+    "img2img": ("text", lambda m, **o: inference.img2img(m, PROMPTS, PHOTO, strength=1.0, **o)),
+    "inpaint": ("text", lambda m, **o: inference.inpaint(m, PHOTO, HOLE, PROMPTS, **o)),
+    "upscale": ("upscaler", lambda m, **o: inference.upscale(m, [PHOTO] * 2, PROMPTS, tile=16, **o)),
+    "knn2img": ("neighbours", lambda m, **o: inference.knn2img(m, torch.ones(2, 3, 24) / 24**0.5, **o)),
+    "variations": ("picture", lambda m, **o: inference.variations(m, [PHOTO], PROMPTS, **o)),
+    "class2img": ("classes", lambda m, **o: inference.class2img(m, [3, 4], **o)),
+}
+UNGUIDED = {
+    "noise2img": ("nothing", lambda m, **o: inference.noise2img(m, 2, **o)),
+    "layout2img": ("layout", lambda m, **o: inference.layout2img(m, torch.zeros(2, 8, dtype=torch.long), **o)),
+    "segmentation2img": (
+        "segmentation",
+        lambda m, **o: inference.segmentation2img(m, torch.zeros(32, 32, dtype=torch.long), 2, **o),
+    ),
+    "upscale": ("small picture", lambda m, **o: inference.upscale(m, [PHOTO] * 2, **o)),
+}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """(kind of sampler, timesteps, guidance) of every run."""
+    seen = []
+
+    def _run(self, schedule, cond, uncond, guidance, **options):
+        seen.append((type(self), schedule.timesteps.tolist(), guidance))
+        return inner(self, schedule, cond, uncond, guidance, **options)
+
+    inner = Sampler._run
+    monkeypatch.setattr(Sampler, "_run", _run)
+    return seen
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+@pytest.mark.parametrize("way", GUIDED)
+def test_guidance_arrives(models, runs, way):
+    model, call = GUIDED[way]
+    options = {"steps": 2, "seed": 1, "progress": False}
+    terms = {"pag": 2.0, "rescale": 0.7}
+    asked = {
+        "plain": {"scale": 3.0},
+        "scales": {"scale": [5.0, 2.0]},
+        "terms": {"scale": 3.0, "guidance": {"terms": terms, "interval": (0.01, 1e9)}},
+        "plus_plus": {"guidance": {"plus_plus": True}},
+        "schedule": {"scale": 3.0, "sampler": "euler", "schedule": [900, 100]},
+    }
+    drawn = {name: pixels(call(models[model], **options, **more)) for name, more in asked.items()}
+    kinds, timesteps, guidances = zip(*runs)
+    assert list(guidances) == [
+        Guidance(3.0),
+        Guidance([5.0, 2.0]),
+        Guidance(3.0, (0.01, 1e9), terms=terms),
+        Guidance(PLUS_PLUS_SCALE, plus_plus=True),
+        Guidance(3.0),
+    ]
+    assert kinds[-1] is SAMPLERS["euler"].func and timesteps[-1] == [100, 900]
+    assert all((drawn[name] != drawn["plain"]).any() for name in asked if name != "plain")
+
+
+@pytest.mark.parametrize("way", UNGUIDED)
+def test_without_a_scale_there_is_pag(models, runs, way):
+    name, call = UNGUIDED[way]
+    options = {"steps": 2, "seed": 1, "progress": False}
+    drawn = [pixels(call(models[name], **options, guidance=g)) for g in (None, {"terms": {"pag": 5.0}})]
+    call(models[name], **options, sampler="dpmpp_2m", schedule="trailing")
+    assert [guidance for _, _, guidance in runs] == [Guidance(), Guidance(terms={"pag": 5.0}), Guidance()]
+    assert runs[-1][:2] == (SAMPLERS["dpmpp_2m"].func, [499.0, 999.0]) and (drawn[0] != drawn[1]).any()
+    with pytest.raises(ValueError, match="at scale 1 there is none: leave rescale out"):
+        call(models[name], **options, guidance={"terms": {"rescale": 0.7}})
+    with pytest.raises(ValueError, match="scale"):
+        call(models[name], **options, scale=3.0)
+    with pytest.raises(ValueError, match="leads away from an unconditional prediction, and there is none"):
+        call(models[name], **options, guidance={"plus_plus": True})
+
+
+def test_negative_prompts_one_a_picture(models):
+    options = {"steps": 2, "scale": 5.0, "progress": False, "start_code": torch.ones(2, 4, 16, 16)}
+    both = pixels(inference.txt2img(models["text"], PROMPTS, negative_prompt=["blue", "a circle"], **options))
+    for i, text in enumerate(("blue", "a circle")):
+        alone = pixels(inference.txt2img(models["text"], PROMPTS, negative_prompt=text, **options))
+        assert np.abs(alone[i] - both[i]).max() <= 1 and (alone[1 - i] != both[1 - i]).any()
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES, [900, 500, 100]])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_skipping_draws_the_same_random_numbers(models, sampler, schedule):
+    """Whatever the sampler, schedule and guidance; by hand, as what a network answers does not matter."""
+    model, options = models["text"], {"steps": 3, "sampler": sampler, "schedule": schedule}
+    plus_plus = SAMPLERS[sampler].func.plus_plus
+    guidance = {"plus_plus": True} if plus_plus else {"terms": {"rescale": 0.7}, "interval": (0.1, 9.0)}
+    inference.seed_everything(5)
+    inference.txt2img(model, PROMPTS, **options, guidance=guidance, height=16, width=16, progress=False)
+    after = torch.rand(4)
+    inference.seed_everything(5)
+    inference.skip_txt2img(model, PROMPTS, **options, guidance=guidance, height=16, width=16)
+    assert torch.rand(4).equal(after)
+
+
+def test_models_name_their_own_schedule(tmp_path, runs):
+    ckpt = write_tiny(tmp_path)
+    config = OmegaConf.load(tmp_path / "config.yaml")
+
+    def loaded(**own):
+        OmegaConf.save({"model": config.model, "sampling": own}, tmp_path / "own.yaml")
+        return inference.load_model(tmp_path / "own.yaml", ckpt, device="cpu")
+
+    model = loaded(sampler="dpmpp_3m", schedule="trailing", steps=4)
+    assert sampling_plan(model, 7.5)[0] == {"steps": 4, "sampler": "dpmpp_3m", "eta": 0.0, "schedule": "trailing"}
+    assert sampling_plan(model, 7.5, schedule="karras")[0]["schedule"] == "karras"
+    inference.txt2img(model, ["a"], progress=False)
+    inference.img2img(model, ["a"], PHOTO, strength=0.5, progress=False)
+    assert runs[0][:2] == (SAMPLERS["dpmpp_3m"].func, [249.0, 499.0, 749.0, 999.0]) and runs[1][1] == [249.0, 499.0]
+    assert loaded(schedule=[999, 500.5, 1]).sampling == {"schedule": [999, 500.5, 1]}
+    for mistake in ("caras", [], ["x"], 3):
+        with pytest.raises(ValueError, match="a `schedule` of uniform, .* or timesteps in a list"):
+            loaded(schedule=mistake)
+
+
+def test_plans():
+    assert sampling_plan(None, 7.5)[1] == Guidance(7.5)
+    assert sampling_plan(None, 7.5, guidance={"plus_plus": True})[1] == Guidance(PLUS_PLUS_SCALE, plus_plus=True)
+    assert sampling_plan(None, 7.5, scale=0.3, guidance={"plus_plus": True})[1].scale == 0.3
+    with pytest.raises(ValueError, match="leave rescale out"):
+        sampling_plan(None, 1.0, guidance={"terms": {"rescale": 0.7}})

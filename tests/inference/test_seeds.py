@@ -1,0 +1,144 @@
+"""Pictures with seeds of their own: the same alone or in any batch, and the ways from one seed to another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import inference
+from ldm.inference import Seeding, drawing
+from ldm.models.diffusion.noise import Between, PerImage, on_cpu, shared, slerp
+from tests.tiny import write_tiny
+
+PROMPTS = ["a red circle", "a blue square", "a red square"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return inference.load_model(ckpt=write_tiny(tmp_path_factory.mktemp("tiny")), device="cpu")
+
+
+@pytest.fixture
+def latents(monkeypatch):
+    """Has drawing give latents in place of pictures, whose 256 levels would hide errors."""
+    monkeypatch.setattr(drawing, "decode", lambda model, latents: list(latents))
+
+
+@pytest.fixture(scope="module")
+def photo():
+    y, x = np.mgrid[0:32, 0:32]
+    return Image.fromarray(np.stack([x * 7, y * 5, x + y], axis=-1).astype(np.uint8))
+
+
+SAMPLERS = [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("euler_a", 0.0), ("dpmpp_2m_sde", 0.0), ("unipc", 0.0)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The bundled model: numbers of an untrained network grow, and rounding errors with them."""
+    return inference.load_model(device="cpu")
+
+
+@pytest.mark.parametrize("sampler, eta", SAMPLERS)
+def test_image_i_alone_equals_image_i_in_a_batch(trained, latents, photo, sampler, eta):
+    options = {"steps": 4, "sampler": sampler, "eta": eta, "scale": 2.0, "progress": False}
+
+    def draw(rows: list[int]) -> list[list[torch.Tensor]]:
+        prompts, seeds = [PROMPTS[row] for row in rows], [7 + row for row in rows]
+        text = inference.txt2img(trained, prompts, seed=seeds, **options)
+        return [text, inference.img2img(trained, prompts, photo, seed=seeds, **options)]
+
+    together, alone, apart = draw([0, 1, 2]), draw([1]), draw([2, 1])
+    for batch, one, other in zip(together, alone, apart):
+        torch.testing.assert_close(one[0], batch[1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(other, [batch[2], batch[1]], rtol=0, atol=1e-5)
+        assert (batch[0] - batch[1]).abs().max() > 0.1
+
+
+def test_masks_have_noise_of_each_image(model):
+    """What is known enters with noise at every step."""
+    shape, mask = (4, 8, 8), torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    known = torch.linspace(-1, 1, 4 * 64).view(1, *shape)
+
+    def draw(seeds: list[int]) -> torch.Tensor:
+        guided = drawing.Guided(model.get_learned_conditioning(["a red circle"]).expand(len(seeds), -1, -1))
+        with drawing.drawing(model):
+            x0 = known.expand(len(seeds), -1, -1, -1)
+            options = {"steps": 4, "sampler": "ddim", "mask": mask, "x0": x0, "progress": False}
+            return drawing.draw(model, guided, shape, len(seeds), noise=PerImage(seeds), **options)
+
+    torch.testing.assert_close(draw([5])[0], draw([3, 5])[1], rtol=0, atol=1e-5)
+
+
+def test_a_seed_for_each_prompt(model):
+    with pytest.raises(ValueError, match="there are 2 seeds for a batch of 3"):
+        inference.txt2img(model, PROMPTS, seed=[1, 2], steps=1, progress=False)
+
+
+def test_the_run_may_be_batched_anyhow():
+    seeding = Seeding(40, "image", variation_seed=5, variation_strength=0.25)
+    whole = seeding.noise(0, 3)((3, 4), CPU)
+    assert torch.equal(whole[2:], seeding.noise(2, 1)((1, 4), CPU))
+    plain = Seeding(40, "image")
+    assert torch.equal(plain.noise(0, 3)((3, 4), CPU)[1], PerImage([41])((1, 4), CPU)[0])
+    assert [setting["seed"] for setting in plain.settings(2, 2)] == [42, 43]
+    assert [setting["seed"] for setting in Seeding(2**32 - 1, "image").settings(0, 2)] == [2**32 - 1, 0]
+    again = Seeding(40, "image", every_batch=True)
+    assert torch.equal(again.noise(6, 3)((3, 4), CPU), plain.noise(0, 3)((3, 4), CPU))
+    assert torch.equal(plain.noise(0, 2, seeds=[8, 9])((2, 4), CPU), PerImage([8, 9])((2, 4), CPU))
+
+
+def test_variations_go_from_seed_to_seed(model, latents):
+    def draw(strength: float) -> torch.Tensor:
+        seeding = Seeding(3, "image", variation_seed=9, variation_strength=strength)
+        options = {"steps": 3, "sampler": "euler_a", "height": 16, "width": 16, "progress": False}
+        return inference.txt2img(model, PROMPTS[:1], noise=seeding.noise(0, 1), **options)[0]
+
+    ends, middle = [draw(0.0), draw(1.0)], draw(0.5)
+    options = {"steps": 3, "sampler": "euler_a", "height": 16, "width": 16, "progress": False}
+    for end, seed in zip(ends, (3, 9)):
+        assert torch.equal(end, inference.txt2img(model, PROMPTS[:1], seed=[seed], **options)[0])
+    near, far = (middle - ends[0]).norm(), (ends[1] - ends[0]).norm()
+    assert 0 < near < far
+    varied = Seeding(3, "image", variation_seed=9, variation_strength=0.5)
+    assert (
+        varied.settings(4, 1)[0] | {"seed": 3, "variation_seed": 13, "variation_strength": 0.5}
+        == (varied.settings(4, 1)[0])
+    )
+    with pytest.raises(ValueError, match="variation_strength must be from 0 to 1, not 1.5"):
+        Seeding(3, variation_strength=1.5)
+
+
+def test_a_fixed_start_varies_once():
+    """Mode "batch": the shared generator's picture, varied; what batches draw later is theirs alone."""
+    seeding = Seeding(3, variation_seed=9, variation_strength=0.5, every_batch=True)
+    torch.manual_seed(3)
+    start = seeding.start(2)((2, 16), CPU)
+    torch.manual_seed(3)
+    expected = slerp(torch.randn(2, 16), PerImage([9, 10])((2, 16), CPU), 0.5)
+    assert torch.equal(start, expected)
+    assert seeding.noise(2, 2) is shared and [row["variation_seed"] for row in seeding.settings(2, 2)] == [9, 10]
+
+
+def test_the_cpu_may_draw_for_every_device():
+    assert Seeding(1).noise(0, 2) is shared and Seeding(1, device="cpu").noise(0, 2) is on_cpu
+    torch.manual_seed(4)
+    drawn = on_cpu((2, 3), torch.device("meta"))
+    assert drawn.device.type == "meta"
+    torch.manual_seed(4)
+    assert torch.equal(on_cpu((2, 3), CPU), torch.randn(2, 3, generator=torch.Generator().manual_seed(4)))
+
+
+def test_noise_between_sources_stays_noise():
+    noise = Between(PerImage(range(64)), PerImage(range(100, 164)), [i / 63 for i in range(64)])
+    drawn = noise((64, 4096), CPU)
+    assert torch.equal(drawn[0], PerImage([0])((1, 4096), CPU)[0])
+    assert torch.equal(drawn[-1], PerImage([163])((1, 4096), CPU)[0])
+    assert (drawn.std(dim=1) - 1).abs().max() < 0.06 and drawn.mean(dim=1).abs().max() < 0.08
+    a, b = torch.eye(2)[:1], torch.eye(2)[1:]
+    torch.testing.assert_close(slerp(a, b, 1 / 3), torch.tensor([[np.cos(np.pi / 6), np.sin(np.pi / 6)]]).float())
+    torch.testing.assert_close(slerp(a, 2 * a, 0.5), 1.5 * a)  # one direction: straight
