@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from ldm.cli.prompts import Batch
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+    from tqdm import tqdm
 
     from ldm.inference import Seeding
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -95,10 +97,8 @@ class Watch:
     """
 
     def __init__(self, args: Namespace, model: LatentDiffusion, batches: int, shown: bool = True) -> None:
-        from tqdm import tqdm
-
-        self._args, self._batches, self._batch = args, batches, 0
-        self._bar = tqdm(desc="Drawing", unit="step", disable=not shown, delay=1e-3)  # there is nothing to show yet
+        self._args, self._batches, self._batch, self._shown = args, batches, 0, shown
+        self._bar: tqdm | None = None  # from the first step on: till then there is nothing to show
         self._previews: Any = None
         if args.preview and shown:
             from ldm import inference
@@ -106,15 +106,22 @@ class Watch:
             self._previews = inference.Previews(model, args.preview, self._write)
 
     def __enter__(self) -> Watch:
+        self._began = time.time()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, x0: Tensor, step: int, total: int) -> None:
         """After `step` steps of `total`, in the next batch or the same."""
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(desc="Drawing", unit="step", disable=not self._shown, delay=1e-9)
+            self._bar.start_t = self._bar.last_print_t = self._began  # the first step took its time too
         if step == 1:
             self._batch += 1
             self._bar.total = self._bar.n + (self._batches - self._batch + 1) * total
