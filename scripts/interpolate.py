@@ -15,7 +15,7 @@ from ldm import cli
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     group = options.add_argument_group("what to draw")
-    group.add_argument("--prompts", nargs="+", default=[cli.PROMPT], help="from the first to the last (%(default)s)")
+    group.add_argument("--prompts", nargs="+", default=[cli.PROMPT], help=f"from the first to the last ({cli.PROMPT})")
     group.add_argument("--negative_prompt", default="", help="what the pictures should not show")
     group.add_argument(
         "--seeds",
@@ -47,9 +47,7 @@ def parser() -> cli.ArgumentParser:
         metavar="FOLDER",
         help="where to write (%(default)s)",
     )
-    group.add_argument(
-        "--formats", nargs="+", choices=("gif", "webp"), default=["gif"], help="of the animation (%(default)s)"
-    )
+    group.add_argument("--formats", nargs="+", choices=("gif", "webp"), default=["gif"], help="of the animation (gif)")
     group.add_argument("--skip_save", action="store_true", help="do not write the frames as pictures")
     group.add_argument("--no_metadata", action="store_true", help="leave prompts and settings out of the PNG files")
     cli.add_preview(group)
