@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
+from ldm.cli.sampling import sampler_names
 from ldm.devices import DEVICES
 from ldm.util import public_path
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 KINDS = ("single", "single-full", "relation", "relation-plain", "held-out", "held-out-relation")
-SAMPLERS = ("ddim", "plms", "dpm_solver")
 WAYS = ("samplers", "schedules", "guidance")
 
 
@@ -32,7 +32,9 @@ def parser() -> cli.ArgumentParser:
     options.add_argument(
         "--kinds", type=_kinds, default=KINDS, metavar="KIND,...", help=f"of {', '.join(KINDS)} (all of them)"
     )
-    options.add_argument("--sampler", choices=SAMPLERS, default="dpm_solver", help="(%(default)s)")
+    options.add_argument(
+        "--sampler", choices=sampler_names(), default="dpm_solver", metavar="NAME", help="(%(default)s)"
+    )
     options.add_argument("--steps", type=cli.number(int, 1, 1000), default=20, help="(%(default)s)")
     options.add_argument("--scale", type=cli.number(float), help="guidance scale (the model's own, else 7.5)")
     options.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="(%(default)s)")

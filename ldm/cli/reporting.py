@@ -49,7 +49,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     library = logging.getLogger("ldm")
     console = _Console()
     library.addHandler(console)
-    library.setLevel(logging.INFO if environment()[0] == 0 else logging.WARNING)  # of several processes, one reports
+    library.setLevel(logging.INFO if environment()[0] == 0 else logging.ERROR)  # of several processes, one reports
     try:
         main(argv)
         return 0

@@ -16,25 +16,19 @@ retrieval   text and its neighbours to picture    variations   picture to others
 """
 
 from ldm.inference.animation import as_many, frames_between, interpolate
-from ldm.inference.drawing import (
+from ldm.inference.drawing import depth_map, encode_image, img2img, needs_depth, skip_txt2img, start_latent, txt2img
+from ldm.inference.inpainting import inpaint, takes_text
+from ldm.inference.loading import BUNDLED_CKPT, SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
+from ldm.inference.parts import (
     Guided,
     decode,
     default_size,
-    depth_map,
     draw,
-    encode_image,
-    img2img,
-    needs_depth,
     redraw,
     resolve_size,
     seed_everything,
-    skip_txt2img,
-    start_latent,
     text_condition,
-    txt2img,
 )
-from ldm.inference.inpainting import inpaint, takes_text
-from ldm.inference.loading import BUNDLED_CKPT, SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
 from ldm.inference.previews import Previews
 from ldm.inference.prompts import Reading
 from ldm.inference.reconstruction import reconstruct

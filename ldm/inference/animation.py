@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.inference.drawing import OnStep, decode, draw, drawing, resolve_size, text_condition
 from ldm.inference.loading import sampling_plan
+from ldm.inference.parts import OnStep, decode, draw, drawing, resolve_size, text_condition
 from ldm.inference.prompts import AS_PUBLISHED, Reading
 from ldm.inference.seamless import seamless
 from ldm.inference.tasks import TEXT, require

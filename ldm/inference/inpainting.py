@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.images import blend, check_mask, feathered, fit_mask, image_to_tensor
-from ldm.inference.drawing import (
+from ldm.inference.drawing import encode_pixels
+from ldm.inference.loading import sampling_plan
+from ldm.inference.parts import (
     Guided,
     check_strength,
     decode,
     draw,
     drawing,
-    encode_pixels,
     first_stage_dtype,
     fit,
     redraw,
     seed_everything,
     text_condition,
 )
-from ldm.inference.loading import sampling_plan
 from ldm.inference.prompts import AS_PUBLISHED, Reading
 from ldm.inference.tasks import MASK, TEXT, TEXT_AND_MASK, require, task_of
 from ldm.inference.tiling import padded

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.images import image_to_tensor, tensor_to_images
-from ldm.inference.drawing import check_finite
+from ldm.inference.parts import check_finite
 from ldm.inference.tiling import padded, tiled
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.first_stage import psnr

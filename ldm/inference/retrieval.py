@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ldm.data.folder import scan
 from ldm.images import load_image
-from ldm.inference.drawing import Guided, decode, draw, drawing, resolve_size, seed_everything
 from ldm.inference.loading import sampling_plan
+from ldm.inference.parts import Guided, decode, draw, drawing, resolve_size, seed_everything
 from ldm.inference.tasks import NEIGHBOURS, require
 from ldm.models.diffusion.sampler import Choice
 from ldm.modules.attention import BasicTransformerBlock

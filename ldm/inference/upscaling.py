@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm.images import image_to_tensor
-from ldm.inference.drawing import Guided, decode, draw, drawing, first_stage_dtype, seed_everything, text_condition
 from ldm.inference.loading import sampling_plan
+from ldm.inference.parts import Guided, decode, draw, drawing, first_stage_dtype, seed_everything, text_condition
 from ldm.inference.tasks import SMALL_PICTURE, SMALL_PICTURE_AND_TEXT, require
 from ldm.inference.tiling import padded, tiled
 from ldm.models.diffusion.gaussian import square

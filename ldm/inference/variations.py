@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.images import image_to_tensor
-from ldm.inference.drawing import decode, draw, drawing, resolve_size, seed_everything, text_condition
 from ldm.inference.loading import sampling_plan
+from ldm.inference.parts import decode, draw, drawing, resolve_size, seed_everything, text_condition
 from ldm.inference.tasks import PICTURE, require
 from ldm.models.diffusion.sampler import Choice
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm import cli, inference
+from ldm import cli
+from ldm.evaluation.comparison import WAYS
 from ldm.evaluation.scores import KINDS
 from scripts import evaluate
 from tests.tiny import write_tiny
@@ -20,7 +21,7 @@ def run(*argv: object) -> int:
 
 
 def test_the_script_knows_what_there_is() -> None:
-    assert tuple(KINDS) == evaluate.KINDS and inference.SAMPLERS == evaluate.SAMPLERS
+    assert tuple(KINDS) == evaluate.KINDS and tuple(WAYS) == evaluate.WAYS
 
 
 def test_options_before_and_behind_the_command() -> None:

@@ -141,7 +141,15 @@ def test_one_bar_for_a_run_of_unequal_batches(monkeypatch):
     assert totals[:3] == [(1, 6), (2, 6), (3, 10)] and totals[-1] == (10, 10)
 
 
-def test_ctrl_c_in_the_middle_of_a_batch_keeps_what_is_done(script, monkeypatch, capsys):
+@pytest.fixture
+def listening():
+    """Ctrl-C counts even where the tests run in the background, whose processes are told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_middle_of_a_batch_keeps_what_is_done(script, listening, monkeypatch, capsys):
     calls = []
 
     def press(self, x0, step, total):
