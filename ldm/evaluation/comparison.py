@@ -122,16 +122,18 @@ def compare(
     for way in ways:
         for budget in budgets:
             if steps := budget // way.cost:
-                yield measure(model, way, steps, prompts, truth, batch, seed)
+                yield {"budget": budget} | measure(model, way, steps, prompts, truth, batch, seed)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The results as a table: ways down, evaluations across; share right, and in brackets the distance."""
-    budgets = sorted({round(row["evaluations"]) for row in rows})
+    """The results as a table: ways down, budgets across; percent right, and in brackets 1000 times the distance."""
+    budgets = sorted({row["budget"] for row in rows})
     lines = ["| | " + " | ".join(map(str, budgets)) + " |", "| --- |" + " --- |" * len(budgets)]
     for name in dict.fromkeys(row["way"] for row in rows):
-        cells = {round(row["evaluations"]): row for row in rows if row["way"] == name}
-        texts = [f"{100 * cells[b]['share']:.0f} ({cells[b]['distance']:.2g})" if b in cells else "" for b in budgets]
+        cells = {row["budget"]: row for row in rows if row["way"] == name}
+        texts = [
+            f"{100 * cells[b]['share']:.0f} ({1000 * cells[b]['distance']:.0f})" if b in cells else "" for b in budgets
+        ]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
@@ -140,22 +142,26 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Share right and distance against network evaluations, a line for every way."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(14, 5), layout="constrained")
     FigureCanvasAgg(figure)
     shares, apart = figure.subplots(1, 2)
     for number, name in enumerate(dict.fromkeys(row["way"] for row in rows)):
         line = sorted((row for row in rows if row["way"] == name), key=lambda row: row["evaluations"])
         x = [row["evaluations"] for row in line]
-        style = {"marker": "osv^Dx+"[number % 7], "linestyle": ("-", "--", ":")[number // 7 % 3], "label": name}
+        style = {"marker": "osv^Dx+"[number % 7], "linestyle": ("-", "--", ":", "-.")[number // 7 % 4], "label": name}
         shares.plot(x, [100 * row["share"] for row in line], **style)
         apart.plot(x, [max(row["distance"], 1e-4) for row in line], **style)
     for axes, title in ((shares, "fully right, %"), (apart, "kernel distance to true drawings")):
         axes.set(xscale="log", xlabel="network evaluations a picture", title=title)
-        axes.grid(alpha=0.3, which="both")
+        axes.set_xticks(sorted({row["budget"] for row in rows}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
     apart.set(yscale="log")
-    shares.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def write(folder: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -39,7 +39,9 @@ def test_counting_ends_with_the_block(bundled):
 def test_rows_tables_and_plots(bundled, tmp_path):
     ways = [Way("good", 2, {"sampler": "dpmpp_2m"}), Way("costly", 30, {"sampler": "heun"})]
     rows = list(comparison.compare(bundled, ways, [16, 24], "single-full", 4, 2, seed=0))
-    assert [row["evaluations"] for row in rows] == [16, 24]  # the other has no step within these budgets
+    assert (
+        [row["evaluations"] for row in rows] == [row["budget"] for row in rows] == [16, 24]
+    )  # the other has no step within these budgets
     assert all(0 <= row["share"] <= 1 for row in rows)
     comparison.write(tmp_path, {"seed": 0}, rows)
     table = (tmp_path / "samplers.md").read_text()
