@@ -33,9 +33,9 @@ def parser() -> cli.ArgumentParser:
         "--kinds", type=_kinds, default=KINDS, metavar="KIND,...", help=f"of {', '.join(KINDS)} (all of them)"
     )
     options.add_argument(
-        "--sampler", choices=sampler_names(), default="dpm_solver", metavar="NAME", help="(%(default)s)"
+        "--sampler", choices=sampler_names(), metavar="NAME", help="any of the scripts' (the model's own, else ddim)"
     )
-    options.add_argument("--steps", type=cli.number(int, 1, 1000), default=20, help="(%(default)s)")
+    options.add_argument("--steps", type=cli.number(int, 1, 1000), help="(the model's own, else 50)")
     options.add_argument("--scale", type=cli.number(float), help="guidance scale (the model's own, else 7.5)")
     options.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="(%(default)s)")
     options.add_argument("--out", type=cli.user_path, default="outputs/evaluation", help="folder (%(default)s)")
