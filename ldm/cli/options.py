@@ -117,13 +117,17 @@ def add_size(parser: ArgumentParser) -> None:
 
 
 def add_sampler(
-    parser: ArgumentParser, scale: float, steps: int = 50, eta: float = 0.0, also: Mapping[str, Sequence[str]] = {}
+    parser: ArgumentParser,
+    scale: float,
+    steps: int = 50,
+    eta: float = 0.0,
+    also: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """The sampler, its steps and noise, and guidance; `scale` and `steps` are for models that name none of their own.
 
     also: further spellings of --ddim_steps and --ddim_eta in a public script, {"ddim_steps": ["-c"], ...}.
     """
-    group = parser.add_argument_group("how to sample")
+    group, also = parser.add_argument_group("how to sample"), also or {}
     group.add_argument(
         "--ddim_steps",
         "--steps",

@@ -148,7 +148,7 @@ class SampleWriter:
             self._for_grid.append((self._index, image))
         self._index += 1
 
-    def _metadata(self, image: Image.Image, prompt: str, own: Mapping[str, Any] = {}) -> dict[str, str]:
+    def _metadata(self, image: Image.Image, prompt: str, own: Mapping[str, Any]) -> dict[str, str]:
         from ldm.images import png_metadata
 
         args = self._args

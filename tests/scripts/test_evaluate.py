@@ -43,7 +43,7 @@ def test_the_same_command_gives_the_same_table_in_a_folder_of_its_own(tmp_path: 
 
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert list(results["kinds"]) == ["held-out-relation", "single"]
-    assert results["settings"]["steps"] == 2 and results["settings"]["sampler"] == "ddim"
+    assert results["settings"]["steps"] == 2 and results["settings"]["sampler"] == "dpmpp_2m_sde"
     assert results["first stage"]["psnr"] > 25 and results["first stage"]["prompts"] == 3
 
 
