@@ -2,7 +2,7 @@
 
 python -m tests.full_families FOLDER [NAME ...]
 
-By hand, for it takes tens of minutes, and 12 GB of memory. FOLDER holds one filled checkpoint at a time, of up to 8 GB, and the
+By hand, for it takes tens of minutes, and 12 GB of memory. FOLDER holds one filled checkpoint at a time and the
 pictures. Weights are noise, so the pictures are too: what is shown is that the path runs, in what time and memory.
 """
 
