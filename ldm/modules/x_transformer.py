@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.attention import FeedForward, attend
+from ldm.modules.attending import attend
+from ldm.modules.attention import FeedForward
 
 
 class Attention(nn.Module):

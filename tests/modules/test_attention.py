@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.modules import attention
-from ldm.modules.attention import CrossAttention, attend
+from ldm.modules import attending
+from ldm.modules.attending import attend
+from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock
 
 
@@ -53,7 +54,7 @@ def test_autocast_does_not_round_the_scores():
     assert torch.equal(within, attend(q, k, v))
 
 
-@pytest.mark.parametrize("keys, dtype", [(24, torch.float32), (attention.SHORT + 1, torch.bfloat16)])
+@pytest.mark.parametrize("keys, dtype", [(24, torch.float32), (attending.SHORT + 1, torch.bfloat16)])
 def test_all_else_is_the_fused_kernel(keys, dtype):
     q, k, v = inputs(keys, dtype)
     assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
@@ -74,10 +75,10 @@ def large(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("exact_devices", [attention.EXACT, ()])  # torch's kernel as it is, and as other devices get it
+@pytest.mark.parametrize("exact_devices", [attending.EXACT, ()])  # torch's kernel as it is, and as other devices get it
 @pytest.mark.parametrize("autocast", [False, True])
 def test_scores_beyond_float16(monkeypatch, causal, exact_devices, autocast):
-    monkeypatch.setattr(attention, "EXACT", exact_devices)
+    monkeypatch.setattr(attending, "EXACT", exact_devices)
     q, k, v = large(torch.float16)
     plain = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
     assert not torch.isfinite(plain).all()
@@ -96,7 +97,7 @@ def test_float16_is_widened_where_kernels_are_not_known_to_do_it(monkeypatch):
         return kernel(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(attention, "EXACT", ())
+    monkeypatch.setattr(attending, "EXACT", ())
     for dtype in (torch.float16, torch.float32):
         with torch.autocast("cpu", torch.float16):
             attend(*inputs(24, dtype))
@@ -125,7 +126,7 @@ def test_layers_in_float16_with_large_scores(autocast):
 
 def test_no_other_module_computes_attention():
     """So that float16 is safe, and bfloat16 quick, everywhere."""
-    own = Path(attention.__file__)
+    own = Path(attending.__file__)
     others = [path for path in own.parents[1].rglob("*.py") if path != own]
     assert len(others) > 50
     assert not [path.name for path in others if "scaled_dot_product_attention" in path.read_text()]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import attend
+from ldm.modules.attending import attend
 
 
 def Normalize(channels: int, num_groups: int = 32) -> nn.GroupNorm:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import SelfAttending, SpatialTransformer, attend
+from ldm.modules.attending import attend
+from ldm.modules.attention import SelfAttending, SpatialTransformer
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import attend
+from ldm.modules.attending import attend
 from ldm.modules.encoders.base import (
     AbstractEncoder,
     TowerConfig,
