@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
+from ldm.lightning import pl
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
+
+if TYPE_CHECKING:
+    from pytorch_lightning.core.optimizer import LightningOptimizer
 
 ADAM = {"target": "torch.optim.Adam", "params": {"betas": (0.5, 0.9)}}
 

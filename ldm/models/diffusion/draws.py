@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 @dataclass(frozen=True)

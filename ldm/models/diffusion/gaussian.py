@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.lightning import pl
 from ldm.models.diffusion.guidance import Condition
 from ldm.modules.diffusionmodules.schedule import (
     PARAMETERIZATIONS,
