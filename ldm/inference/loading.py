@@ -22,6 +22,7 @@ from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES
+from ldm.modules.layout import lay_out
 from ldm.util import public_path
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def load_first_stage(
     settings = read_config(config or _config_beside(checkpoint, whole=False))
     model = _built(settings)
     fill_model(model, checkpoint, dtype=DTYPES[precision])
+    lay_out(model)
     model = getattr(model, "first_stage_model", model)
     if not hasattr(model, "downsampling_factor"):
         raise ValueError(f"{settings['model'].get('target')} has no first stage: fix the config")
@@ -115,6 +117,7 @@ def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, 
             f"{settings['model'].get('target')} is no latent diffusion model with a first stage: fix the config"
         )
     fill_model(model, checkpoint, dtype=DTYPES[precision])
+    lay_out(model)
     model.checkpoint_path = str(checkpoint.path)
     model.global_step_of_file = checkpoint.global_step
     model.family = describe(checkpoint.shapes)

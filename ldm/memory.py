@@ -1,0 +1,25 @@
+"""How this process keeps memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD
+_KEPT = 2**30  # bytes at the end of the heap that are not given back
+
+
+def keep_freed_memory() -> bool:
+    """Have freed blocks stay with this process, for the next ones of their size; whether that could be arranged.
+
+    glibc gives blocks beyond 32 MB back at once, and a network's results are such blocks: every layer's would have to
+    be cleared by the system, page by page, before it is written. It is for programs to call, before they compute; a
+    library leaves its user's allocator alone.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return False
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _KEPT))

@@ -1,0 +1,100 @@
+"""Weights laid out once for the CPU's kernels.
+
+oneDNN multiplies by weights in an order of its own. torch's `F.conv2d` brings them into it anew at every call, and
+`F.linear` goes through another library, which on some processors does half of what oneDNN does. Here the order is kept,
+beside the weights themselves: what a state dict holds does not change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KERNELS = ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight")
+PLAIN = ("none", [], "")  # nothing is done to what comes out
+
+
+def lay_out(module: nn.Module) -> None:
+    """Have every linear layer and 2-d convolution in `module` keep its weight in oneDNN's order while it draws.
+
+    That is at the first call without gradients in float32 on a CPU; any other call goes on as before. A weight that
+    changes is laid out anew, unless it does so behind torch's back (through `.data`, in place).
+    """
+    for part in module.modules():
+        kind = LAID_OUT.get(type(part))
+        if kind is not None:
+            part.__class__ = kind
+
+
+def has_kernels() -> bool:
+    """Whether this build of torch has oneDNN, and the names by which its compiler calls it."""
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in KERNELS)
+
+
+class Kept:
+    """What was made of a weight, as long as that is the same weight. Copies and pickles of a module go without."""
+
+    def __init__(self, weight: Tensor, value: Any) -> None:
+        self.weight = weight.detach()  # holding on to it, its address stays its own
+        self.version = _version(weight)
+        self.value = value
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether `weight` is what it was then."""
+        return (weight.data_ptr(), _version(weight)) == (self.weight.data_ptr(), self.version)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def can_draw(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer may use what it keeps for an input x (B, ...): no gradients, one device and kind, the CPU."""
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+class LaidOutLinear(nn.Linear):
+    """A linear layer that `lay_out` has seen to."""
+
+    _kept: Kept | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if x.ndim < 2 or not can_draw(x, self.weight) or not has_kernels():
+            return super().forward(x)
+        if self._kept is None or not self._kept.is_of(self.weight):
+            self._kept = Kept(self.weight, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
+        return torch.ops.mkldnn._linear_pointwise(x, self._kept.value, self.bias, *PLAIN)
+
+
+class LaidOutConv2d(nn.Conv2d):
+    """A convolution that `lay_out` has seen to."""
+
+    _kept: Kept | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W'), in channels-last order
+        if x.ndim != 4 or isinstance(self.padding, str) or self.padding_mode != "zeros":
+            return super().forward(x)
+        if not can_draw(x, self.weight) or not has_kernels():
+            return super().forward(x)
+        how = (self.padding, self.stride, self.dilation, self.groups)
+        if self._kept is None or not self._kept.is_of(self.weight):
+            # the size of an input is a hint: another one costs at most what it cost before
+            order = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *how, list(x.shape))
+            self._kept = Kept(self.weight, order)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._convolution_pointwise(x, self._kept.value, self.bias, *how, *PLAIN)
+
+
+LAID_OUT: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LaidOutLinear, nn.Conv2d: LaidOutConv2d}
