@@ -17,6 +17,7 @@ logger = logging.getLogger("ldm.img2img")
 
 def parser() -> cli.ArgumentParser:
     options = cli.sampling_parser(__doc__, scale=5.0, outdir="outputs/img2img-samples", n_iter=1, n_samples=2)
+    cli.add_speed(options)
     cli.add_seeding(options)
     cli.add_tiling(options)
     cli.add_preview(options)

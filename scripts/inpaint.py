@@ -43,6 +43,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_size(options)
     cli.add_sampler(options, scale=7.5)
     cli.add_model(options, f"{PUBLIC_CKPT} for --indir, else Stable Diffusion v1 if present, else the bundled model")
+    cli.add_speed(options)
     cli.add_output(options, "outputs/inpaint-samples")
     options.set_defaults(prompt="")  # what fits the rest
     return options

@@ -39,6 +39,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_size(options)
     cli.add_sampler(options, scale=7.5)
     cli.add_model(options)
+    cli.add_speed(options)
     group = options.add_argument_group("the output")
     group.add_argument(
         "--outdir",

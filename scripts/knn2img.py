@@ -46,6 +46,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_size(options)
     cli.add_sampler(options, scale=5.0)
     cli.add_model(options, CKPT)
+    cli.add_speed(options)
     cli.add_clip(options)
     cli.add_output(options, "outputs/txt2img-samples")
     return options

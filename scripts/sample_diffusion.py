@@ -48,6 +48,7 @@ def parser() -> cli.ArgumentParser:
         "-v", "--vanilla_sample", action="store_true", help="ancestral sampling: all timesteps, and no other sampler"
     )
     cli.add_model(options, "the same as --resume")
+    cli.add_speed(options)
     output = options.add_argument_group("the output")
     output.add_argument(
         "-l",
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--scale {said} leads towards a class, and this model has none: leave --scale out")
     if args.vanilla_sample:
         args.ddim_steps = model.num_timesteps
-    options, metadata = cli.sampling_options(args), cli.sampling_metadata(args)
+    options, metadata = cli.sampling_options(args), cli.sampling_metadata(args) | cli.shortcuts(args)
     for settings in (options, metadata):
         del settings["scale"]  # that is for classes, and goes with them
     total = args.n_samples * conditions.count

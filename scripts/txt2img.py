@@ -22,6 +22,7 @@ LAION400M_CKPT = "models/ldm/text2img-large/model.ckpt"
 
 def parser() -> cli.ArgumentParser:
     options = cli.sampling_parser(__doc__, scale=7.5, outdir="outputs/txt2img-samples", n_iter=2, n_samples=3)
+    cli.add_speed(options)
     cli.add_seeding(options)
     cli.add_tiling(options)
     cli.add_preview(options)

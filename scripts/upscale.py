@@ -40,6 +40,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_amount(options, n_samples=1)
     cli.add_sampler(options, scale=9.0)
     cli.add_model(options, f"{PUBLIC_CKPT}, if it is there")
+    cli.add_speed(options)
     cli.add_output(options, "outputs/upscale-samples")
     return options
 

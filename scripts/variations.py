@@ -38,6 +38,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_size(options)
     cli.add_sampler(options, scale=10.0)
     cli.add_model(options, CKPT)
+    cli.add_speed(options)
     cli.add_output(options, "outputs/variations")
     return options
 

@@ -30,6 +30,7 @@ from ldm.cli.pictures import Watch, add_preview, add_seeding, add_tiling, seedin
 from ldm.cli.prompts import Batch, batches, combinations, prompt_batches
 from ldm.cli.reporting import FAREWELL, run, say
 from ldm.cli.sample_runs import RunWriter
+from ldm.cli.speed import add_speed, shortcuts
 from ldm.cli.writing import AnimationWriter, Interrupted, NamedWriter, SampleWriter, make_folder
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "add_sampler",
     "add_seeding",
     "add_size",
+    "add_speed",
     "add_tiling",
     "batches",
     "combinations",
@@ -76,5 +78,6 @@ __all__ = [
     "say",
     "seeding",
     "settings_of",
+    "shortcuts",
     "user_path",
 ]

@@ -6,6 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ldm.cli.speed import shortcuts
+
 if TYPE_CHECKING:
     from ldm.inference.tasks import Task
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
 def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
     """The model that the options of `add_model` name; settles the steps, sampler, scale, schedule they leave to it.
 
-    tasks: what the script has for a model to draw from. Raises ValueError if the model draws from nothing of that, if
-    --C or --f contradict it, and what loading raises.
+    It takes the shortcuts of `add_speed`, where a script has those. tasks: what the script has for a model to draw
+    from. Raises ValueError if the model draws from nothing of that, if --C or --f contradict it, and what loading
+    raises.
     """
     from ldm import inference
 
@@ -39,6 +42,7 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
         args.cfg_pp,
     )
     args.schedule = args.schedule or getattr(model, "sampling", {}).get("schedule")
+    model.shortcuts = inference.Shortcuts(**shortcuts(args))
     return model
 
 

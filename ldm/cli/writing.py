@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli.options import sampling_metadata
+from ldm.cli.speed import shortcuts
 from ldm.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class SampleWriter:
             return {}
         size = f"{image.width}x{image.height}"
         run = {"seed": args.seed, "size": size, "batch_size": args.n_samples, "index": self._index}
-        settings = {"prompt": prompt, **sampling_metadata(args), **self._settings, **run, **own}
+        settings = {"prompt": prompt, **sampling_metadata(args), **shortcuts(args), **self._settings, **run, **own}
         if settings["scale"] == 1.0 and not args.cfg_pp:
             settings.pop("negative_prompt", None)  # of no effect without guidance
         known = {name: value for name, value in settings.items() if name not in own or value is not None}

@@ -10,7 +10,7 @@ loading   files to models    tasks   what a model draws from    drawing   text t
 reconstruction   what a first stage keeps of a picture    tiling   large pictures in pieces
 inpainting   picture with a hole to picture    upscaling   small picture to larger
 prompts   texts to conditions    seeds   the random numbers of each picture    animation   from one picture to another
-previews   pictures on their way    seamless   pictures that repeat
+previews   pictures on their way    seamless   pictures that repeat    shortcuts   quicker, at the price of quality
 unprompted   classes, layouts, segmentation maps or nothing to picture
 retrieval   text and its neighbours to picture    variations   picture to others like it
 """
@@ -44,6 +44,7 @@ from ldm.inference.retrieval import (
 )
 from ldm.inference.seamless import seamless
 from ldm.inference.seeds import Seeding
+from ldm.inference.shortcuts import Shortcuts
 from ldm.inference.unprompted import (
     check_labels,
     class2img,
@@ -64,6 +65,7 @@ __all__ = [
     "Reading",
     "SAMPLERS",
     "Seeding",
+    "Shortcuts",
     "as_many",
     "check_labels",
     "check_weights",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.images import fit_to_multiple, tensor_to_images
 from ldm.inference.prompts import AS_PUBLISHED, Reading, negative_prompts, text_contexts
+from ldm.inference.shortcuts import Shortcuts
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition, Guidance
 from ldm.models.diffusion.noise import Noise, shared
@@ -104,10 +105,12 @@ def _parts(context: Tensor, c_concat: Tensor | None, c_adm: Tensor | None) -> di
 
 @contextlib.contextmanager
 def drawing(model: LatentDiffusion) -> Iterator[None]:
-    """How a model computes while it draws: in its precision, with its averaged weights, without gradients."""
+    """How a model computes while it draws one batch: in its precision, with its averaged weights, without gradients,
+    and with such shortcuts as `model.shortcuts` says (see `Shortcuts`)."""
     dtype = getattr(model, "autocast_dtype", None)
     precision = torch.autocast(model.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
-    with torch.no_grad(), precision, model.ema_scope():
+    shortcuts = getattr(model, "shortcuts", Shortcuts())
+    with torch.no_grad(), precision, model.ema_scope(), shortcuts.taken(model.model.diffusion_model):
         yield
 
 

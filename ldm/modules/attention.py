@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attending import attend
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
+from ldm.modules.token_merging import Merging
 
 
 class GEGLU(nn.Module):
@@ -106,6 +107,8 @@ def seeing_themselves_alone(network: nn.Module) -> Iterator[None]:
 class BasicTransformerBlock(SelfAttending):
     """Self-attention, cross-attention on the context, feed-forward; each after a layer norm, each residual."""
 
+    merged_share = 0.0  # of the tokens, in self-attention (see `merging_tokens`)
+
     def __init__(
         self,
         dim: int,
@@ -128,14 +131,24 @@ class BasicTransformerBlock(SelfAttending):
         self.norm3 = nn.LayerNorm(dim)
         self.checkpoint = checkpoint
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
+    def forward(self, x: Tensor, context: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """x (B, N, dim), context (B, M, context_dim); size: (H, W) of the N = H W places, needed to merge tokens."""
+        return checkpoint(self._forward, (x, context, size), self.parameters(), self.checkpoint)
 
-    def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B, N, dim) -> same
-        h = self.norm1(x)
-        x = x + (self.attn1.values(h) if self.alone else self.attn1(h, context if self.disable_self_attn else None))
+    def _forward(self, x: Tensor, context: Tensor | None, size: tuple[int, int] | None) -> Tensor:
+        x = x + self._attended(self.norm1(x), context, size)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
+
+    def _attended(self, h: Tensor, context: Tensor | None, size: tuple[int, int] | None) -> Tensor:
+        if self.alone:
+            return self.attn1.values(h)
+        if self.disable_self_attn:
+            return self.attn1(h, context)
+        if not self.merged_share:
+            return self.attn1(h)
+        merging = Merging(h, size, self.merged_share)
+        return merging.unmerge(self.attn1(merging.merge(h)))
 
 
 class SpatialTransformer(nn.Module):
@@ -189,7 +202,7 @@ class SpatialTransformer(nn.Module):
         if self.use_linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context, (height, width))
         if self.use_linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)

@@ -42,7 +42,9 @@ class DiffusionWrapper(nn.Module):
             if "hybrid" in key or key == "concat":
                 x = torch.cat([x, *self._need(c_concat, "c_concat")], dim=1)
             if key != "concat":
-                inputs["context"] = torch.cat(list(self._need(c_crossattn, "c_crossattn")), dim=1)
+                contexts = self._need(c_crossattn, "c_crossattn")
+                # one stays the tensor that it is, so that a network can see that it is the same as before
+                inputs["context"] = contexts[0] if len(contexts) == 1 else torch.cat(list(contexts), dim=1)
             if key.endswith("-adm"):
                 inputs["y"] = self._need(c_adm, "c_adm")
         return self.diffusion_model(x, t, **inputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,11 @@ from ldm.modules.diffusionmodules.util import (
     timestep_embedding,
     zero_module,
 )
+from ldm.modules.feature_caching import FeatureCache
 
 Size = Sequence[int]
+
+OUTER = 1  # how many of the input blocks, and of the output blocks, are computed around cached features
 
 
 class Upsample(nn.Module):
@@ -179,6 +183,8 @@ class UNetModel(nn.Module):
         precision is that of the weights, chosen when a model is loaded.
     """
 
+    feature_cache: FeatureCache | None = None  # see `caching_features`
+
     def __init__(
         self,
         image_size: int | Sequence[int] | None,
@@ -320,22 +326,44 @@ class UNetModel(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, 4 model_channels)
         if y is not None:
             emb = emb + self.label_emb(self._label_input(y, dtype))
-        h = x.to(dtype)
+        cache = self.feature_cache
+        inner = None if cache is None else cache.begin(x, timesteps, context, y)
         context = context.to(dtype) if context is not None else None
+        depth = len(self.input_blocks) if inner is None else OUTER
+        h = x.to(dtype)
         skips: list[Tensor] = []
-        for block in self.input_blocks:
+        for block in islice(self.input_blocks, depth):
             h = block(h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for block in self.output_blocks:
+        h = self.middle_block(h, emb, context) if inner is None else inner
+        for block in islice(self.output_blocks, len(self.output_blocks) - depth, None):
+            if cache is not None and inner is None and len(skips) == OUTER:
+                cache.keep(h)
             h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb, context, skips[-1].shape[2:] if skips else None)
         return self.out(h).to(x.dtype)
+
+    def outermost_transformers(self) -> list[SpatialTransformer]:
+        """The transformers at the largest of the sizes that have any."""
+        inward = (layer for block in self.input_blocks for layer in block)
+        outward = (layer for block in reversed(self.output_blocks) for layer in reversed(block))
+        return [layer for layers in (inward, outward) for layer in _before_resampling(layers)]
 
     def _label_input(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         if self.num_classes == "continuous":
             return y.to(dtype).reshape(-1, 1)
         return y.to(dtype) if self.num_classes == "sequential" else y
+
+
+def _before_resampling(layers: Iterable[nn.Module]) -> list[SpatialTransformer]:
+    """Of layers from the outside in, the first transformers, up to where the size changes after them."""
+    found: list[SpatialTransformer] = []
+    for layer in layers:
+        if isinstance(layer, SpatialTransformer):
+            found.append(layer)
+        elif found and (isinstance(layer, (Upsample, Downsample)) or getattr(layer, "resample", None) is not None):
+            break
+    return found
 
 
 def make_label_embedding(num_classes: int | str, time_dim: int, adm_in_channels: int | None) -> nn.Module:

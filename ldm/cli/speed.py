@@ -1,0 +1,35 @@
+"""Options that make drawing quicker at the price of other pictures; all of them off by default."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from ldm.cli.options import ArgumentParser, number
+
+OFF = {"cache_features": 1, "merge_tokens": 0.0}  # as `inference.Shortcuts`, whose defaults these are
+
+
+def add_speed(parser: ArgumentParser) -> None:
+    """What `shortcuts` goes by: --cache_features, --merge_tokens."""
+    group = parser.add_argument_group("trading quality for speed, off by default")
+    group.add_argument(
+        "--cache_features",
+        type=number(int, 1),
+        default=OFF["cache_features"],
+        metavar="N",
+        help="compute the inner part of the network at every N-th step only (%(default)s: at every step)",
+    )
+    group.add_argument(
+        "--merge_tokens",
+        type=number(float, 0, 0.75),
+        default=OFF["merge_tokens"],
+        metavar="SHARE",
+        help="let this share of the places, those most like others, not attend for themselves, where the network "
+        "attends at its finest; 0.5 is usual (%(default)g)",
+    )
+
+
+def shortcuts(args: Namespace) -> dict[str, Any]:
+    """The options of `add_speed` that were asked for: `inference.Shortcuts(**these)`, and for metadata."""
+    return {name: getattr(args, name) for name, off in OFF.items() if getattr(args, name, off) != off}
