@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.families import describe, detect_config, ema_name, family_of, not_a_model
 from ldm.checkpoint.reading import Checkpoint, CheckpointError
@@ -56,6 +57,8 @@ HARMLESS_EXTRAS = (
 )
 _HARMLESS = re.compile("|".join(HARMLESS_EXTRAS))
 
+_FILLING = frozenset((Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_))
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -74,8 +77,22 @@ def build_on_meta(model_config: Any) -> nn.Module:
 
     What a model computes from its config (schedules, position ids) it makes on the CPU and holds already.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         return instantiate_from_config(model_config)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Lets `nn.init` and its like pass over what has no memory, for which torch would import its compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLING or getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()
