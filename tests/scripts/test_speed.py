@@ -1,0 +1,67 @@
+"""Options that trade quality for speed: every script that draws has them, and says so in the pictures."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm import cli
+from ldm.inference import Shortcuts
+from scripts import txt2img
+
+SCRIPTS = ("txt2img", "img2img", "inpaint", "upscale", "variations", "interpolate", "knn2img", "sample_diffusion")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_them_off_by_default(name):
+    options = import_module(f"scripts.{name}").parser()
+    given = {action.dest: action.default for action in options._actions}
+    assert Shortcuts(given["cache_features"], given["merge_tokens"]) == Shortcuts()
+
+
+def test_only_what_is_asked_for_counts():
+    options = cli.ArgumentParser()
+    assert cli.shortcuts(options.parse_args([])) == {}  # a script without them
+    cli.add_speed(options)
+    assert cli.shortcuts(options.parse_args([])) == {}
+    asked = cli.shortcuts(options.parse_args(["--cache_features", "3", "--merge-tokens", "0.5"]))
+    assert Shortcuts(**asked) == Shortcuts(3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cache_features", "0"], "'0' is not a whole number of at least 1"),
+        (["--cache_features", "2.5"], "'2.5' is not a whole number"),
+        (["--merge_tokens", "0.8"], "'0.8' is not a number from 0 to 0.75"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(capsys, argv, message):
+    options = cli.ArgumentParser()
+    cli.add_speed(options)
+    with pytest.raises(SystemExit) as end:
+        options.parse_args(argv)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_the_model_takes_them_and_the_pictures_say_so(inference, monkeypatch):
+    models, load = [], inference.load_model
+
+    def load_model(*args, **kwargs):
+        models.append(load(*args, **kwargs))
+        return models[-1]
+
+    monkeypatch.setattr(inference, "load_model", load_model)
+    flags = ["--n_iter", "1", "--n_samples", "1"]
+    for more in (["--cache_features", "3", "--merge_tokens", "0.5"], []):
+        assert cli.run(txt2img.main, [*flags, *more]) == 0
+    assert [model.shortcuts for model in models] == [Shortcuts(3, 0.5), Shortcuts()]
+    folder = Path("outputs/txt2img-samples/samples")
+    asked, plain = (json.loads(Image.open(folder / f"0000{i}.png").text["ldm"]) for i in range(2))
+    assert (asked["cache_features"], asked["merge_tokens"]) == (3, 0.5)
+    assert not {"cache_features", "merge_tokens"} & set(plain)
