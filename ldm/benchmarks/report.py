@@ -101,10 +101,13 @@ def amount(size: float) -> str:
 
 def plot(rows: Sequence[Record], path: Path) -> None:
     """Time and memory against resolution and batch, a line for everything that was done by somebody."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(2, 2)
+    for panel in axes.flat:
+        panel.set_prop_cycle(color=colormaps["tab20"].colors)
     for across, column, other in ((0, "size", "batch"), (1, "batch", "size")):
         for down, value, unit, scale in ((0, "median", "seconds", 1), (1, "memory", "memory (GB)", 1e9)):
             _panel(axes[down][across], rows, column, other, value, scale)
@@ -126,5 +129,7 @@ def _panel(axes: Axes, rows: Sequence[Record], column: str, other: str, value: s
         points = sorted((row[column], row[value]) for row in line if row[other] == least and row[value])
         axes.plot([x for x, _ in points], [y / scale for _, y in points], marker="o", label=name)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row[column] for line in lines.values() for row in line}))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yscale("log")
     axes.grid(alpha=0.3)

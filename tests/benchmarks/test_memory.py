@@ -1,0 +1,68 @@
+"""Peaks, and processes of their own."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from ldm.benchmarks import memory
+from ldm.benchmarks.comparing import explain
+from ldm.benchmarks.job import in_fresh_process
+from ldm.benchmarks.memory import Peak
+from tests.tiny import write_tiny
+
+CPU = torch.device("cpu")
+needs_proc = pytest.mark.skipif(memory.anonymous() is None, reason="the system does not tell")
+
+
+@needs_proc
+def test_a_peak_is_seen_though_it_is_over():
+    with Peak(CPU) as peak:
+        x = torch.ones(50_000_000)
+        threading.Event().wait(10 * memory.EVERY)
+        del x
+    assert 195e6 < peak.extra < 260e6
+    assert peak.total == peak.before + peak.extra
+
+
+@needs_proc
+def test_mapped_files_do_not_count(tmp_path):
+    path = tmp_path / "numbers"
+    torch.ones(25_000_000).numpy().tofile(path)
+    with Peak(CPU) as peak:
+        mapped = torch.from_file(str(path), size=25_000_000)
+        assert mapped.sum() == 25_000_000
+        threading.Event().wait(10 * memory.EVERY)
+    assert peak.extra < 50e6
+
+
+def test_a_system_that_does_not_tell_gives_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    with Peak(CPU) as peak:
+        pass
+    assert (peak.total, peak.extra) == (None, None)
+
+
+def test_a_job_runs_in_another_process(tmp_path):
+    path = tmp_path / "new.ckpt"
+    config = write_tiny(tmp_path).with_name("config.yaml")
+    assert in_fresh_process("suites.load:write", config=str(config), path=str(path)) is None
+    found = in_fresh_process("suites.load:ours", config=str(config), ckpt=str(path), device="cpu", precision="full")
+    assert found["seconds"] > 0
+
+
+def test_a_job_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="FileNotFoundError.*nowhere.ckpt"):
+        in_fresh_process("suites.load:ours", config=None, ckpt="nowhere.ckpt", device="cpu", precision="full")
+
+
+def test_running_out_of_memory_is_explained():
+    found = explain(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 17 bytes")
+    )
+    assert "takes another 17 bytes" in found and "--batch" in found and "--size" in found
+    found = explain(RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."))
+    assert "takes another 2.50 GiB" in found
+    assert explain(RuntimeError("a\n  b")) == "a b"
