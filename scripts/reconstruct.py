@@ -19,12 +19,10 @@ logger = logging.getLogger("ldm.reconstruct")
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     options.add_argument("images", nargs="+", type=cli.user_path, metavar="IMAGE", help="pictures of any size")
-    options.add_argument(
-        "--tile",
-        type=cli.number(int, 0),
+    cli.add_tile(
+        options,
+        "that goes through at once: larger pictures do in overlapping tiles; 0: never (%(default)s)",
         default=1024,
-        metavar="PIXELS",
-        help="longest side that goes through at once: larger pictures do in overlapping tiles; 0: never (%(default)s)",
     )
     cli.add_model(options, "an autoencoder or a whole model: Stable Diffusion v1 if present, else the bundled model")
     options.add_argument(

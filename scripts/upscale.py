@@ -22,12 +22,10 @@ def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     group = options.add_argument_group("what to upscale")
     group.add_argument("--init-img", type=cli.user_path, required=True, metavar="FILE", help="the small picture")
-    group.add_argument(
-        "--tile",
-        type=cli.number(int, 0),
-        metavar="PIXELS",
-        help="longest side of the small picture that is drawn at once: larger ones are drawn in overlapping tiles; "
-        "0: never (twice the model's own size)",
+    cli.add_tile(
+        group,
+        "of the small picture that is drawn at once: larger ones are drawn in overlapping tiles; 0: never (twice the "
+        "model's own size)",
     )
     group = options.add_argument_group("for the upscaler that reads")
     group.add_argument("--prompt", help="what the picture shows (nothing in particular)")

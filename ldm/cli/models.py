@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.cli.speed import shortcuts
+from ldm.cli.speed import take
 
 if TYPE_CHECKING:
     from ldm.inference.tasks import Task
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
     """The model that the options of `add_model` name; settles the steps, sampler, scale, schedule they leave to it.
 
-    It takes the shortcuts of `add_speed`, where a script has those. tasks: what the script has for a model to draw
-    from. Raises ValueError if the model draws from nothing of that, if --C or --f contradict it, and what loading
-    raises.
+    It takes the shortcuts of `add_speed` and the tiles of `add_size`, where a script has those. tasks: what the script
+    has for a model to draw from. Raises ValueError if the model draws from nothing of that, if --C or --f contradict
+    it, if --tile is impossible, and what loading raises.
     """
     from ldm import inference
 
+    tile = getattr(args, "first_stage_tile", 0)
+    if tile and getattr(args, "tiling", None):
+        raise ValueError("--tile cuts pictures where --tiling joins them: leave one of the two out")
     model = inference.load_model(
         args.config, args.ckpt, device=args.device, precision=args.precision, overrides=args.settings, tasks=tasks
     )
@@ -42,7 +45,9 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
         args.cfg_pp,
     )
     args.schedule = args.schedule or getattr(model, "sampling", {}).get("schedule")
-    model.shortcuts = inference.Shortcuts(**shortcuts(args))
+    if tile:
+        inference.tile_first_stage(model.first_stage_model, tile)
+    take(args, model)
     return model
 
 

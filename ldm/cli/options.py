@@ -110,10 +110,22 @@ def add_amount(parser: ArgumentParser, n_samples: int, n_iter: int | None = None
 
 
 def add_size(parser: ArgumentParser) -> None:
-    """--H and --W."""
+    """--H, --W, and --tile."""
     group = parser.add_argument_group("how large")
     group.add_argument("--H", type=number(int, 1), metavar="PIXELS", help="height of the pictures")
     group.add_argument("--W", type=number(int, 1), metavar="PIXELS", help="width of the pictures")
+    add_tile(
+        group,
+        "that the first stage encodes or decodes at once: larger pictures go through it in overlapping tiles, which "
+        "bounds memory and changes them a little; 512 is usual, 0: never (%(default)s)",
+        dest="first_stage_tile",
+        default=0,
+    )
+
+
+def add_tile(parser: argparse._ActionsContainer, what: str, **options: Any) -> None:
+    """--tile, the longest side of `what`, in words; `options` are further ones of `add_argument`."""
+    parser.add_argument("--tile", type=number(int, 0), metavar="PIXELS", help=f"longest side {what}", **options)
 
 
 def add_sampler(
@@ -285,4 +297,5 @@ def sampling_metadata(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: value for name, value in sampling_options(args).items() if name != "guidance"}
     if args.sampler != "ddim" and not args.ddim_eta:
         del options["eta"]
-    return options | sampling.chosen(args)
+    tile = getattr(args, "first_stage_tile", 0)
+    return options | sampling.chosen(args) | ({"tile": tile} if tile else {})

@@ -44,7 +44,8 @@ from ldm.inference.retrieval import (
 )
 from ldm.inference.seamless import seamless
 from ldm.inference.seeds import Seeding
-from ldm.inference.shortcuts import Shortcuts
+from ldm.inference.shortcuts import Shortcuts, quantize_network
+from ldm.inference.tiling import tile_first_stage
 from ldm.inference.unprompted import (
     check_labels,
     class2img,
@@ -105,6 +106,7 @@ __all__ = [
     "takes_text",
     "text_condition",
     "text_context",
+    "tile_first_stage",
     "txt2img",
     "upscale",
     "variations",

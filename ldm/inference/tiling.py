@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from types import MethodType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from ldm.models.first_stage import FirstStage
 
 
 def tiled(
@@ -40,6 +45,36 @@ def tiled(
                 result[:, :, to_row, to_column] += part * (high[:, None] * wide).to(part)
                 bar.update()
     return result
+
+
+def tile_first_stage(first_stage: FirstStage | nn.Module, tile: int) -> None:
+    """From now on `first_stage` encodes and decodes pictures in overlapping tiles of at most `tile` pixels a side.
+
+    0: in one piece again. Memory is that of a tile, whatever the size of a picture. Norms and attention see one tile at
+    a time, so pictures change: the more, the smaller the tiles are and the less they have in common. Without a first
+    stage there is nothing to do. Raises ValueError for tiles of less than four latents a side.
+    """
+    encoder, decoder = (getattr(first_stage, name, None) for name in ("encoder", "decoder"))
+    if encoder is None or decoder is None:  # pixels are the latents
+        return
+    factor = first_stage.downsampling_factor
+    if tile and tile < 4 * factor:
+        raise ValueError(f"tiles of {tile} pixels are too small: this first stage needs at least {4 * factor}")
+    for network, side, multiple in ((encoder, tile, factor), (decoder, tile // factor, 1)):
+        network.__dict__.pop("forward", None)
+        if tile:
+            network.forward = _InTiles(network, side, multiple)
+
+
+class _InTiles:
+    """`forward` of a network in tiles, on top of the one of its class."""
+
+    def __init__(self, network: nn.Module, tile: int, multiple: int) -> None:
+        self._whole = MethodType(type(network).forward, network)
+        self._how = {"tile": tile, "multiple": multiple}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return tiled(self._whole, x, **self._how)
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.inference.tiling import padded, spans, tiled
+from ldm.inference.tiling import padded, spans, tile_first_stage, tiled
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModelInterface
+from tests.golden import filled, golden_configs
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -89,3 +91,60 @@ def test_padding_mirrors(size):
     if size == (13, 21):
         assert torch.equal(larger[:, :, 13:, :21], x[:, :, 9:12].flip(2))
         assert torch.equal(larger[:, :, :13, 21:], x[:, :, :, 17:20].flip(3))
+
+
+# ---- first stages ----
+
+CONFIG = golden_configs("diffusion")
+KINDS = {
+    "kl": lambda: AutoencoderKL(CONFIG["kl"], {"target": "torch.nn.Identity"}, embed_dim=4),
+    "vq": lambda: VQModelInterface(3, CONFIG["vq"], {"target": "torch.nn.Identity"}, n_embed=64),
+}
+
+
+def latents(encoded):
+    return encoded if isinstance(encoded, torch.Tensor) else encoded.parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_stage_in_tiles(kind):
+    torch.manual_seed(0)
+    stage = filled(KINDS[kind]())
+    factor, x = stage.downsampling_factor, torch.rand(1, 3, 64, 96) * 2 - 1
+    with torch.no_grad():
+        z = latents(stage.encode(x))
+        z = z[:, : stage.embed_dim]
+        whole = stage.decode(z)
+        sizes = []
+        for network in (stage.encoder, stage.decoder):
+            network.conv_in.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+        tile_first_stage(stage, 32)
+        encoded = latents(stage.encode(x))
+        assert set(sizes) == {(32, 32)} and len(sizes) == 3 * 4
+        sizes.clear()
+        decoded = stage.decode(z)
+        assert set(sizes) == {(32 // factor, 32 // factor)} and len(sizes) == 3 * 4
+        assert decoded.shape == whole.shape and not torch.equal(decoded, whole)
+
+        alone = stage.decode(z[..., : 32 // factor, : 32 // factor])
+        corner = (..., slice(0, 20), slice(0, 20))  # before the first neighbour begins to fade in
+        torch.testing.assert_close(decoded[corner], alone[corner])
+        assert encoded.shape[2:] == z.shape[2:]
+
+        tile_first_stage(stage, 0)
+        assert torch.equal(stage.decode(z), whole)
+
+
+def test_pictures_of_one_tile_stay_the_same():
+    stage, x = filled(KINDS["kl"]()), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        whole = stage(x, sample_posterior=False)[0]
+        tile_first_stage(stage, 32)
+        assert torch.equal(stage(x, sample_posterior=False)[0], whole)
+
+
+def test_what_a_first_stage_cannot_be_cut_into():
+    stage = KINDS["kl"]()
+    with pytest.raises(ValueError, match="tiles of 7 pixels are too small: this first stage needs at least 8"):
+        tile_first_stage(stage, 7)
+    tile_first_stage(IdentityFirstStage(), 1)  # has nothing to cut

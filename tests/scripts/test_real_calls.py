@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,22 @@ def test_negative_prompt_without_guidance_is_not_claimed(folder, tmp_path, caplo
         "txt2img", folder, tmp_path, "--n_samples", "1", "--n_iter", "1", "--scale", "1", "--negative_prompt", "blue"
     )
     assert "no effect at scale 1" in caplog.text and "Negative" not in Image.open(path).text["parameters"]
+
+
+def test_first_stage_in_tiles(folder, tmp_path):
+    """24x72 pixels whole, and in tiles of 24: pictures alike, but not the same; the metadata say so."""
+    options = ["--H", "24", "--W", "72", "--n_samples", "1", "--n_iter", "1"]
+    (whole,) = run("txt2img", folder, tmp_path / "whole", *options)
+    (tiles,) = run("txt2img", folder, tmp_path / "tiles", *options, "--tile", "24")
+    assert Image.open(tiles).size == (72, 24) and Image.open(tiles).tobytes() != Image.open(whole).tobytes()
+    written = [json.loads(Image.open(path).text["ldm"]) for path in (whole, tiles)]
+    assert [settings.get("tile") for settings in written] == [None, 24]
+    photo = ["--init-img", str(folder / "photo.png"), "--n_samples", "1"]
+    assert len(run("img2img", folder, tmp_path / "img2img", *photo, "--tile", "32")) == 1
+
+
+def test_tiles_and_seamless_pictures_exclude_each_other(folder, tmp_path, capsys):
+    with pytest.raises(AssertionError):
+        run("txt2img", folder, tmp_path / "out", "--tile", "16", "--tiling")
+    assert "--tile cuts pictures where --tiling joins them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
