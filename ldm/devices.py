@@ -49,15 +49,28 @@ def choose_device(name: str = "auto") -> torch.device:
 def choose_precision(name: str, device: torch.device) -> str:
     """The precision to use on `device` when `name` (one of PRECISIONS) is asked for: on a CPU, autocast means full.
 
-    Raises ValueError if the name is unknown, and for fp16 on a CPU, where many operations lack it.
+    What the device cannot do gives way to what comes nearest, with a warning. Raises ValueError if the name is unknown.
     """
     if name not in PRECISIONS:
         raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
     if device.type == "cpu":
         if name == "autocast":
             return "full"
-        if name == "fp16":
-            raise ValueError("precision fp16 does not work on a CPU: use full, or bf16 for less memory")
+        if name == "fp16":  # which many operations lack there
+            logger.warning("precision fp16 does not work on a CPU: using full; bf16 needs less memory")
+            return "full"
         if name == "bf16":
             logger.warning("bf16 on a CPU saves memory but is usually slower than --precision full")
+    elif name == "bf16" and not _has_bf16(device):
+        logger.warning("this %s has no bf16: using fp16", device.type.upper())
+        return "fp16"
     return name
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device that is no CPU computes in bfloat16 by itself."""
+    import torch
+
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return torch.cuda.is_bf16_supported(including_emulation=False)

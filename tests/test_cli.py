@@ -247,16 +247,26 @@ def test_absent_devices_are_refused(monkeypatch):
     assert devices.choose_device("cuda:1") == torch.device("cuda", 1)
 
 
-def test_precision(caplog):
+def test_precision(caplog, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert [devices.choose_precision(name, cuda) for name in devices.PRECISIONS] == list(devices.PRECISIONS)
     assert devices.choose_precision("autocast", cpu) == devices.choose_precision("full", cpu) == "full"
     assert not caplog.records
     assert devices.choose_precision("bf16", cpu) == "bf16" and "slower" in caplog.text
-    with pytest.raises(ValueError, match="fp16 does not work on a CPU: use full"):
-        devices.choose_precision("fp16", cpu)
     with pytest.raises(ValueError, match="precision 'half' is not one of"):
         devices.choose_precision("half", cpu)
+
+
+def test_what_a_device_cannot_do_gives_way(caplog, monkeypatch):
+    assert devices.choose_precision("fp16", torch.device("cpu")) == "full"
+    assert "fp16 does not work on a CPU: using full" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert devices.choose_precision("bf16", torch.device("cuda")) == "fp16"
+    assert "this CUDA has no bf16: using fp16" in caplog.text
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: major < 14)
+    assert devices.choose_precision("bf16", torch.device("mps")) == "fp16"
+    assert devices.choose_precision("fp16", torch.device("mps")) == "fp16"
 
 
 # ----------------------------------------------------------------------------------------------------------- reporting
@@ -337,16 +347,26 @@ def test_lost_output_does_not_stop_the_work():
     assert tried == ["text\n"]
 
 
-def test_memory_errors_say_how_much(capsys):
-    def main(argv):
-        raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
-            "you tried to allocate 480000000000 bytes. Error code 12 (Cannot allocate memory)"
-        )
-
-    assert cli.run(main) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: not enough memory (it takes another 480000000000 bytes). Try --n_samples 1")
+@pytest.mark.parametrize(
+    ("error", "amount"),
+    [
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 480000000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "447 GiB",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.50 GiB. GPU 0 has a total ..."), "3.5 GiB"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB). Tried to allocate 256.00 MB on"), "256 MB"),
+        (MemoryError("Unable to allocate 64.0 MiB for an array with shape (1, 4096, 4096)"), "64 MiB"),
+    ],
+)
+def test_memory_errors_say_how_much(capsys, error, amount):
+    assert cli.run(raising(error)) == 1
+    assert capsys.readouterr().err.startswith(
+        f"error: not enough memory (it takes another {amount}). Try --n_samples 1, --tile 512, a smaller --H and --W"
+    )
 
 
 def test_lines_of_a_prompt_file(tmp_path):

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from ldm.processes import environment
 
+LESS_MEMORY = "--n_samples 1, --tile 512, a smaller --H and --W, or (on a GPU) --precision fp16"
 FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."
 
 
@@ -78,7 +79,18 @@ def _one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        size = re.search(r"tried to allocate ([\d.]+ ?\w*)", text, re.IGNORECASE)
-        tried = f" (it takes another {size[1]})" if size else ""
-        return f"not enough memory{tried}. Try --n_samples 1, a smaller --H and --W, or (on a GPU) --precision fp16"
+        return f"not enough memory{_tried(text)}. Try {LESS_MEMORY}"
     return text
+
+
+def _tried(text: str) -> str:
+    """How much was asked for, as torch says it for CPUs (480000000000 bytes) and GPUs (3.00 GiB), and numpy."""
+    found = re.search(r"(?:tried|unable) to allocate ([\d.]+) ?(bytes|[KMGT]i?B)", text, re.IGNORECASE)
+    if found is None:
+        return ""
+    size, unit = float(found[1]), found[2]
+    for larger in ("KiB", "MiB", "GiB") if unit == "bytes" else ():
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f" (it takes another {size:.4g} {unit})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from ldm.cli.writing import Interrupted, make_folder
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_NAME = "sample_{:06}.png"
 IN_GRID, COLUMNS = 100, 10  # a run may have more pictures than fit into one
@@ -55,6 +58,8 @@ class RunWriter:
             kind = KeyboardInterrupt
         if kind is KeyboardInterrupt:
             raise Interrupted(f"interrupted; {self.written} images written to {self.images}")
+        if kind is not None and self.written:
+            logger.warning("stopped early; %d images written to %s", self.written, self.images)
 
     def save(self, images: Sequence[Image.Image], conditions: Sequence[Mapping[str, Any]]) -> None:
         """Write a batch. conditions: what each picture was drawn from, for its metadata."""

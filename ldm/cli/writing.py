@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -19,6 +20,8 @@ from ldm.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_NAME = "{:05}.png"
 
@@ -103,6 +106,8 @@ class SampleWriter:
                     folder.rmdir()  # if nothing came into it
         if kind is KeyboardInterrupt:
             raise Interrupted(f"interrupted; {self.written} images written to {self.samples}")
+        if kind is not None and self.written:
+            logger.warning("stopped early; %d images written to %s", self.written, self.samples)
 
     def _next_number(self) -> int:
         from ldm.images import next_free_index

@@ -229,7 +229,9 @@ def test_interrupt_keeps_what_is_done(script, inference, capsys):
 def test_failure_keeps_what_is_done(script, inference, capsys):
     inference.fail_at, inference.failure = 2, RuntimeError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 ...")
     assert script("--outdir", "out") == 1
-    assert capsys.readouterr().err.startswith("error: not enough memory (it takes another 3 GiB). Try --n_samples 1")
+    stopped, error = capsys.readouterr().err.splitlines()
+    assert stopped == "warning: stopped early; 3 images written to out/samples"
+    assert error.startswith("error: not enough memory (it takes another 3 GiB). Try --n_samples 1, --tile 512")
     assert len(names(Path("out/samples"))) == 3
 
 
