@@ -40,6 +40,7 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="(%(default)s)")
     options.add_argument("--out", type=cli.user_path, default="outputs/evaluation", help="folder (%(default)s)")
     _add_model(options)
+    cli.add_speed(options)
     options.set_defaults(batch=100, device="auto")
     commands = options.add_subparsers(dest="command", metavar="compare, distance")
     compare = commands.add_parser("compare", help="samplers, schedules and guidance by network evaluations")
@@ -83,7 +84,9 @@ def load(args: argparse.Namespace) -> LatentDiffusion:
     ckpt = args.ckpt or public_path(inference.BUNDLED_CKPT)
     if ckpt is None:
         raise FileNotFoundError(f"the bundled {inference.BUNDLED_CKPT} is not there: name a --ckpt")
-    return inference.load_model(args.config, ckpt, device=args.device, precision="full", tasks=[TEXT])
+    model = inference.load_model(args.config, ckpt, device=args.device, precision="full", tasks=[TEXT])
+    cli.take(args, model)
+    return model
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -96,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
     steps, sampler, scale = inference.sampling_settings(model, 7.5, args.steps, args.sampler, args.scale)
     sampling = {"steps": steps, "sampler": sampler, "scale": scale}
     run = {"model": cli.model_name(model), "prompts": args.prompts, "seed": args.seed, "batch": args.batch}
-    run["device"] = str(model.device)
+    run |= {"device": str(model.device), "shortcuts": cli.shortcuts(args)}
     folder = report.new_folder(Path(args.out))
     first, originals, back = scores.score_first_stage(model, args.prompts, args.batch, args.seed)
     pairs = [picture for pair in zip(originals, back) for picture in pair]
@@ -121,6 +124,7 @@ def compare(args: argparse.Namespace) -> None:
     scores.check_model(model)
     folder = report.new_folder(Path(args.out))
     given = {"model": cli.model_name(model), "prompts": args.prompts, "kind": args.kind, "seed": args.seed}
+    given["shortcuts"] = cli.shortcuts(args)
     ways = [way for name in args.ways for way in comparison.WAYS[name]()]
     rows = []
     for row in comparison.compare(model, ways, args.budgets, args.kind, args.prompts, args.batch, args.seed):

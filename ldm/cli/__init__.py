@@ -31,7 +31,7 @@ from ldm.cli.pictures import Watch, add_preview, add_seeding, add_tiling, seedin
 from ldm.cli.prompts import Batch, batches, combinations, prompt_batches
 from ldm.cli.reporting import FAREWELL, run, say
 from ldm.cli.sample_runs import RunWriter
-from ldm.cli.speed import add_speed, shortcuts
+from ldm.cli.speed import add_speed, shortcuts, take
 from ldm.cli.writing import AnimationWriter, Interrupted, NamedWriter, SampleWriter, make_folder
 
 __all__ = [
@@ -81,5 +81,6 @@ __all__ = [
     "seeding",
     "settings_of",
     "shortcuts",
+    "take",
     "user_path",
 ]

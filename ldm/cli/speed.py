@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.options import ArgumentParser, number
 
-OFF = {"cache_features": 1, "merge_tokens": 0.0}  # as `inference.Shortcuts`, whose defaults these are
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+OFF = {"cache_features": 1, "merge_tokens": 0.0, "quantize": None}  # the first two as in `inference.Shortcuts`
 
 
 def add_speed(parser: ArgumentParser) -> None:
-    """What `shortcuts` goes by: --cache_features, --merge_tokens."""
+    """What `shortcuts` goes by: --cache_features, --merge_tokens, --quantize."""
     group = parser.add_argument_group("trading quality for speed, off by default")
     group.add_argument(
         "--cache_features",
@@ -28,8 +31,24 @@ def add_speed(parser: ArgumentParser) -> None:
         help="let this share of the places, those most like others, not attend for themselves, where the network "
         "attends at its finest; 0.5 is usual (%(default)g)",
     )
+    group.add_argument(
+        "--quantize",
+        choices=("int8",),
+        default=OFF["quantize"],
+        help="int8: have the network multiply in 8-bit integers, on CPUs that do so quickly",
+    )
 
 
 def shortcuts(args: Namespace) -> dict[str, Any]:
-    """The options of `add_speed` that were asked for: `inference.Shortcuts(**these)`, and for metadata."""
+    """The options of `add_speed` that were asked for, for metadata, and for `take`."""
     return {name: getattr(args, name) for name, off in OFF.items() if getattr(args, name, off) != off}
+
+
+def take(args: Namespace, model: LatentDiffusion) -> None:
+    """Have `model` take the shortcuts that were asked for."""
+    from ldm import inference
+
+    asked = shortcuts(args)
+    if asked.pop("quantize", None):
+        inference.quantize_network(model)
+    model.shortcuts = inference.Shortcuts(**asked)

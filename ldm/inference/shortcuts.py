@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ldm.modules.feature_caching import caching_features
+from ldm.modules.int8 import has_int8, quantize
 from ldm.modules.token_merging import merging_tokens
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,3 +48,20 @@ class Shortcuts:
             if self.merge_tokens > 0:
                 stack.enter_context(merging_tokens(network, self.merge_tokens))
             yield
+
+
+def quantize_network(model: LatentDiffusion) -> bool:
+    """Have the network draw in int8 (see `ldm.modules.int8`); where that pays not, say so and leave it as it is.
+
+    Whether it does now. The first stage, whose errors would be seen at once, stays in its precision.
+    """
+    if model.device.type != "cpu" or not has_int8():
+        what = f"on {model.device.type}" if model.device.type != "cpu" else "on a CPU without AVX512-VNNI"
+        logger.warning("int8 is not quicker %s: drawing without it", what)
+        return False
+    try:
+        quantize(model.model.diffusion_model)
+    except ValueError as error:
+        logger.warning("%s: drawing without int8", error)
+        return False
+    return True
