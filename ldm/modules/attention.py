@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attending import attend
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
 from ldm.modules.token_merging import Merging
+
+MOST_CONTEXTS = 3  # that attention remembers: guidance asks under one condition, under another, and under both
 
 
 class GEGLU(nn.Module):
@@ -44,6 +48,8 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x on `context`, or on itself without one."""
 
+    kept: list[tuple[Any, list[Any], tuple[Tensor, Tensor]]] | None = None  # while `remembering_contexts`
+
     def __init__(
         self,
         query_dim: int,
@@ -64,19 +70,55 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, N, query_dim), context (B, M, context_dim), mask (B, M) True where a context token counts."""
-        context = x if context is None else context
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, dim_head)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        q = self._split(self.to_q(x))  # (B, heads, N, dim_head)
+        k, v = self._keys_and_values(x) if context is None else self._kept_keys_and_values(context, q.dtype)
         if mask is not None:
             mask = mask.flatten(1)[:, None, None, :].bool()  # broadcast over heads and queries
         out = attend(q, k, v, mask)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, query_dim)
 
+    def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:  # (B, M, D) -> (B, heads, M, dim_head) each
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def _split(self, y: Tensor) -> Tensor:  # (B, N, inner) -> (B, heads, N, dim_head)
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _kept_keys_and_values(self, context: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those of a context that came before, where nothing has changed since (see `remembering_contexts`).
+
+        dtype: that of the queries, which is another one once autocast is switched.
+        """
+        made_of = (context, *self.to_k.parameters(), *self.to_v.parameters())
+        changes = torch.is_grad_enabled() or any(tensor.is_inference() for tensor in made_of)  # or may, unseen
+        if self.kept is None or changes or torch.compiler.is_compiling():
+            return self._keys_and_values(context)
+        state = [dtype, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in made_of)]
+        for _, then, answer in self.kept:
+            if then == state:
+                return answer
+        answer = self._keys_and_values(context)
+        self.kept = [*self.kept[1 - MOST_CONTEXTS :], (made_of, state, answer)]  # holding on to what has these ids
+        return answer
+
     def values(self, x: Tensor) -> Tensor:
         """What comes out for x (B, N, query_dim) if each place attends to itself alone."""
         return self.to_out(self.to_v(x))
+
+
+@contextlib.contextmanager
+def remembering_contexts(network: nn.Module) -> Iterator[None]:
+    """While this lasts, attention in `network` computes keys and values of a context once, not at every step.
+
+    That is of the same tensor, unchanged and under the same weights, without gradients; compiled code does not.
+    """
+    found = [part for part in network.modules() if isinstance(part, CrossAttention)]
+    try:
+        for part in found:
+            part.kept = []
+        yield
+    finally:
+        for part in found:
+            part.kept = None
 
 
 class SelfAttending(nn.Module):

@@ -58,7 +58,8 @@ def condition_batch_size(cond: Condition) -> int | None:
 class Network:
     """A network and the conditions to ask it under; parameterization: what it predicts.
 
-    perturbed: a context in which its self-attention in the middle sees each place alone.
+    perturbed: a context in which its self-attention in the middle sees each place alone. one_by_one: ask it under one
+    condition after the other where both are wanted, which takes less memory than both as one batch.
     """
 
     apply_model: Callable[[Tensor, Tensor, Condition], Tensor]
@@ -66,12 +67,11 @@ class Network:
     uncond: Condition = None
     parameterization: str = "eps"
     perturbed: Callable[[], AbstractContextManager[Any]] | None = None
+    one_by_one: bool = False
 
     @cached_property
     def both(self) -> Condition:
-        """Both conditions as one batch: [unconditional, conditional], as published. ValueError if there is but one."""
-        if self.uncond is None:
-            raise ValueError("this guidance leads away from an unconditional prediction, and there is none here")
+        """Both conditions as one batch: [unconditional, conditional], as published."""
         return join_conditions(self.uncond, self.cond)
 
 
@@ -83,11 +83,15 @@ class Branches:
         self._known: dict[str, Tensor] = {}
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The outputs without and with the condition, from one batch."""
-        if "uncond" not in self._known:
+        """The outputs without and with the condition, from one batch or `one_by_one`. ValueError without both."""
+        if self.network.uncond is None:
+            raise ValueError("this guidance leads away from an unconditional prediction, and there is none here")
+        if "uncond" not in self._known and self.network.one_by_one:
+            self._known["uncond"] = self.network.apply_model(self.x, self.t, self.network.uncond)
+        elif "uncond" not in self._known:
             out = self.network.apply_model(torch.cat([self.x, self.x]), torch.cat([self.t, self.t]), self.network.both)
             self._known["uncond"], self._known["cond"] = out.chunk(2)
-        return self._known["uncond"], self._known["cond"]
+        return self._known["uncond"], self.cond()
 
     def cond(self) -> Tensor:
         """The output with the condition."""

@@ -17,7 +17,12 @@ def shared(shape: Sequence[int], device: torch.device) -> Tensor:
 
 def on_cpu(shape: Sequence[int], device: torch.device) -> Tensor:
     """The same from the global generator of the CPU, whatever the device: every device draws the same pictures."""
-    return torch.randn(tuple(shape), device="cpu").to(device)
+    return _moved(torch.randn(tuple(shape), device="cpu"), device)
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`, without having the host wait for what a GPU was told to do before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class PerImage:
@@ -34,7 +39,7 @@ class PerImage:
         if shape[0] != len(self.generators):
             raise ValueError(f"there are {len(self.generators)} seeds for a batch of {shape[0]}")
         rows = [torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in self.generators]
-        return torch.stack(rows).to(device)
+        return _moved(torch.stack(rows), device)
 
 
 class Between:
@@ -58,8 +63,11 @@ def slerp(a: Tensor, b: Tensor, weight: float | Sequence[float]) -> Tensor:
     weight: one for all, or one an item. Shoemake 1985; along a straight line, where the two point the same way or
     opposite ways.
     """
-    x, y = (part.flatten(1).cpu().double() for part in (a, b))  # not every device has float64
-    w = torch.as_tensor(weight, dtype=torch.float64, device="cpu").reshape(-1, 1)  # (B or 1, 1)
+    where = a.device if a.device.type == "cuda" else torch.device("cpu")  # not every device has float64
+    x, y = (part.flatten(1).to(where, torch.float64) for part in (a, b))
+    w: float | Tensor = weight
+    if not isinstance(weight, (int, float)):
+        w = _moved(torch.as_tensor(weight, dtype=torch.float64, device="cpu").reshape(-1, 1), where)  # (B, 1)
     angle = torch.nn.functional.cosine_similarity(x, y, dim=1).clamp(-1, 1).arccos()[:, None]  # (B, 1)
     straight = angle.sin() < 1e-6
     length = torch.where(straight, 1.0, angle.sin())

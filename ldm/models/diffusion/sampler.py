@@ -1,8 +1,9 @@
 """The one sampling loop. It walks the schedule, blends masks, calls a subclass's update rule, and reports.
 
 A sampler sees its model as a duck with `apply_model`, `alphas_cumprod`, `num_timesteps`, `parameterization` and
-`device`. An update rule is a subclass with a `step`; `self.predict` is where guidance and parameterization end, so
-every rule works with every model, and masks, callbacks and intermediates work with every rule.
+`device`, and perhaps with `perturbed_attention` and `one_by_one` (see `guidance.Network`). An update rule is a subclass
+with a `step`; `self.predict` is where guidance and parameterization end, so every rule works with every model, and
+masks, callbacks and intermediates work with every rule.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class Sampler:
         if not self.takes_eta and ddim_eta != 0:
             raise ValueError(f"{type(self).__name__} has no eta to set: eta must be 0, not {ddim_eta}")
         choice = self.default_schedule if ddim_discretize is None else ddim_discretize
-        self.schedule = lay_out(choice, ddim_num_steps, self._alphas_cumprod(), ddim_eta)
+        self.levels = Levels(self._alphas_cumprod())
+        self.schedule = lay_out(choice, ddim_num_steps, self.levels.a, ddim_eta)
         self.ddim_eta = ddim_eta
 
     def _alphas_cumprod(self) -> np.ndarray:
@@ -325,7 +327,8 @@ class Sampler:
             able = ", ".join(name for name, make in SAMPLERS.items() if make.func.plus_plus)
             raise ValueError(f"CFG++ is for samplers that go on along eps ({able}), not for {type(self).__name__}")
         perturbed = getattr(self.model, "perturbed_attention", None)
-        network = Network(self.model.apply_model, cond, uncond, self.parameterization, perturbed)
+        one_by_one = getattr(self.model, "one_by_one", False)
+        network = Network(self.model.apply_model, cond, uncond, self.parameterization, perturbed, one_by_one)
         return Run(schedule, network, guidance.over(len(schedule)), **options)
 
     def _quantize(self, x0: Tensor) -> Tensor:

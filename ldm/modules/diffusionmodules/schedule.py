@@ -132,12 +132,25 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
     """
     if repeat_only:
         return timesteps[:, None].expand(-1, dim).float()
-    half = dim // 2
-    # Worked out on the CPU, in the public order of operations, so that every device sees the same frequencies.
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
-    angles = timesteps[:, None].float() * frequencies.to(timesteps.device)
+    angles = timesteps[:, None].float() * _frequencies(dim // 2, max_period, timesteps.device)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return torch.nn.functional.pad(embedding, (0, dim % 2))
+
+
+_KNOWN: dict[tuple[int, float, torch.device], Tensor] = {}
+
+
+def _frequencies(count: int, max_period: float, device: torch.device) -> Tensor:
+    """Angular frequencies (count,) from 1 to about 1 / max_period.
+
+    Worked out on the CPU, in the public order of operations, so that every device sees the same; and kept, since a copy
+    to a device has the host wait for it.
+    """
+    key = (count, max_period, device)
+    if key not in _KNOWN:
+        places = torch.arange(count, dtype=torch.float32, device="cpu")
+        _KNOWN[key] = torch.exp(-math.log(max_period) * places / count).to(device)
+    return _KNOWN[key]
 
 
 def make_ddim_timesteps(
@@ -184,8 +197,7 @@ def eps_and_x0(output: Tensor, x: Tensor, a: float | Tensor, parameterization: s
 
     Returns (eps, x0). For v = sqrt(a) eps - sqrt(1 - a) x0 see Salimans and Ho 2022, appendix D.
     """
-    a = torch.as_tensor(a, dtype=torch.float64) if not isinstance(a, Tensor) else a
-    signal, noise = (float(s) if s.ndim == 0 else s for s in (a.sqrt(), (1 - a).sqrt()))
+    signal, noise = (s.sqrt() if isinstance(s, Tensor) else math.sqrt(s) for s in (a, 1 - a))
     if parameterization == "eps":
         return output, (x - noise * output) / signal
     if parameterization == "x0":

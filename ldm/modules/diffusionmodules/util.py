@@ -17,6 +17,7 @@ from ldm.modules.diffusionmodules.schedule import (
     make_ddim_timesteps,
     timestep_embedding,
 )
+from ldm.modules.layout import Kept
 
 __all__ = [
     "GroupNorm32",
@@ -38,11 +39,24 @@ __all__ = [
 class GroupNorm32(nn.GroupNorm):
     """Group norm that works in float32 whatever its input's dtype, and answers in the input's dtype."""
 
+    _kept: Kept | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return super().forward(x)
-        weight, bias = self.weight.float(), self.bias.float()
+        weight, bias = self._in_float32()
         return nn.functional.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+    def _in_float32(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias, kept from one call to the next while nothing trains or compiles.
+
+        torch's kernel takes them in half precision, too, but would round what it normalises by to that.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.weight.float(), self.bias.float()
+        if self._kept is None or not self._kept.is_of(self.weight):
+            self._kept = Kept(self.weight, (self.weight.float(), self.bias.float()))
+        return self._kept.value
 
 
 def normalization(channels: int) -> GroupNorm32:
