@@ -50,12 +50,13 @@ def markdown(results: dict[str, Any]) -> str:
     first = results["first stage"]
     lines.append(_row("true scenes, through the first stage and back", first))
     run = results["settings"]
+    shortcuts = "".join(f", --{name} {value}" for name, value in run.get("shortcuts", {}).items())
     lines += [
         "",
         f"First stage: {first['psnr']:.2f} dB PSNR over {first['prompts']} unseen scenes.",
-        f"{run['model']}: {run['steps']} steps of {run['sampler']} at scale {run['scale']:g}, {run['prompts']} prompts "
-        f"of each kind in batches of {run['batch']}, seed {run['seed']}, on {run['device']}. In brackets the 95 % "
-        "interval of the share.",
+        f"{run['model']}: {run['steps']} steps of {run['sampler']} at scale {run['scale']:g}{shortcuts}, "
+        f"{run['prompts']} prompts of each kind in batches of {run['batch']}, seed {run['seed']}, on {run['device']}. "
+        "In brackets the 95 % interval of the share.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -65,7 +65,7 @@ def caching_features(network: nn.Module, every: int) -> Iterator[None]:
 
     At the others it computes its outermost blocks alone, around what the inner part gave last. A sampler that asks at
     two timesteps in a step (heun, dpm2 ...) has so many more steps here. For one run of a sampler: what runs next must
-    begin with a higher timestep. ValueError for a network of another kind.
+    begin with a higher timestep, which on a GPU is waited for at every call. ValueError for a network of another kind.
     """
     if every < 1:
         raise ValueError(f"features are computed at every N-th step, N from 1 up, not {every}")

@@ -47,6 +47,15 @@ def test_the_same_command_gives_the_same_table_in_a_folder_of_its_own(tmp_path: 
     assert results["first stage"]["psnr"] > 25 and results["first stage"]["prompts"] == 3
 
 
+def test_shortcuts_are_taken_and_said(tmp_path: Path, capsys) -> None:
+    command = ("--prompts", 2, "--kinds", "single", "--steps", 2, "--device", "cpu")
+    assert run(*command, "--out", tmp_path / "plain") == 0
+    assert "--cache_features" not in capsys.readouterr().out
+    assert run(*command, "--cache_features", 2, "--merge_tokens", 0.5, "--out", tmp_path / "quick") == 0
+    assert ", --cache_features 2, --merge_tokens 0.5, 2 prompts" in capsys.readouterr().out
+    assert (tmp_path / "plain/single.png").read_bytes() != (tmp_path / "quick/single.png").read_bytes()
+
+
 def test_distance_of_folders(tmp_path: Path, capsys) -> None:
     for name, colours in {"a": ("red", "blue", "tan"), "b": ("green", "blue")}.items():
         (tmp_path / name).mkdir()

@@ -13,7 +13,10 @@ from ldm import cli
 from ldm.inference import Shortcuts
 from scripts import txt2img
 
-SCRIPTS = ("txt2img", "img2img", "inpaint", "upscale", "variations", "interpolate", "knn2img", "sample_diffusion")
+SCRIPTS = (
+    *("txt2img", "img2img", "inpaint", "upscale", "variations", "interpolate", "knn2img", "sample_diffusion"),
+    "evaluate",
+)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
