@@ -22,6 +22,7 @@ from ldm.models.diffusion.guidance import Condition, Guidance
 from ldm.models.diffusion.noise import Noise, shared
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import make_sampler
+from ldm.modules.attention import remembering_contexts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,8 +110,16 @@ def drawing(model: LatentDiffusion) -> Iterator[None]:
     and with such shortcuts as `model.shortcuts` says (see `Shortcuts`)."""
     dtype = getattr(model, "autocast_dtype", None)
     precision = torch.autocast(model.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
-    shortcuts = getattr(model, "shortcuts", Shortcuts())
-    with torch.no_grad(), precision, model.ema_scope(), shortcuts.taken(model.model.diffusion_model):
+    shortcuts, network = getattr(model, "shortcuts", Shortcuts()), model.model.diffusion_model
+    lodging = getattr(model, "lodging", contextlib.nullcontext())  # empty when averaged weights are changed back
+    with (
+        torch.no_grad(),
+        precision,
+        model.ema_scope(),
+        lodging,
+        shortcuts.taken(network),
+        remembering_contexts(network),
+    ):
         yield
 
 
