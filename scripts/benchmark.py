@@ -40,7 +40,9 @@ def parser() -> cli.ArgumentParser:
     )
     options.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
     options.add_argument("--precision", choices=PRECISIONS, nargs="+", help="to scan (fp32; on a GPU fp16)")
-    options.add_argument("--batch", type=count, nargs="+", help="pictures at once, to scan (1; on a GPU 1 8; train 16)")
+    options.add_argument(
+        "--batch", type=count, nargs="+", help="pictures at once, to scan (1; on a GPU 1 8; train 16, on a GPU 32)"
+    )
     options.add_argument("--size", type=count, nargs="+", help="pixels a side, to scan (512; memory: 512 1024 2048)")
     options.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="of ours, for the UNet (all)")
     options.add_argument("--compare", choices=("diffusers", "none"), default="diffusers", help="(%(default)s)")

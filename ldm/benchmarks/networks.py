@@ -60,9 +60,9 @@ def _library(module: str, name: str) -> Callable[..., Any]:
 
 
 def sharing_copy(network: nn.Module) -> nn.Module:
-    """Modules of their own, and the same weights."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    """Modules and parameters of their own over the same memory, so that another order of one's weights is its own."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.parameters()}
+    return copy.deepcopy(network, memo | {id(buffer): buffer for buffer in network.buffers()})
 
 
 def on_meta(model_config: dict[str, Any]) -> nn.Module:

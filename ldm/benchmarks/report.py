@@ -131,5 +131,6 @@ def _panel(axes: Axes, rows: Sequence[Record], column: str, other: str, value: s
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row[column] for line in lines.values() for row in line}))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yscale("log")
+    if any(len(line.get_xdata()) for line in axes.lines):  # nothing has no logarithm
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)

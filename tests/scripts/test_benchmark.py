@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from ldm import cli
 from ldm.benchmarks import comparing, report
@@ -27,7 +30,7 @@ def run(tmp_path, monkeypatch):
     ckpt = write_tiny(tmp_path)
     common = ["--config", tmp_path / "config.yaml", "--device", "cpu", "--out", tmp_path / "out", "--peak", 1]
     common += ["--ckpt", ckpt, "--repeats", 2]
-    return lambda *argv: cli.run(benchmark.main, [str(arg) for arg in (*argv, *common)])
+    return lambda *argv: cli.run(benchmark.main, [str(arg) for arg in (*common, *argv)])
 
 
 def results(folder):
@@ -36,21 +39,21 @@ def results(folder):
 
 
 def test_networks_are_compared_and_scanned(run, tmp_path, capsys):
-    scan = ["--size", 16, 32, "--batch", 1, 2]
-    assert run("--suite", "unet", "vae", "text", *scan, "--ways", "eager", "--loop_steps", 2, "--profile") == 0
+    options = ["--batch", 1, 2, "--size", 16, "--ways", "eager", "--loop_steps", 2, "--profile"]
+    assert run("--suite", "unet", "vae", "text", *options) == 0
     found, rows = results(tmp_path / "out")
     kinds = {(row["suite"], row["what"], row["who"]) for row in rows}
     whats = [("unet", "guided call"), ("unet", "loop of 2 steps"), ("vae", "decode"), ("vae", "encode")]
     both = {(*what, who) for what in whats for who in ("ours eager", "diffusers eager")}
     assert kinds == both | {("text", "12 tokens", who) for who in ("ours eager", "transformers eager")}
-    assert len(rows) == 4 * len(both) + 2 * 2  # a text has no size
+    assert len(rows) == 2 * len(kinds)
     for row in rows:
         assert len(row["seconds"]) == 2 and row["first"] > 0 and row["flops"] > 0 and 0 < row["share"] < 1
         assert row["psnr"] is None or row["psnr"] > 80  # the same weights, on all sides
         assert len(row["ratios"]) == 1
     assert found["finished"] and found["peaks"] == {"fp32": 1e12}
     assert {"cpu", "cores", "threads", "libraries", "date", "commit"} <= found["machine"].keys()
-    assert found["options"]["size"] == [16, 32] and found["options"]["suites"] == ["unet", "vae", "text"]
+    assert found["options"]["batch"] == [1, 2] and found["options"]["suites"] == ["unet", "vae", "text"]
     assert len(found["profiles"]) == len(rows) / 2
     assert "of diffusers eager" in (tmp_path / "out/results.md").read_text()
     assert (tmp_path / "out/plot.png").read_bytes().startswith(b"\x89PNG")
@@ -79,8 +82,8 @@ def narrow(monkeypatch):
     """v1's UNet with 32 channels in place of 320, two levels of four."""
     real = train.model_and_latents
 
-    def configs(name, size=256):
-        model, latents = real(name, size)
+    def configs(name, size=256, recompute=True):
+        model, latents = real(name, size, recompute)
         if name == "v1":
             unet = model["params"]["unet_config"]["params"]
             unet |= {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2], "attention_resolutions": [2]}
@@ -164,6 +167,30 @@ def test_defaults_of_a_gpu():
     settings = benchmark.settings_of(benchmark.parser().parse_args([]), torch.device("cuda"))
     assert settings.precisions == ("fp16",) and settings.warm_up > 1
     assert [(scan.size, scan.batch) for scan in settings.scans()] == [(512, 1), (512, 8)]
+
+
+def test_scans_are_all_combinations():
+    args = benchmark.parser().parse_args(["--size", "64", "32", "--batch", "4", "1", "--precision", "fp32", "bf16"])
+    settings = benchmark.settings_of(args, torch.device("cpu"))
+    found = [(scan.precision, scan.size, scan.batch) for scan in settings.scans()]
+    assert found == list(itertools.product(("fp32", "bf16"), (64, 32), (4, 1)))
+    assert {scan.size for scan in settings.scans(only_size=512)} == {512}  # of what has but one
+
+
+def test_a_plot_has_a_line_for_everyone(tmp_path):
+    rows = [
+        Row("vae", "decode", who, "cpu", "fp32", batch, size, seconds=[size * batch / 1e3], memory=memory)
+        for who, memory in (("ours", 10**8), ("theirs", None))
+        for batch, size in ((1, 64), (2, 64), (1, 128))
+    ]
+    report.plot([row.record() for row in rows], tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width > 800
+    figure = Figure()
+    axes = figure.subplots()
+    report._panel(axes, [row.record() for row in rows], "size", "batch", "median", 1)
+    assert [list(line.get_xdata()) for line in axes.lines] == 2 * [[64, 128]]
+    assert list(axes.lines[0].get_ydata()) == [0.064, 0.128]
 
 
 def test_all_means_all_in_order():

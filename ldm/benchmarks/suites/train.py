@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WARM_UP = 1  # steps that are not counted
-BATCHES = (16,)
+BATCHES = {False: (16,), True: (32,)}  # on a GPU
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD"}
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 CONFIGS = {"bundled": "models/ldm/shapes64/config.yaml", "v1": V1}
@@ -44,7 +44,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     sizes = (512,) if settings.on_gpu else (256,)
-    for scan in settings.scans(sizes, BATCHES, only_size=64 if model == "bundled" else None):
+    for scan in settings.scans(sizes, BATCHES[settings.on_gpu], only_size=64 if model == "bundled" else None):
         if scan.precision not in PRECISIONS:
             logger.warning("training in %s: measured in bf16, which keeps its range", scan.precision)
             scan = Scan("bf16", scan.batch, scan.size)
@@ -82,8 +82,11 @@ class RandomLatents:
         return item | {"caption": "a small red circle to the left of a large blue square on a gray background"}
 
 
-def model_and_latents(name: str, size: int = 256) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `model` section to train, and what `RandomLatents` is to hold for it, of pictures of `size` pixels."""
+def model_and_latents(name: str, size: int = 256, recompute: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `model` section to train, and what `RandomLatents` is to hold for it, of pictures of `size` pixels.
+
+    recompute: as v1's config has it, what the backward pass needs is computed again, to save memory.
+    """
     from omegaconf import OmegaConf
 
     from ldm.util import public_path
@@ -94,6 +97,7 @@ def model_and_latents(name: str, size: int = 256) -> tuple[dict[str, Any], dict[
         model["params"]["use_ema"] = True
         return model, {"entry": "moments", "shape": (16, 8, 8)}
     nothing = {"target": "torch.nn.Identity"}  # latents and contexts are there already
+    model["params"]["unet_config"]["params"]["use_checkpoint"] = recompute
     model["params"] |= {"image_size": size // 8, "cond_stage_config": nothing}
     model["params"]["first_stage_config"] = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
     return model, {"entry": "latents", "shape": (4, size // 8, size // 8), "context": (77, 768)}
@@ -162,7 +166,7 @@ def measure(
 def _run_settings(model_name: str, options: Mapping[str, Any], scan: Scan, device: torch.device) -> RunSettings:
     from ldm.training.configs import Settings as RunSettings
 
-    model, latents = model_and_latents(model_name, scan.size)
+    model, latents = model_and_latents(model_name, scan.size, recompute=device.type != "cuda")
     model["params"]["optimizer_config"] = {"target": OPTIMIZERS[options["optimizer"]]}
     steps = options["steps"] + WARM_UP + 1
     items = {"length": steps * scan.batch, **latents}
