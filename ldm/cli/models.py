@@ -26,7 +26,13 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
     if tile and getattr(args, "tiling", None):
         raise ValueError("--tile cuts pictures where --tiling joins them: leave one of the two out")
     model = inference.load_model(
-        args.config, args.ckpt, device=args.device, precision=args.precision, overrides=args.settings, tasks=tasks
+        args.config,
+        args.ckpt,
+        device=args.device,
+        precision=args.precision,
+        overrides=args.settings,
+        tasks=tasks,
+        lowvram=getattr(args, "lowvram", False),
     )
     size = inference.default_size(model)
     factor = size // model.latent_size(size, size)[0]

@@ -14,7 +14,7 @@ OFF = {"cache_features": 1, "merge_tokens": 0.0, "quantize": None}  # the first 
 
 
 def add_speed(parser: ArgumentParser) -> None:
-    """What `shortcuts` goes by: --cache_features, --merge_tokens, --quantize."""
+    """What `shortcuts` goes by: --cache_features, --merge_tokens, --quantize; and --lowvram, which changes nothing."""
     group = parser.add_argument_group("trading quality for speed, off by default")
     group.add_argument(
         "--cache_features",
@@ -36,6 +36,12 @@ def add_speed(parser: ArgumentParser) -> None:
         choices=("int8",),
         default=OFF["quantize"],
         help="int8: have the network multiply in 8-bit integers, on CPUs that do so quickly",
+    )
+    parser.add_argument(
+        "--lowvram",
+        action="store_true",
+        help="for a GPU of little memory: have a part of the model there only while it is used, and guide in two calls "
+        "of the network instead of one; slower, and the same pictures; goes best with --precision fp16",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from yaml import YAMLError
 from ldm.checkpoint import Checkpoint, build_on_meta, config_for, fill_model, read_checkpoint
 from ldm.checkpoint.families import describe, family_of
 from ldm.devices import choose_device, choose_precision
+from ldm.inference.lowvram import lodge
 from ldm.inference.tasks import TEXT, Task, require, task_of
 from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
@@ -45,6 +47,7 @@ def load_model(
     precision: str = "autocast",
     overrides: Sequence[str] = (),
     tasks: Sequence[Task] = (),
+    lowvram: bool = False,
 ) -> LatentDiffusion:
     """A model ready to sample from, on `device` ("auto": CUDA, else MPS, else the CPU).
 
@@ -53,7 +56,8 @@ def load_model(
     models of noise and of v alike (Stable Diffusion v2), the network is asked which it is.
     precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
     overrides: settings to lay over the config, as `model.params.linear_end=0.02`.
-    tasks: what the model must draw from, one of these (see `ldm.inference.tasks`); none for anything.
+    tasks: what the model must draw from, one of these (see `ldm.inference.tasks`); none for anything. lowvram: have its
+    parts on `device` only while they are used (see `lowvram.lodge`).
 
     Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
     """
@@ -61,7 +65,7 @@ def load_model(
     precision = choose_precision(precision, where)
     checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
     place = config or _config_beside(checkpoint)
-    model = _filled(read_config(place, overrides), checkpoint, where, precision)
+    model = _filled(read_config(place, overrides), checkpoint, where, precision, lowvram)
     if tasks:
         require(model, *tasks)  # before the network is asked anything, which takes seconds
     seen = predicts(model)
@@ -69,7 +73,7 @@ def load_model(
         other = None if config else _same_but(seen, checkpoint)
         if other is not None:
             logger.info("%s predicts %s: using %s", checkpoint.path, seen, other)
-            return _filled(read_config(other, overrides), checkpoint, where, precision)
+            return _filled(read_config(other, overrides), checkpoint, where, precision, lowvram)
         logger.warning(
             "%s looks like a model of %s, or like one that is not trained, but %s says parameterization: %s; "
             "if the pictures are noise or flat colours, change that in a config of your own",
@@ -107,7 +111,9 @@ def _read(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, precision: str) -> LatentDiffusion:
+def _filled(
+    settings: DictConfig, checkpoint: Checkpoint, device: torch.device, precision: str, lowvram: bool
+) -> LatentDiffusion:
     """The model of a config, with a file's weights and what drawing wants to know."""
     model = _built(settings)
     if hasattr(model, "downsampling_factor"):
@@ -124,7 +130,7 @@ def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, 
     model.autocast_dtype = torch.float16 if precision == "autocast" else None
     model.one_scale = bool(settings.get("one_scale", False))
     model.sampling = _own_sampling(settings)
-    return model.to(device).eval()
+    return (lodge(model, device) if lowvram else model.to(device)).eval()
 
 
 def _built(settings: DictConfig) -> nn.Module:
@@ -283,7 +289,8 @@ def predicts(model: LatentDiffusion) -> str | None:
     )
     last = torch.full((1,), model.num_timesteps - 1, device=model.device)
     autocast = getattr(model, "autocast_dtype", None)
-    with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None), model.ema_scope():
+    precision = torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None)
+    with precision, model.ema_scope(), getattr(model, "lodging", contextlib.nullcontext()):
         output = model.apply_model(noise, last, nothing)
     return "eps" if _correlation(output.float(), noise) > 0.5 else "v"
 

@@ -66,3 +66,9 @@ def test_the_model_says_where_it_computes():
     lowvram.lodge(model, META)
     assert (places(model.big), places(model.few)) == ({CPU}, {META})
     assert model.one_by_one
+
+
+def test_the_option_lodges_the_model(tmp_path):
+    model = load_model(ckpt=write_tiny(tmp_path), device="cpu", lowvram=True)
+    assert model.one_by_one and model.lodging.device == model.device == CPU
+    assert model.lodging._there is None  # not even after the network was asked what it predicts
