@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.options import ArgumentParser, number
@@ -14,7 +16,7 @@ OFF = {"cache_features": 1, "merge_tokens": 0.0, "quantize": None}  # the first 
 
 
 def add_speed(parser: ArgumentParser) -> None:
-    """What `shortcuts` goes by: --cache_features, --merge_tokens, --quantize; and --lowvram, which changes nothing."""
+    """What `shortcuts` goes by: --cache_features, --merge_tokens, --quantize; and --compile, --lowvram."""
     group = parser.add_argument_group("trading quality for speed, off by default")
     group.add_argument(
         "--cache_features",
@@ -38,6 +40,12 @@ def add_speed(parser: ArgumentParser) -> None:
         help="int8: have the network multiply in 8-bit integers, on CPUs that do so quickly",
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network for a GPU: some minutes at the first run, kept on disk for the next; without effect "
+        "on a CPU",
+    )
+    parser.add_argument(
         "--lowvram",
         action="store_true",
         help="for a GPU of little memory: have a part of the model there only while it is used, and guide in two calls "
@@ -51,10 +59,15 @@ def shortcuts(args: Namespace) -> dict[str, Any]:
 
 
 def take(args: Namespace, model: LatentDiffusion) -> None:
-    """Have `model` take the shortcuts that were asked for."""
+    """Have `model` take the shortcuts that were asked for, and compile it if that was."""
     from ldm import inference
 
     asked = shortcuts(args)
     if asked.pop("quantize", None):
         inference.quantize_network(model)
     model.shortcuts = inference.Shortcuts(**asked)
+    if getattr(args, "compile", False):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "ldm" / "compiled"))
+        from ldm.inference.compiling import compile_network
+
+        compile_network(model)

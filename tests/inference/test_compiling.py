@@ -1,0 +1,52 @@
+"""A compiled network: the same numbers and names. The compiler's own code generation is slow, so most go without."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from ldm.inference.compiling import compile_network
+from ldm.modules.attention import seeing_themselves_alone
+from tests.golden import golden_configs, latent_diffusion, tensor
+
+
+@pytest.fixture
+def model():
+    torch.compiler.reset()
+    return latent_diffusion(golden_configs("diffusion")["model"])
+
+
+X, T, C = tensor("x", 2, 4, 16, 16), torch.tensor([3, 500]), tensor("c", 2, 5, 24)
+
+
+@torch.no_grad()
+def test_numbers_and_names_stay(model, caplog):
+    names, plain = list(model.state_dict()), model.apply_model(X, T, C)
+    with seeing_themselves_alone(model.model):
+        perturbed = model.apply_model(X, T, C)
+    caplog.set_level(logging.INFO)
+    assert compile_network(model, backend="aot_eager")
+    torch.testing.assert_close(model.apply_model(X, T, C), plain)
+    assert "compiled, and asked for the first time" in caplog.text
+    with seeing_themselves_alone(model.model):  # another way through a block
+        torch.testing.assert_close(model.apply_model(X, T, C), perturbed)
+    torch.testing.assert_close(model.apply_model(X, T, C), plain)
+    assert list(model.state_dict()) == names
+
+
+@torch.no_grad()
+def test_without_a_compiler_it_goes_on(model, caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler found")
+
+    plain = model.apply_model(X, T, C)
+    assert compile_network(model, backend=broken)
+    torch.testing.assert_close(model.apply_model(X, T, C), plain)
+    assert "no C++ compiler found" in caplog.text and "going on without" in caplog.text
+
+
+def test_a_cpu_is_quicker_without(model, caplog):
+    assert not compile_network(model)
+    assert "no effect on a CPU" in caplog.text
