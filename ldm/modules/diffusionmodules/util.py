@@ -39,7 +39,7 @@ __all__ = [
 class GroupNorm32(nn.GroupNorm):
     """Group norm that works in float32 whatever its input's dtype, and answers in the input's dtype."""
 
-    _kept: Kept | None = None
+    _kept: tuple[Kept, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -54,9 +54,11 @@ class GroupNorm32(nn.GroupNorm):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.weight.float(), self.bias.float()
-        if self._kept is None or not self._kept.is_of(self.weight):
-            self._kept = Kept(self.weight, (self.weight.float(), self.bias.float()))
-        return self._kept.value
+        own = (self.weight, self.bias)
+        if not self._kept or not all(kept.is_of(tensor) for kept, tensor in zip(self._kept, own)):
+            self._kept = tuple(Kept(tensor, tensor.float()) for tensor in own)
+        weight, bias = (kept.value for kept in self._kept)
+        return weight, bias
 
 
 def normalization(channels: int) -> GroupNorm32:
