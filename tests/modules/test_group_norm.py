@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -23,3 +25,4 @@ def test_widened_weights_are_kept_until_they_change(name):
     assert all(a is b for a, b in zip(first, norm._in_float32()))
     getattr(norm, name).add_(1)
     assert norm(x).equal(expected())
+    assert copy.deepcopy(norm)(x).equal(expected())  # a copy keeps nothing of it

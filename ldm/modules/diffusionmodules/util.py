@@ -55,7 +55,7 @@ class GroupNorm32(nn.GroupNorm):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.weight.float(), self.bias.float()
         own = (self.weight, self.bias)
-        if not self._kept or not all(kept.is_of(tensor) for kept, tensor in zip(self._kept, own)):
+        if not self._kept or not all(kept and kept.is_of(tensor) for kept, tensor in zip(self._kept, own)):
             self._kept = tuple(Kept(tensor, tensor.float()) for tensor in own)
         weight, bias = (kept.value for kept in self._kept)
         return weight, bias
