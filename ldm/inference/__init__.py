@@ -91,6 +91,7 @@ __all__ = [
     "noise2img",
     "picture_context",
     "picture_embedding",
+    "quantize_network",
     "read_config",
     "reconstruct",
     "redraw",

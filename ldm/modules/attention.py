@@ -48,6 +48,8 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x on `context`, or on itself without one."""
 
+    coarse = False  # whether bfloat16 will do, as beside layers in int8
+
     kept: list[tuple[Any, list[Any], tuple[Tensor, Tensor]]] | None = None  # while `remembering_contexts`
 
     def __init__(
@@ -74,7 +76,7 @@ class CrossAttention(nn.Module):
         k, v = self._keys_and_values(x) if context is None else self._kept_keys_and_values(context, q.dtype)
         if mask is not None:
             mask = mask.flatten(1)[:, None, None, :].bool()  # broadcast over heads and queries
-        out = attend(q, k, v, mask)
+        out = attend(q, k, v, mask, coarse=self.coarse)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, query_dim)
 
     def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:  # (B, M, D) -> (B, heads, M, dim_head) each

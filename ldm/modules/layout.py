@@ -84,9 +84,7 @@ class LaidOutConv2d(nn.Conv2d):
     _kept: Kept | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W'), in channels-last order
-        if x.ndim != 4 or isinstance(self.padding, str) or self.padding_mode != "zeros":
-            return super().forward(x)
-        if not can_draw(x, self.weight) or not has_kernels():
+        if x.ndim != 4 or not self.is_plain() or not can_draw(x, self.weight) or not has_kernels():
             return super().forward(x)
         how = (self.padding, self.stride, self.dilation, self.groups)
         if self._kept is None or not self._kept.is_of(self.weight):
@@ -95,6 +93,10 @@ class LaidOutConv2d(nn.Conv2d):
             self._kept = Kept(self.weight, order)
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise(x, self._kept.value, self.bias, *how, *PLAIN)
+
+    def is_plain(self) -> bool:
+        """Whether what lies beyond the edges is zeros, in numbers that are given."""
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
 
 LAID_OUT: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LaidOutLinear, nn.Conv2d: LaidOutConv2d}
