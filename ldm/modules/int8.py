@@ -115,6 +115,10 @@ class Int8Conv2d(LaidOutConv2d):
             inputs, step, zero, *self._rounded.value, self.bias, *how, 1.0, 0, torch.float32, *PLAIN
         )
 
+    def after_doubling(self, x: Tensor) -> None:
+        """In int8 all nine products are quicker than four in float32."""
+        return None
+
 
 QUANTIZED: dict[type[nn.Module], Any] = {
     nn.Linear: Int8Linear,

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KERNELS = ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight")
+KERNELS = (
+    *("_linear_pointwise", "_reorder_linear_weight"),
+    *("_convolution_pointwise", "_reorder_convolution_weight"),
+    *("_convolution_transpose_pointwise", "_reorder_convolution_transpose_weight"),
+)
 PLAIN = ("none", [], "")  # nothing is done to what comes out
 
 
@@ -82,6 +86,7 @@ class LaidOutConv2d(nn.Conv2d):
     """A convolution that `lay_out` has seen to."""
 
     _kept: Kept | None = None
+    _spread: Kept | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W'), in channels-last order
         if x.ndim != 4 or not self.is_plain() or not can_draw(x, self.weight) or not has_kernels():
@@ -94,9 +99,47 @@ class LaidOutConv2d(nn.Conv2d):
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise(x, self._kept.value, self.bias, *how, *PLAIN)
 
+    def after_doubling(self, x: Tensor) -> Tensor | None:
+        """What this 3x3 convolution makes of x (B, C, H, W) at twice its size, by nearest neighbour: (B, C', 2H, 2W).
+
+        Both are one transposed convolution by a 4x4 kernel, which has 4/9 of the products, and no large map comes in
+        between. Its weight is sums of this one, so results agree up to rounding. None where that is not for this layer.
+        """
+        how = (self.kernel_size, self.padding, self.stride, self.dilation, self.groups)
+        if how != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or not self.is_plain() or not can_draw(x, self.weight):
+            return None
+        if not has_kernels():
+            return None
+        options = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, output_padding, stride, dilation, groups
+        if self._spread is None or not self._spread.is_of(self.weight):
+            weight = _spread(self.weight.detach()).contiguous()
+            order = torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *options, list(x.shape))
+            self._spread = Kept(self.weight, order)
+        x = x.contiguous(memory_format=torch.channels_last)
+        kernel = torch.ops.mkldnn._convolution_transpose_pointwise
+        return kernel(x, self._spread.value, self.bias, *options, *PLAIN)
+
     def is_plain(self) -> bool:
         """Whether what lies beyond the edges is zeros, in numbers that are given."""
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
+
+
+def _spread(weight: Tensor) -> Tensor:
+    """The weight (C, C', 4, 4) of the transposed convolution that is doubling and a convolution by (C', C, 3, 3).
+
+    Along an axis a pixel has two copies, side by side, so it adds to four places: by the weight, and by the same
+    weight shifted by one.
+    """
+    for axis in (2, 3):
+        weight = torch.cat([weight, torch.zeros_like(weight.narrow(axis, 0, 1))], axis)
+        weight = weight + weight.roll(1, axis)
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def doubled(x: Tensor, conv: nn.Module) -> Tensor:
+    """x (B, C, H, W) at twice its size by nearest neighbour, and `conv` of that: (B, C', 2H, 2W)."""
+    h = conv.after_doubling(x) if isinstance(conv, LaidOutConv2d) else None
+    return conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")) if h is None else h
 
 
 LAID_OUT: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LaidOutLinear, nn.Conv2d: LaidOutConv2d}

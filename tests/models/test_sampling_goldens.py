@@ -8,6 +8,7 @@ import torch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.layout import lay_out
 from tests.golden import assert_agrees, golden_configs, goldens, latent_diffusion, tensor
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
@@ -19,9 +20,12 @@ def golden():
     return goldens("diffusion")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return latent_diffusion(golden_configs("diffusion")["model"])
+@pytest.fixture(scope="module", params=["as built", "laid out"])  # for a CPU, as models are when they are loaded
+def model(request):
+    model = latent_diffusion(golden_configs("diffusion")["model"])
+    if request.param == "laid out":
+        lay_out(model)
+    return model
 
 
 @pytest.fixture(scope="module")

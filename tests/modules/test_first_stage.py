@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ldm.modules.diffusionmodules.model import Decoder, Encoder, ResnetBlock, Upsample
+from ldm.modules.diffusionmodules.model import Decoder, Encoder, ResnetBlock
 
 CONFIG = {
     "ch": 32,
@@ -19,30 +18,6 @@ CONFIG = {
     "resolution": 16,
     "z_channels": 4,
 }
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 4)])
-def test_upsampling_while_drawing(size):
-    torch.manual_seed(0)
-    layer, x = Upsample(6).double(), torch.randn(2, 6, *size, dtype=torch.float64)
-    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), layer.conv.weight, layer.conv.bias, padding=1)
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
-    with torch.no_grad():
-        torch.testing.assert_close(layer.float()(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_upsampling_has_four_ninths_of_the_products():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def count() -> int:
-        with FlopCounterMode(display=False) as counter:
-            layer(x)
-        return counter.get_total_flops()
-
-    layer, x = Upsample(8), torch.randn(1, 8, 16, 16)
-    trained = count()
-    with torch.no_grad():
-        assert 9 * count() == 4 * trained
 
 
 @pytest.mark.parametrize("kind, shape", [(Encoder, (2, 3, 16, 16)), (Decoder, (2, 4, 8, 8))])

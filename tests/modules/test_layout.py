@@ -12,6 +12,8 @@ from torch import nn
 
 from ldm.modules import attending, layout
 from ldm.modules.attending import attend
+from ldm.modules.diffusionmodules import model as first_stage
+from ldm.modules.diffusionmodules import openaimodel
 from ldm.modules.layout import LaidOutConv2d, LaidOutLinear, lay_out
 
 pytestmark = pytest.mark.skipif(not layout.has_kernels(), reason="this build of torch has no oneDNN")
@@ -49,6 +51,39 @@ def test_convolution_at_several_sizes(options):
         torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), layer(x), **CLOSE)
     assert used(layer)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("upsample", [first_stage.Upsample(16), openaimodel.Upsample(16, True, out_channels=8)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 4), (16, 16)])
+def test_doubling_and_its_convolution_as_one(monkeypatch, upsample, size):
+    torch.manual_seed(0)
+    layer, x = copy.deepcopy(upsample), torch.randn(2, 16, *size)
+    plain = copy.deepcopy(layer.conv).double()
+    wanted = plain(F.interpolate(x.double(), scale_factor=2.0)).float()
+    lay_out(layer)
+    other_size = layer(x.repeat(1, 1, 2, 3))
+    assert other_size.shape[2:] == (4 * size[0], 6 * size[1])
+    monkeypatch.setattr(F, "interpolate", None)
+    torch.testing.assert_close(layer(x), wanted, **CLOSE)
+    layer.conv.weight.mul_(2)
+    layer.conv.bias.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * wanted, **CLOSE)
+
+
+@torch.no_grad()
+def test_doubling_to_another_size_or_for_another_convolution():
+    torch.manual_seed(0)
+    layer, x = openaimodel.Upsample(16, True), torch.randn(2, 16, 3, 3)
+    wanted = layer(x), layer(x, (5, 6))
+    lay_out(layer)
+    torch.testing.assert_close(layer(x, (5, 6)), wanted[1], **CLOSE)
+    torch.testing.assert_close(layer(x, (6, 6)), wanted[0], **CLOSE)
+    layer.conv.padding = (0, 1)  # as seamless pictures have it
+    assert layer.conv.after_doubling(x) is None
+    with torch.enable_grad():
+        layer(x).sum().backward()
+    assert layer.conv.weight.grad is not None
 
 
 @torch.no_grad()

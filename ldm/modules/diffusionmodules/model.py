@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attending import attend
-from ldm.modules.layout import can_draw
+from ldm.modules.layout import can_draw, doubled
 
 
 def Normalize(channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -52,32 +52,14 @@ def channels_last(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Twice the size by nearest neighbour, then a 3x3 convolution if `with_conv`.
-
-    While a CPU draws, both are one transposed convolution by a 4x4 kernel, which has 4/9 of the products and no large
-    map in between. Its weights are sums of the published ones, so results agree up to rounding.
-    """
+    """Twice the size by nearest neighbour, then a 3x3 convolution if `with_conv`."""
 
     def __init__(self, channels: int, with_conv: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        if isinstance(self.conv, nn.Conv2d) and self.conv.padding == (1, 1) and can_draw(x, self.conv.weight):
-            return F.conv_transpose2d(x, _spread(self.conv.weight), self.conv.bias, stride=2, padding=1)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def _spread(weight: Tensor) -> Tensor:
-    """The weight (C, C', 4, 4) of the transposed convolution that is upsampling and a convolution by (C', C, 3, 3).
-
-    Along an axis a pixel has two copies, side by side, so it adds to four places: by the weight, and by the same
-    weight shifted by one.
-    """
-    for axis in (2, 3):
-        weight = torch.cat([weight, torch.zeros_like(weight.narrow(axis, 0, 1))], axis)
-        weight = weight + weight.roll(1, axis)
-    return weight.flip(2, 3).transpose(0, 1)
+        return doubled(x, self.conv)
 
 
 class Downsample(nn.Module):

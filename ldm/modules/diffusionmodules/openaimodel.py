@@ -20,6 +20,7 @@ from ldm.modules.diffusionmodules.util import (
     zero_module,
 )
 from ldm.modules.feature_caching import FeatureCache
+from ldm.modules.layout import doubled
 
 Size = Sequence[int]
 
@@ -34,8 +35,9 @@ class Upsample(nn.Module):
         self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:  # (B, C, H, W) -> (B, C', *size)
-        h = F.interpolate(x, scale_factor=2, mode="nearest") if size is None else F.interpolate(x, size, mode="nearest")
-        return self.conv(h)
+        if size is None or tuple(size) == tuple(2 * length for length in x.shape[2:]):
+            return doubled(x, self.conv)
+        return self.conv(F.interpolate(x, size, mode="nearest"))
 
 
 class Downsample(nn.Module):
