@@ -117,7 +117,7 @@ def add_size(parser: ArgumentParser) -> None:
     add_tile(
         group,
         "that the first stage encodes or decodes at once: larger pictures go through it in overlapping tiles, which "
-        "bounds memory and changes them a little; 512 is usual, 0: never (%(default)s)",
+        "bounds memory and changes them, the more the smaller the tiles are; 0: never (%(default)s)",
         dest="first_stage_tile",
         default=0,
     )

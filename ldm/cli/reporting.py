@@ -12,7 +12,7 @@ from typing import TextIO
 from ldm.memory import keep_freed_memory
 from ldm.processes import environment
 
-LESS_MEMORY = "--n_samples 1, --tile 512, a smaller --H and --W, or (on a GPU) --precision fp16"
+LESS_MEMORY = "--n_samples 1, --tile 512, a smaller --H and --W, or (on a GPU) --lowvram and --precision fp16"
 FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."
 
 
