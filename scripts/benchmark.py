@@ -155,7 +155,9 @@ def measure_training(args: argparse.Namespace, device: torch.device, folder: Pat
 
 def _settings(args: argparse.Namespace, device: torch.device) -> Any:
     from ldm.training.configs import Settings
+    from ldm.util import trust
 
+    trust("scripts.benchmark")
     model, latents = training_configs(args.model)
     model["params"]["optimizer_config"] = {"target": OPTIMIZERS[args.optimizer]}
     steps = args.steps + WARM_UP + 1

@@ -34,6 +34,7 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("--batch_size", type=count, default=8, help="pictures at once (%(default)s)")
     options.add_argument("--num_workers", type=cli.number(int, 0), default=0, help="processes that read (%(default)s)")
     options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+    cli.add_trust(options)
     return options
 
 

@@ -64,6 +64,7 @@ def _add_model(options: argparse.ArgumentParser, default: str | None = None) -> 
     path = {"type": cli.user_path, "default": default, "metavar": "FILE"}
     options.add_argument("--ckpt", **path, help="the model (the bundled one)")
     options.add_argument("--config", **path, help="its YAML (found from the checkpoint)")
+    cli.add_trust(options)
     options.add_argument("--batch", type=cli.number(int, 1), default=default, help="pictures at once (100)")
     options.add_argument("--device", choices=DEVICES, default=default, help="where to compute (auto)")
 

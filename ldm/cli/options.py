@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ldm.cli import sampling
 from ldm.devices import DEVICES, PRECISIONS
+from ldm.trust import trust
 
 PROMPT = "a painting of a virus monster playing guitar"
 MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_everything allowed
@@ -189,11 +190,32 @@ def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if pre
     group.add_argument(
         "--config", type=user_path, metavar="FILE", help="YAML file of the model (default: found from the checkpoint)"
     )
+    add_trust(group)
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
     group.add_argument(
         "--precision", choices=PRECISIONS, default="autocast", help="(%(default)s; on a CPU that is full)"
     )
     group.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="same as --precision bf16")
+
+
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    """--trust-config, which counts as soon as it is read: whatever is built later may use what it names."""
+    parser.add_argument(
+        "--trust-config",
+        action=_Trust,
+        metavar="PREFIX",
+        help="let configs call what this module or package defines, as often as you like (ldm, torch.nn, torch.optim "
+        "and Lightning's callbacks): a config runs whatever it names",
+    )
+
+
+class _Trust(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        try:
+            trust(values)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), values])
 
 
 def add_clip(parser: ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES
+from ldm.trust import check_references
 from ldm.util import public_path
 
 if TYPE_CHECKING:
@@ -142,10 +143,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         raise FileNotFoundError(f"config {path}: there is no such file")
     try:
         config = OmegaConf.load(place)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig) or "model" not in config:
         raise ValueError(f"config {path} has no `model:` section, so it does not describe a model")
+    check_references(OmegaConf.to_container(config), path)
     return _laid_over(config, overrides)
 
 

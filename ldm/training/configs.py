@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from ldm.training.folders import find_run, stored_configs
 from ldm.training.trainer_settings import translate_trainer
+from ldm.trust import check_references
 from ldm.util import public_path
 
 DEFAULT_SEED = 23
@@ -108,10 +109,11 @@ def read_yaml(path: str | Path) -> DictConfig:
         raise FileNotFoundError(f"config {path}: there is no such file")
     try:
         config = OmegaConf.load(place)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"config {path} has no sections, such as model: and data:")
+    check_references(OmegaConf.to_container(config), path)
     return config
 
 

@@ -147,6 +147,7 @@ def test_sigterm_saves_and_stops(tmp_path):
     content = config(two_players(), length=4000)
     base = write(tmp_path, content)
     command = [sys.executable, str(ROOT / "scripts/train.py"), "--base", str(base), "-t", "-l", str(tmp_path / "logs")]
+    command += ["--trust-config", "tests"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (folder,) = _wait_for(lambda: [p for p in (tmp_path / "logs").glob("*") if (p / "metrics/metrics.csv").is_file()])
     process.send_signal(signal.SIGTERM)
