@@ -98,7 +98,7 @@ def test_prefixes_that_name_nothing(prefix):
 
 
 def test_the_command_line_asks_and_is_told(tmp_path, capsys):
-    base = write(tmp_path, {"model": {"target": "torch.nn.Identity"}, "data": {"target": "os.getcwd"}})
+    base = write(tmp_path, {"model": {"target": "os.getcwd"}, "data": {"target": "torch.nn.Identity"}})
     assert run("--base", base, "-t", "-l", tmp_path) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the config names 'os.getcwd'" in error and "--trust-config os " in error
