@@ -49,7 +49,7 @@ def load_gray(path: str | Path) -> Tensor:
         image.load()
         image = ImageOps.exif_transpose(image)
         deep = image.mode.startswith("I") or image.mode == "F"
-        levels = np.asarray(image if deep else _to_rgb(image).convert("L"), dtype=np.float32)
+        levels: np.ndarray = np.asarray(image if deep else _to_rgb(image).convert("L"), dtype=np.float32)
     if not np.isfinite(levels).all():
         raise ValueError(f"{path} holds NaN or infinity: put numbers in their place")
     if image.mode == "F":
@@ -103,10 +103,11 @@ def fit_to_multiple(
     """
     if height is None and width is None:
         height, width = image.height, image.width
-    elif height is None:
+    elif height is None and width is not None:
         height = round(width * image.height / image.width)
-    elif width is None:
+    elif width is None and height is not None:
         width = round(height * image.width / image.height)
+    assert height is not None and width is not None
     if min(height, width) < multiple:
         raise ValueError(
             f"a picture of {width}x{height} pixels is too small: each side needs at least {multiple}; "
@@ -256,7 +257,10 @@ def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: s
     WebP. Its number is the next free one, as in `save_png`. ValueError for no pictures, or another kind.
     """
     kind = Path(pattern).suffix.lower()
-    kinds = {".gif": {"format": "GIF", "disposal": 1}, ".webp": {"format": "WEBP", "quality": 90}}
+    kinds: dict[str, dict[str, Any]] = {
+        ".gif": {"format": "GIF", "disposal": 1},
+        ".webp": {"format": "WEBP", "quality": 90},
+    }
     if not images or kind not in kinds:
         raise ValueError(f"an animation is a .gif or .webp of at least one picture, not {kind} of {len(images)}")
     first, *others = images
@@ -292,6 +296,7 @@ def _save_under_first_free(
             with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
                 _rename_to_new(complete, path)
                 return path
+    raise FileExistsError(f"every name for a file in {folder} is taken")
 
 
 @contextlib.contextmanager

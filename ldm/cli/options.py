@@ -20,7 +20,9 @@ MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_ever
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that takes "-" and "_" in option names as the same, and reports errors in one line."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]  # argparse's overloads say the same
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._spelling(arg) for arg in args], namespace)
 

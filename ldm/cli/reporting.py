@@ -28,8 +28,9 @@ def say(text: str, stream: TextIO | None) -> None:
     bars = sys.modules.get("tqdm")
     above = bars.tqdm.external_write_mode(file=stream) if bars else contextlib.nullcontext()
     with contextlib.suppress(OSError, ValueError, AttributeError), above:
-        stream.write(text + "\n")
-        stream.flush()
+        if stream is not None:
+            stream.write(text + "\n")
+            stream.flush()
 
 
 def _end_bars() -> None:

@@ -25,9 +25,10 @@ def new_folder(wanted: Path) -> Path:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
             folder.mkdir()
-            return folder
+            break
         except FileExistsError:
             continue
+    return folder
 
 
 def sheet(pictures: Sequence[Image.Image], wrong: Sequence[int], across: int = 20) -> Image.Image:

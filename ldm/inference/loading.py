@@ -20,7 +20,7 @@ from ldm.devices import choose_device, choose_precision
 from ldm.inference.tasks import TEXT, Task, require, task_of
 from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES
 from ldm.trust import check_references
 from ldm.util import public_path
@@ -108,7 +108,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, precision: str) -> LatentDiffusion:
     """The model of a config, with a file's weights and what drawing wants to know."""
-    model = _built(settings)
+    model: Any = _built(settings)
     if hasattr(model, "downsampling_factor"):
         raise ValueError(f"{checkpoint.path} is an autoencoder alone, not a whole model: use scripts/reconstruct.py")
     if not hasattr(getattr(model, "first_stage_model", None), "downsampling_factor"):
@@ -122,7 +122,8 @@ def _filled(settings: DictConfig, checkpoint: Checkpoint, device: torch.device, 
     model.autocast_dtype = torch.float16 if precision == "autocast" else None
     model.one_scale = bool(settings.get("one_scale", False))
     model.sampling = _own_sampling(settings)
-    return model.to(device).eval()
+    ready: LatentDiffusion = model.to(device).eval()
+    return ready
 
 
 def _built(settings: DictConfig) -> nn.Module:
@@ -156,14 +157,17 @@ def _laid_over(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         over = OmegaConf.from_dotlist(list(overrides))
         if unknown := [name for name in over if name not in config]:
             raise ValueError(f"the config has no section {unknown[0]!r} to change, only {', '.join(map(str, config))}")
-        return OmegaConf.merge(config, over)
+        merged = OmegaConf.merge(config, over)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"cannot use the settings {' '.join(overrides)}: {error}") from error
+    assert isinstance(merged, DictConfig)  # as config is
+    return merged
 
 
 def _own_sampling(config: DictConfig) -> dict[str, Any]:
     """The `sampling:` section of a config, checked: what counts where the user names nothing else."""
-    own = OmegaConf.to_container(config.get("sampling", None) or OmegaConf.create())
+    section: Any = OmegaConf.to_container(config.get("sampling", None) or OmegaConf.create())
+    own: dict[str, Any] = section
     valid = {
         "scale": lambda value: isinstance(value, (int, float)) and math.isfinite(value),
         "sampler": lambda value: value in SAMPLERS,
@@ -204,9 +208,12 @@ def sampling_settings(
         sampler = "ddim"
     if scale is None and plus_plus:
         scale = PLUS_PLUS_SCALE
-    own = {"steps": public_steps, "sampler": "ddim", "scale": public_scale} | getattr(model, "sampling", {})
-    given = {"steps": steps, "sampler": sampler, "scale": scale}
-    return tuple(own[name] if value is None else value for name, value in given.items())
+    own: dict[str, Any] = {"steps": public_steps, "sampler": "ddim", "scale": public_scale} | getattr(
+        model, "sampling", {}
+    )
+    given: dict[str, Any] = {"steps": steps, "sampler": sampler, "scale": scale}
+    chosen = {name: own[name] if value is None else value for name, value in given.items()}
+    return chosen["steps"], chosen["sampler"], chosen["scale"]
 
 
 def sampling_plan(

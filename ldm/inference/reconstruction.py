@@ -48,7 +48,6 @@ def reconstruct(
 
 def round_trip(first_stage: FirstStage, x: Tensor) -> Tensor:
     """x (B, 3, H, W) in [-1, 1], encoded and decoded, by any first stage."""
-    if isinstance(first_stage, AutoencoderKL):
-        return first_stage(x, sample_posterior=False)[0]
-    answer = first_stage(x)
-    return answer[0] if isinstance(answer, tuple) else answer  # an identity gives no codebook loss
+    answer = first_stage(x, sample_posterior=False) if isinstance(first_stage, AutoencoderKL) else first_stage(x)
+    back: Tensor = answer[0] if isinstance(answer, tuple) else answer  # an identity gives no codebook loss
+    return back

@@ -45,7 +45,7 @@ class RunPlot(pl.Callback):
 
     def _plot(self, trainer: pl.Trainer) -> None:
         folder = Path(trainer.default_root_dir)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             return
         try:
             for board in trainer.loggers:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ class Draws:
     world: int = 1
 
     @classmethod
-    def of(cls, module: pl.LightningModule) -> Draws:
+    def of(cls, module: object) -> Draws:
         """Those of a module under its trainer; a module without one is alone."""
         trainer = getattr(module, "_trainer", None)  # `module.trainer` raises where there is none
         return cls() if trainer is None else cls(trainer.global_rank, trainer.world_size)
