@@ -220,15 +220,17 @@ def save_png(
     pattern: str,
     metadata: Mapping[str, str] | None = None,
     index: int | None = None,
+    before: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `image` to `folder` under the next free name of `pattern`, such as "{:05}.png"; returns its path.
 
     `metadata` goes into PNG text chunks. `index` is the number to use, or the first to try if that is taken; None goes
     on after the highest there. A file that exists is never replaced, even when several processes write to
-    the folder at once, and no name ever belongs to a half-written file. Raises OSError if the folder is not writable.
+    the folder at once, and no name ever belongs to a half-written file, not even after a power cut. Raises OSError if
+    the folder is not writable. before: called with the whole file, just before that gets its name.
     """
     folder = Path(folder)
-    return _save_under_first_free(_png(image, metadata), folder, lambda: _numbered(folder, pattern, index))
+    return _save_under_first_free(_png(image, metadata), folder, lambda: _numbered(folder, pattern, index), before)
 
 
 def save_png_named(
@@ -289,9 +291,14 @@ def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Calla
 
 
 def _save_under_first_free(
-    write: Callable[[BinaryIO], None], folder: Path, names: Callable[[], Iterator[Path]]
+    write: Callable[[BinaryIO], None],
+    folder: Path,
+    names: Callable[[], Iterator[Path]],
+    before: Callable[[Path], None] | None = None,
 ) -> Path:
     with _complete(write, folder) as complete:
+        if before is not None:
+            before(complete)
         for path in names():
             with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
                 _rename_to_new(complete, path)
@@ -306,6 +313,8 @@ def _complete(write: Callable[[BinaryIO], None], folder: Path) -> Iterator[Path]
     try:
         with open(complete, "xb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         yield complete
     finally:
         complete.unlink(missing_ok=True)

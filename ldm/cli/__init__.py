@@ -4,6 +4,7 @@ Nothing heavy is imported until it is needed, so that `--help` answers at once.
 """
 
 from ldm.cli.conditions import add_conditions, conditions_for, read_conditions
+from ldm.cli.manifest import add_resume, descriptions
 from ldm.cli.models import load_model, model_name, resumed
 from ldm.cli.options import (
     MAX_SEED,
@@ -53,6 +54,7 @@ __all__ = [
     "add_preview",
     "add_prompt",
     "add_reading",
+    "add_resume",
     "add_sampler",
     "add_seeding",
     "add_size",
@@ -62,6 +64,7 @@ __all__ = [
     "combinations",
     "is_setting",
     "conditions_for",
+    "descriptions",
     "load_model",
     "make_folder",
     "model_name",
