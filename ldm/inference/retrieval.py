@@ -6,7 +6,6 @@ A model sees a prompt's embedding, or a picture's, and those of its nearest neig
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.folder import scan
+from ldm.files import whole_file
 from ldm.images import load_image
 from ldm.inference.loading import sampling_plan
 from ldm.inference.parts import Guided, decode, draw, drawing, resolve_size, seed_everything
@@ -165,13 +165,8 @@ def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("xb") as file:
-            np.savez(file, embeddings=embeddings, paths=np.array(names))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, embeddings=embeddings, paths=np.array(names))
 
 
 @torch.no_grad()

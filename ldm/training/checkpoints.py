@@ -18,12 +18,11 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm.checkpoint import read_checkpoint
+from ldm.files import PARTIAL, whole_file
 from ldm.training.continuing import between_steps
 from ldm.training.folders import LAST
 
 logger = logging.getLogger(__name__)
-
-_PARTIAL = ".{name}.{pid}.partial"
 
 
 class WholeFiles(CheckpointIO):
@@ -36,17 +35,11 @@ class WholeFiles(CheckpointIO):
         """Write `checkpoint`. Raises OSError, and leaves the file that was there before, if that does not work out."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(_PARTIAL.format(name=path.name, pid=os.getpid()))
         try:
-            with partial.open("wb") as file:
+            with whole_file(path) as partial, partial.open("wb") as file:
                 torch.save(_plain(checkpoint), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             raise _cannot_save(path, error) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
@@ -80,7 +73,7 @@ def read_training_state(path: str | os.PathLike) -> dict[str, Any]:
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what a process left that was killed while it wrote a checkpoint."""
-    for path in folder.glob(_PARTIAL.format(name="*", pid="*")):
+    for path in folder.glob(PARTIAL.format(name="*", pid="*")):
         logger.info("Removing %s, which was never completed", path)
         path.unlink(missing_ok=True)
 
@@ -271,7 +264,7 @@ class Checkpoints(Checkpoint):
 
 def _same_file(path: Path, link: Path) -> None:
     """Give a checkpoint a second name without a second copy, or with one where the file system has no hard links."""
-    partial = link.with_name(_PARTIAL.format(name=link.name, pid=os.getpid()))
+    partial = link.with_name(PARTIAL.format(name=link.name, pid=os.getpid()))
     try:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
