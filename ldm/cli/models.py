@@ -20,7 +20,13 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
     from ldm import inference
 
     model = inference.load_model(
-        args.config, args.ckpt, device=args.device, precision=args.precision, overrides=args.settings, tasks=tasks
+        args.config,
+        args.ckpt,
+        device=args.device,
+        precision=args.precision,
+        overrides=args.settings,
+        tasks=tasks,
+        verify=args.verify,
     )
     size = inference.default_size(model)
     factor = size // model.latent_size(size, size)[0]

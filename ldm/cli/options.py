@@ -186,9 +186,14 @@ def add_sampler(
 
 
 def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if present, else the bundled model") -> None:
-    """--ckpt, --config, --device, --precision. default: in words, the checkpoint that serves without --ckpt."""
+    """--ckpt, --verify, --config, --device, --precision. default: in words, what serves without --ckpt."""
     group = parser.add_argument_group("the model")
     group.add_argument("--ckpt", type=user_path, metavar="FILE", help=f".ckpt or .safetensors ({default})")
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all of the checkpoint first, and compare it with its checksums: those inside, and FILE.sha256",
+    )
     group.add_argument(
         "--config", type=user_path, metavar="FILE", help="YAML file of the model (default: found from the checkpoint)"
     )

@@ -45,6 +45,7 @@ def load_model(
     precision: str = "autocast",
     overrides: Sequence[str] = (),
     tasks: Sequence[Task] = (),
+    verify: bool = False,
 ) -> LatentDiffusion:
     """A model ready to sample from, on `device` ("auto": CUDA, else MPS, else the CPU).
 
@@ -54,12 +55,13 @@ def load_model(
     precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
     overrides: settings to lay over the config, as `model.params.linear_end=0.02`.
     tasks: what the model must draw from, one of these (see `ldm.inference.tasks`); none for anything.
+    verify: read the whole file first and compare it with its checksums (see `read_checkpoint`).
 
     Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
     """
     where = choose_device(device)
     precision = choose_precision(precision, where)
-    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
+    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint(), verify)
     place = config or _config_beside(checkpoint)
     model = _filled(read_config(place, overrides), checkpoint, where, precision)
     if tasks:
@@ -79,7 +81,12 @@ def load_model(
 
 
 def load_first_stage(
-    config: str | Path | None = None, ckpt: str | Path | None = None, *, device: str = "auto", precision: str = "full"
+    config: str | Path | None = None,
+    ckpt: str | Path | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "full",
+    verify: bool = False,
 ) -> FirstStage:
     """An autoencoder ready for use: that of an autoencoder's own file, or of a latent diffusion model's.
 
@@ -87,20 +94,20 @@ def load_first_stage(
     """
     where = choose_device(device)
     precision = choose_precision(precision, where)
-    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
+    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint(), verify)
     settings = read_config(config or _config_beside(checkpoint, whole=False))
     model = _built(settings)
     fill_model(model, checkpoint, dtype=DTYPES[precision])
-    model = getattr(model, "first_stage_model", model)
+    mapped, model = model.mapped_file, getattr(model, "first_stage_model", model)
     if not hasattr(model, "downsampling_factor"):
         raise ValueError(f"{settings['model'].get('target')} has no first stage: fix the config")
-    model.checkpoint_path = str(checkpoint.path)
+    model.checkpoint_path, model.mapped_file = str(checkpoint.path), mapped
     return model.to(where).eval()
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path, verify: bool) -> Checkpoint:
     logger.info("Loading model from %s", path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, verify=verify)
     if checkpoint.global_step is not None:
         logger.info("Global Step: %d", checkpoint.global_step)
     return checkpoint

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import check_unchanged
 from ldm.images import fit_to_multiple, tensor_to_images
 from ldm.inference.prompts import AS_PUBLISHED, Reading, negative_prompts, text_contexts
 from ldm.models.diffusion.gaussian import square
@@ -108,6 +109,7 @@ def _parts(context: Condition, c_concat: Tensor | None, c_adm: Tensor | None) ->
 @contextlib.contextmanager
 def drawing(model: LatentDiffusion) -> Iterator[None]:
     """How a model computes while it draws: in its precision, with its averaged weights, without gradients."""
+    check_unchanged(model)
     dtype = getattr(model, "autocast_dtype", None)
     precision = torch.autocast(model.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
     with torch.no_grad(), precision, model.ema_scope():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import check_unchanged
 from ldm.images import image_to_tensor, tensor_to_images
 from ldm.inference.parts import check_finite
 from ldm.inference.tiling import padded, tiled
@@ -33,6 +34,7 @@ def reconstruct(
 
     Raises ValueError for tiles that are too small, ArithmeticError if the result is not finite.
     """
+    check_unchanged(first_stage)
     like = next(first_stage.parameters(), torch.empty(0))  # an identity has none
     factor = first_stage.downsampling_factor
     x = image_to_tensor(image)  # (1, 3, H, W)
