@@ -331,7 +331,7 @@ def _numbered(folder: Path, pattern: str, index: int | None) -> Iterator[Path]:
 def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Callable[[BinaryIO], None]:
     text = PngInfo()
     for key, value in (metadata or {}).items():
-        text.add_text(key, value)
+        text.add_text(key, value.encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
     return lambda file: image.save(file, format="PNG", pnginfo=text)
 
 

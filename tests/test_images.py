@@ -378,7 +378,7 @@ def test_previews_replace_each_other(tmp_path):
     assert Image.open(tmp_path / "preview.png").getpixel((0, 0)) == (0, 0, 255)
 
 
-# ------------------------------------------------------------------------------------------------- pictures of all kinds
+# ------------------------------------------------------------------------------------------------ pictures of all kinds
 
 
 RAMP = np.array([[0, 32896, 65535]], np.uint16)
