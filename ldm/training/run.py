@@ -310,6 +310,11 @@ def _readable(error: BaseException, kept: str) -> Exception | None:
             "--accumulate_grad_batches to make up for it, model.params.unet_config.params.use_checkpoint=true, or "
             f"--precision bf16-mixed{kept}"
         )
+    if dead := re.search(r"DataLoader worker \(.*?\) (is killed by signal: \w+|exited unexpectedly)", text):
+        return RuntimeError(
+            f"a process that loads pictures {dead[1].replace('is killed', 'was killed')}, as happens when memory runs "
+            f"out: try a smaller data.params.num_workers{kept}"
+        )
     if isinstance(error, MisconfigurationException):
         return ValueError(f"the Trainer's settings do not fit: {' '.join(text.split())}")
     if isinstance(error, ArithmeticError):
