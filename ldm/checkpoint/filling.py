@@ -76,7 +76,8 @@ def build_on_meta(model_config: Any) -> nn.Module:
     What a model computes from its config (schedules, position ids) it makes on the CPU and holds already.
     """
     with torch.device("meta"):
-        return instantiate_from_config(model_config)
+        model: nn.Module = instantiate_from_config(model_config)
+    return model
 
 
 @torch.no_grad()
@@ -131,8 +132,8 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
             setattr(model, part.rstrip("."), None)
     model.load_state_dict(tensors, strict=True, assign=True)
     _check_none_on_meta(model)
-    model.checkpoint_path = str(checkpoint.path)
-    model.mapped_file = checkpoint.mapped  # for `check_unchanged`
+    model.checkpoint_path = str(checkpoint.path)  # type: ignore[assignment]  # notes, on any module
+    model.mapped_file = checkpoint.mapped  # type: ignore[assignment]  # for `check_unchanged`
     model.to("cpu")  # moves nothing, but tells a Lightning module, which noted the meta device, where it is
 
     extras = [key for key in checkpoint.state if key not in taken and key not in own]

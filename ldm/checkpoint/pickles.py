@@ -10,6 +10,7 @@ numpy scalars and omegaconf settings, is one `OPAQUE` thing. All of it is limite
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -148,7 +149,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return self.count * getattr(torch, self.dtype).itemsize
+        return self.count * int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ class OtherTensor:
     kind: str
 
 
-def read_pickle(file: BinaryIO | bytes, storages: dict[str, Stored] | None = None) -> Any:
+def read_pickle(file: BinaryIO | bytes | Any, storages: dict[str, Stored] | None = None) -> Any:
     """The value that one pickle describes, made of dict, list, tuple, text, numbers and the classes above.
 
     Of a stream, nothing after the pickle is read. storages: gets all storages that it mentions, by their keys.
@@ -350,7 +351,7 @@ class _Machine:
         self.result = self.stack.pop()
 
 
-def _tensor(path: str, arguments: tuple[Any, ...]) -> StoredTensor | _Opaque:
+def _tensor(path: str, arguments: tuple[Any, ...]) -> Any:
     storage, offset, size, stride = arguments[:4]
     if storage is OPAQUE:  # of a class that was refused already, or that is quantized
         return OPAQUE
@@ -370,7 +371,7 @@ def _tensor(path: str, arguments: tuple[Any, ...]) -> StoredTensor | _Opaque:
 
 
 _PUSHES = frozenset(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING"))
-_MAKES = {
+_MAKES: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,

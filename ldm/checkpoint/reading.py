@@ -208,7 +208,7 @@ def _read_safetensors(path: Path, mapped: bool) -> tuple[dict[str, Tensor], Mapp
                 for key, like in state.items():
                     begin, end = header[key]["data_offsets"]
                     storage = ranges.storage(start + begin, end - begin)
-                    state[key] = torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
+                    state[key] = torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)  # type: ignore[call-overload]  # torch's stubs lack it
             return state, file.metadata() or {}
     except (SafetensorError, KeyError, TypeError) as error:  # names in escapes that two parsers read differently
         raise _cut_short(path, shown(" ".join(str(error).split()))) from error

@@ -84,12 +84,12 @@ class Ranges:
         if start < 0 or length < 0 or start + length > self.size:
             raise ValueError(f"bytes {start} to {start + length} are asked for, of {self.size}")
         if length == 0:
-            return UntypedStorage(0)
+            return UntypedStorage(0)  # type: ignore[no-untyped-call]  # torch's own
         if self._map is not None and start % ALIGNMENT == 0:
             return torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=start).untyped_storage()
         content = bytearray(length)
         self._file.seek(start)
-        if self._file.readinto(content) != length:
+        if self._file.readinto(content) != length:  # type: ignore[attr-defined]  # what `open` gives has it
             raise ValueError(f"it ends before byte {start + length}")
         return storage_of(content)
 
@@ -101,7 +101,9 @@ class Ranges:
 
 def storage_of(content: bytearray) -> UntypedStorage:
     """The memory of `content` as a storage."""
-    return torch.frombuffer(content, dtype=torch.uint8).untyped_storage() if content else UntypedStorage(0)
+    if not content:
+        return UntypedStorage(0)  # type: ignore[no-untyped-call]  # torch's own
+    return torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
 
 
 def tensor_of(stored: StoredTensor, storage: UntypedStorage) -> Tensor:

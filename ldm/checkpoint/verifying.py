@@ -37,7 +37,7 @@ def recorded_sum(path: Path) -> str | None:
     named = [digest for digest, name in found if name.rpartition("/")[2].strip() == path.name]
     if len(named) != 1 and len(found) != 1:
         raise ValueError(f"{record} holds no sha256 of {path.name}: write it again with sha256sum, or delete it")
-    return (named or [found[0][0]])[0].lower()
+    return str((named or [found[0][0]])[0]).lower()
 
 
 def compare_with_record(path: Path) -> bool:
@@ -59,7 +59,7 @@ def data_sum(file: BinaryIO) -> str:
     """sha256 of all that follows the header of a safetensors file, in hexadecimal."""
     file.seek(0)
     file.seek(8 + int.from_bytes(file.read(8), "little"))
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed asks for more than a BinaryIO
 
 
 def note_data_sum(path: Path) -> None:

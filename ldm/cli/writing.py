@@ -115,7 +115,7 @@ class SampleWriter:
             pictures = self._processes.gather(pictures)
         try:
             with finishing(), self._writing(self.outdir):
-                self._finish(_read(pictures) if self._processes.rank == 0 else [])
+                self._finish(_read(pictures) if self._processes.rank == 0 else iter(()))
         except KeyboardInterrupt:
             kind = KeyboardInterrupt
         except OSError:
@@ -161,7 +161,7 @@ class SampleWriter:
     def keep(self, count: int) -> None:
         """Go past `count` pictures that are there already; they are in the grid."""
         for name in self._held[self._index : self._index + count]:
-            if not self._args.skip_grid:
+            if name is not None and not self._args.skip_grid:
                 self._for_grid.append((self._index, self.samples / name))
             self._index += 1
 
@@ -185,8 +185,10 @@ class SampleWriter:
         from ldm.images import save_png
 
         picture: Image.Image | Path = image
-        if self._held and self._held[self._index]:  # drawn once more, with those beside it that were not there
-            picture = self.samples / self._held[self._index]
+        if self._held and (
+            held := self._held[self._index]
+        ):  # drawn once more, with those beside it that were not there
+            picture = self.samples / held
         elif not self._args.skip_save:
             number = None if self._first is None else self._first + self._index
             metadata = self._metadata(image, prompt, own)

@@ -96,13 +96,14 @@ def load_first_stage(
     precision = choose_precision(precision, where)
     checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint(), verify)
     settings = read_config(config or _config_beside(checkpoint, whole=False))
-    model = _built(settings)
+    model: Any = _built(settings)
     fill_model(model, checkpoint, dtype=DTYPES[precision])
     mapped, model = model.mapped_file, getattr(model, "first_stage_model", model)
     if not hasattr(model, "downsampling_factor"):
         raise ValueError(f"{settings['model'].get('target')} has no first stage: fix the config")
     model.checkpoint_path, model.mapped_file = str(checkpoint.path), mapped
-    return model.to(where).eval()
+    stage: FirstStage = model.to(where).eval()
+    return stage
 
 
 def _read(path: Path, verify: bool) -> Checkpoint:
