@@ -19,8 +19,8 @@ fi
 if [[ ! -e $venv/ready ]]; then
     python3 -m venv "$venv"
     touch "$venv/constraints.txt"
-    if [[ $which == oldest ]]; then # every lower bound of setup.py, to the letter
-        grep -oE '"[a-z][a-z-]*>=[0-9.]+"' setup.py | tr -d '"' | sed 's/>=/==/' > "$venv/constraints.txt"
+    if [[ $which == oldest ]]; then # every lower bound of what the package needs, to the letter; tools as they come
+        sed '/extras_require/,$d' setup.py | grep -oE '"[a-z][a-z-]*>=[0-9.]+"' | tr -d '"' | sed 's/>=/==/' > "$venv/constraints.txt"
     fi
     "$venv/bin/pip" install --quiet --upgrade --constraint "$venv/constraints.txt" -e ".[test,tensorboard]"
     touch "$venv/ready"
