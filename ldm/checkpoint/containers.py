@@ -73,7 +73,15 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile:
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 0x21:
             raise BadFile(f"its entry {name[:80]} is encrypted, or packed in a rare way", damaged=False)
         seen.add(name)
+    if not any(entry.CRC for entry in archive.infolist()):  # torch can be told to leave the checksums out
+        for entry in archive.infolist():
+            del entry.CRC  # which makes zipfile compare with none
     return archive
+
+
+def has_sums(archive: zipfile.ZipFile) -> bool:
+    """Whether an archive of `open_zip` notes checksums."""
+    return any(hasattr(entry, "CRC") for entry in archive.infolist())
 
 
 def _directory_size(file: BinaryIO) -> int:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, UntypedStorage
 
-from ldm.checkpoint.containers import BadFile, Fetch, damaged_entry, open_zip, read_legacy, read_zip
+from ldm.checkpoint.containers import BadFile, Fetch, damaged_entry, has_sums, open_zip, read_legacy, read_zip
 from ldm.checkpoint.pickles import BadPickle, Name, OtherTensor, StoredTensor, UnsafePickle
 from ldm.checkpoint.storages import Ranges, Stamp, may_map, stamp, tensor_of
 from ldm.checkpoint.verifying import ALWAYS, SHA256, compare_with_record, data_sum, not_a_number
@@ -186,7 +186,7 @@ def _check_sums(path: Path, kind: str, verify: bool) -> None:
             with open_zip(file) as archive:
                 if (name := damaged_entry(archive)) is not None:
                     raise BadFile(f"the checksum of its part {shown(name)} differs")
-            recorded = True
+                recorded = recorded or has_sums(archive)
         elif kind == "safetensors" and (noted := _read_safetensors(path, True)[1].get(SHA256)):
             if noted != data_sum(file):
                 raise BadFile("the checksum of its tensors differs")

@@ -90,7 +90,9 @@ def test_weights_of_another_kind(tmp_path, dtype):
     model = nn.Linear(2, 2, device="meta")
     state = {"weight": torch.ones(2, 2).to(dtype), "bias": torch.ones(2)}
     torch.save(state, tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match=rf"weight weight is of type {str(dtype)[6:]}.*in the model of type float32"):
+    with pytest.raises(
+        CheckpointError, match=rf"weight weight is of type {str(dtype)[6:]}.*in the model of type float32"
+    ):
         fill_model(model, read_checkpoint(tmp_path / "a.ckpt"))
     assert all(parameter.is_meta for parameter in model.parameters())
 
