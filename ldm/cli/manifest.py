@@ -47,11 +47,13 @@ def descriptions(
 ) -> list[dict[str, Any]]:
     """For every picture of a run all that determines it, as plain values.
 
-    more: what else has a say, such as the size. Pictures with a seed of their own have nothing to do with each other;
-    others depend on how many random numbers were drawn before them, thus on the batches before theirs.
+    more: what else has a say, such as the size; of a Path, which file it is now. Pictures with a seed of their own have
+    nothing to do with each other; others depend on how many random numbers were drawn before them, thus on the batches
+    before theirs.
     """
     options = {name: value for name, value in vars(args).items() if name not in _OF_NO_EFFECT}
     options |= {"model": _stamp(model.checkpoint_path), "config": _stamp(args.config), "device": str(model.device)}
+    options |= {name: _stamp(value) if isinstance(value, Path) else value for name, value in more.items()}
     before, first, found = hashlib.sha256(), 0, []
     for batch in batches:
         shared: dict[str, Any] = {}
@@ -60,7 +62,7 @@ def descriptions(
             before.update(json.dumps([len(batch.lines), batch.lines[0].options.get("steps")]).encode())
         for row, (line, seeds) in enumerate(zip(batch.lines, settings_of(seeding, first, batch))):
             place = shared and {**shared, "row": row}
-            found.append({**options, **more, "prompt": line.prompt, **line.options, **seeds, **place})
+            found.append({**options, "prompt": line.prompt, **line.options, **seeds, **place})
         first += len(batch.lines)
     return found
 

@@ -101,13 +101,17 @@ def skip_txt2img(model: LatentDiffusion, prompts: Sequence[str], **options: Any)
     height, width = resolve_size(model, options.get("height"), options.get("width"))
     taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
     how, _ = sampling_plan(model, 7.5, **taken)
-    # Which numbers a sampler draws does not depend on what the network answers, nor on guidance.
+    shape = (model.channels, *model.latent_size(height, width))
+    how |= {"noise": options.get("noise", shared), "progress": False}
+    draw(_idle(model), Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"))
+
+
+def _idle(model: LatentDiffusion) -> Any:
+    """What samplers see of `model`: which numbers they draw depends neither on a network's answers nor on guidance."""
     names = ("alphas_cumprod", "num_timesteps", "parameterization", "device")
     idle: Any = SimpleNamespace(**{name: getattr(model, name) for name in names})
     idle.apply_model = lambda x, t, cond: torch.zeros_like(x)
-    shape = (model.channels, *model.latent_size(height, width))
-    how |= {"noise": options.get("noise", shared), "progress": False}
-    draw(idle, Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"))
+    return idle
 
 
 @torch.no_grad()
@@ -164,6 +168,15 @@ def img2img(
         elif depth is not None:
             raise ValueError("a depth map has no effect on this model: leave it out, or use a depth-to-image model")
         return decode(model, redraw(model, guided, latents, strength, **how))
+
+
+@torch.no_grad()
+def skip_img2img(model: LatentDiffusion, prompts: Sequence[str], init: Tensor, **options: Any) -> None:
+    """The same for a call of `img2img` that starts from latents, `options` being its own."""
+    taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
+    how, _ = sampling_plan(model, 5.0, **taken)
+    how |= {"noise": options.get("noise", shared), "progress": False}
+    redraw(_idle(model), Guided(None), init[: len(prompts)], options.get("strength", 0.75), **how)
 
 
 def _noise_of(seed: int | Sequence[int] | None, noise: Noise) -> Noise:

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ldm import cli
-from scripts import txt2img
+from scripts import img2img, txt2img
 from tests.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,33 @@ def test_missing_pictures_are_drawn_as_they_were(place, tmp_path, mode):
     assert found.pop("samples/00009.png") == damaged  # nobody's, and not overwritten
     assert found.pop("samples/00010.png") == expected.pop("samples/00009.png")
     assert found == expected
+
+
+@pytest.mark.parametrize("mode", ["batch", "image"])
+def test_from_a_picture_too(place, tmp_path, mode):
+    def draw(outdir: str, *more: str) -> None:
+        argv = [
+            "--init-img",
+            str(tmp_path / "init.png"),
+            "--outdir",
+            str(tmp_path / outdir),
+            "--seed_mode",
+            mode,
+            *more,
+        ]
+        assert cli.run(img2img.main, options(place, *argv)) == 0
+
+    Image.effect_noise((32, 32), 90).save(tmp_path / "init.png")
+    draw("whole")
+    draw("out", "--resume")
+    for number in (0, 1, 4, 7):
+        (tmp_path / f"out/samples/{number:05}.png").unlink()
+    (tmp_path / "out/grid-0000.png").unlink()
+    draw("out", "--resume")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    os.utime(tmp_path / "init.png", (1, 1))  # perhaps another picture
+    draw("out", "--resume")
+    assert len(contents(tmp_path / "out")) == 2 * 10 + 2
 
 
 def test_nothing_is_drawn_twice(place, tmp_path, monkeypatch, capsys):
