@@ -1,7 +1,7 @@
 """The same call gives the same picture: again, in another process, on other threads, in another batch, in bfloat16.
 
 Identical calls are compared bit for bit. Where sums are added up in another order results differ by rounding, and the
-tolerances say how much that may be, in latents of about unit variance.
+tolerances say how much that may be, as shares of the largest latent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.inference import BUNDLED_CKPT, decode, draw, load_model, text_condition
+from ldm.inference import BUNDLED_CKPT, decode, default_size, draw, load_model, text_condition
 from ldm.inference.parts import drawing
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Guidance
@@ -51,7 +51,8 @@ def latents(
     with drawing(model):
         guided = text_condition(model, [PROMPTS[row] for row in rows], "", Guidance(1.8))
         noise = PerImage([SEEDS[row] for row in rows])
-        shape = (model.channels, *model.latent_size(64, 64))
+        side = default_size(model)
+        shape = (model.channels, *model.latent_size(side, side))
         return draw(model, guided, shape, len(rows), steps=steps, sampler=sampler, noise=noise, progress=False).float()
 
 
@@ -60,7 +61,7 @@ def digest(x: Tensor) -> str:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).abs().max() / max(1.0, float(b.abs().max())))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_pictures_repeated_are_the_same_to_the_bit(model):
     assert [image.tobytes() for image in one] == [image.tobytes() for image in other]
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_another_process_draws_the_same_to_the_bit(model, threads, count):
     torch.set_num_threads(count)
     command = [sys.executable, "-c", ELSEWHERE, str(count)]

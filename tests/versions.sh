@@ -8,7 +8,7 @@ which=${1:-}
 [[ $which == oldest || $which == newest ]] || { sed -n '2,3s/^# *//p' "$0" >&2; exit 2; }
 shift
 
-if [[ ${1:-} == --keep ]]; then
+if [[ ${1:-} == --keep ]]; then # an environment that stays, and is used again
     venv=$2
     shift 2
 else
@@ -19,10 +19,12 @@ fi
 if [[ ! -e $venv/ready ]]; then
     python3 -m venv "$venv"
     touch "$venv/constraints.txt"
-    if [[ $which == oldest ]]; then # every lower bound of what the package needs, to the letter; tools as they come
-        sed '/extras_require/,$d' setup.py | grep -oE '"[a-z][a-z-]*>=[0-9.]+"' | tr -d '"' | sed 's/>=/==/' > "$venv/constraints.txt"
+    tools=()
+    if [[ $which == oldest ]]; then # every lower bound of setup.py, to the letter
+        grep -oE '"[a-z][a-z-]*>=[0-9.]+"' setup.py | tr -d '"' | sed 's/>=/==/' > "$venv/constraints.txt"
+        tools=(scipy) # diffusers 0.30, which the tests compare with, imports it
     fi
-    "$venv/bin/pip" install --quiet --upgrade --constraint "$venv/constraints.txt" -e ".[test,tensorboard]"
+    "$venv/bin/pip" install --quiet --upgrade --constraint "$venv/constraints.txt" -e ".[test,tensorboard]" "${tools[@]}"
     touch "$venv/ready"
 fi
 
