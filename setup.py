@@ -43,6 +43,6 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.14"],
-        "test": ["pytest>=8", "diffusers>=0.30", "ruff>=0.6"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "ruff>=0.6", "mypy>=2.0", "pytest-cov>=7.0"],
     },
 )

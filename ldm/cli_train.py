@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from ldm.cli import MAX_SEED, ArgumentParser, is_setting, number, user_path
+from ldm.cli import MAX_SEED, ArgumentParser, add_trust, is_setting, number, user_path
 from ldm.training.trainer_settings import TRAINER_KEYS
 
 TRUE, FALSE = ("true", "yes", "on", "1", "y", "t"), ("false", "no", "off", "0", "n", "f")
@@ -87,6 +87,7 @@ def train_parser() -> ArgumentParser:
     run.add_argument(
         "-d", "--debug", type=boolean, default=False, metavar="BOOL", help="full tracebacks; runs go to debug_runs"
     )
+    add_trust(run)
     run.add_argument("-p", "--project", help="accepted, without effect, as in the public script")
 
     trainer = parser.add_argument_group("the training: Lightning's Trainer (more of it: lightning.trainer.NAME=...)")

@@ -6,12 +6,15 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import re
+import struct
 import textwrap
 import uuid
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,20 +27,23 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+# What pictures come in. Pillow knows more: rare decoders are little tested, and some, such as EPS, run programs.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 
 def load_image(path: str | Path, shrink_to: int | None = None) -> Image.Image:
     """The picture in a file as RGB, turned the way its EXIF orientation says, transparent parts on white.
 
+    Of several, as in an animation, the first. 16 bits a level become 8; floats go from black, the least, to white.
+
     shrink_to: let JPEG files come out smaller, which decodes them faster, but with no side below this many pixels.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is a folder, not a picture, damaged, or larger
-    than Pillow's limit against decompression bombs.
+    Raises FileNotFoundError if there is no such file, ValueError if it is a folder, not a picture in one of `FORMATS`,
+    damaged, or larger than Pillow's limit against decompression bombs.
     """
-    with opened(path) as image:
-        if shrink_to is not None:
-            image.draft(None, (shrink_to, shrink_to))
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+    return _to_rgb(_loaded(path, shrink_to))
 
 
 def load_gray(path: str | Path) -> Tensor:
@@ -45,18 +51,21 @@ def load_gray(path: str | Path) -> Tensor:
 
     Files of 16 bits keep their precision. Turned and composed as by `load_image`, with the same errors.
     """
+    image = _loaded(path)
+    levels = _deep_levels(image) if _is_deep(image) else np.asarray(_to_rgb(image).convert("L"), np.float32) / 255
+    return torch.from_numpy(levels.copy())[None, None]
+
+
+def _loaded(path: str | Path, shrink_to: int | None = None) -> Image.Image:
+    """A picture as it is in its file, but turned."""
     with opened(path) as image:
+        if shrink_to is not None:
+            image.draft(None, (shrink_to, shrink_to))
         image.load()
         image = ImageOps.exif_transpose(image)
-        deep = image.mode.startswith("I") or image.mode == "F"
-        levels = np.asarray(image if deep else _to_rgb(image).convert("L"), dtype=np.float32)
-    if not np.isfinite(levels).all():
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
         raise ValueError(f"{path} holds NaN or infinity: put numbers in their place")
-    if image.mode == "F":
-        levels = (levels - levels.min()) / max(np.ptp(levels), 1e-12)  # floats have no range of their own
-    else:
-        levels = levels / (65535 if deep else 255)
-    return torch.from_numpy(levels.copy())[None, None]
+    return image
 
 
 @contextlib.contextmanager
@@ -71,22 +80,58 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Pillow warns at half the size that it refuses at; photos of that size are common.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # what is broken ends in an error
+            with Image.open(path, formats=_formats()) as image:
+                if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo and its previews
+                    _say_first(str(path))
                 yield image
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that Pillow can read: convert it to PNG or JPEG") from None
+        raise ValueError(
+            f"{path} is not a picture that Pillow can read, in a format of {', '.join(FORMATS)}: convert it to PNG"
+        ) from None
     except Image.DecompressionBombError as error:
         size = re.search(r"\d+ pixels", str(error))
         raise ValueError(f"{path} has too many pixels ({size[0] if size else error}): make it smaller first") from None
     except PermissionError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on broken data
+    except _DAMAGED as error:
         raise ValueError(f"{path} is cut short or damaged: {error}") from error
 
 
+# What Pillow's decoders raise on broken data.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, TypeError, struct.error, zlib.error)
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+@functools.lru_cache(maxsize=10_000)  # once a file, even if a training reads it in every epoch
+def _say_first(path: str) -> None:
+    logger.info("%s holds several pictures: the first is used", path)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether levels have more than 8 bits, which Pillow would cut off at 255 instead of scaling them."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _deep_levels(image: Image.Image) -> np.ndarray:
+    """(H, W), float32 from 0 to 1."""
+    levels = np.asarray(image, dtype=np.float32)
+    if image.mode == "F":
+        return (levels - levels.min()) / max(np.ptp(levels), 1e-12)  # floats have no range of their own
+    return np.clip(levels / 65535, 0, 1)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would cut 16-bit values off at 255 instead of scaling them
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode == "F":
+        image = Image.fromarray(np.rint(_deep_levels(image) * 255).astype(np.uint8))
+    elif _is_deep(image):
+        image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -103,10 +148,11 @@ def fit_to_multiple(
     """
     if height is None and width is None:
         height, width = image.height, image.width
-    elif height is None:
+    elif height is None and width is not None:
         height = round(width * image.height / image.width)
-    elif width is None:
+    elif width is None and height is not None:
         width = round(height * image.width / image.height)
+    assert height is not None and width is not None
     if min(height, width) < multiple:
         raise ValueError(
             f"a picture of {width}x{height} pixels is too small: each side needs at least {multiple}; "
@@ -219,15 +265,17 @@ def save_png(
     pattern: str,
     metadata: Mapping[str, str] | None = None,
     index: int | None = None,
+    before: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `image` to `folder` under the next free name of `pattern`, such as "{:05}.png"; returns its path.
 
     `metadata` goes into PNG text chunks. `index` is the number to use, or the first to try if that is taken; None goes
     on after the highest there. A file that exists is never replaced, even when several processes write to
-    the folder at once, and no name ever belongs to a half-written file. Raises OSError if the folder is not writable.
+    the folder at once, and no name ever belongs to a half-written file, not even after a power cut. Raises OSError if
+    the folder is not writable. before: called with the whole file, just before that gets its name.
     """
     folder = Path(folder)
-    return _save_under_first_free(_png(image, metadata), folder, lambda: _numbered(folder, pattern, index))
+    return _save_under_first_free(_png(image, metadata), folder, lambda: _numbered(folder, pattern, index), before)
 
 
 def save_png_named(
@@ -256,7 +304,10 @@ def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: s
     WebP. Its number is the next free one, as in `save_png`. ValueError for no pictures, or another kind.
     """
     kind = Path(pattern).suffix.lower()
-    kinds = {".gif": {"format": "GIF", "disposal": 1}, ".webp": {"format": "WEBP", "quality": 90}}
+    kinds: dict[str, dict[str, Any]] = {
+        ".gif": {"format": "GIF", "disposal": 1},
+        ".webp": {"format": "WEBP", "quality": 90},
+    }
     if not images or kind not in kinds:
         raise ValueError(f"an animation is a .gif or .webp of at least one picture, not {kind} of {len(images)}")
     first, *others = images
@@ -280,18 +331,24 @@ def _numbered(folder: Path, pattern: str, index: int | None) -> Iterator[Path]:
 def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Callable[[BinaryIO], None]:
     text = PngInfo()
     for key, value in (metadata or {}).items():
-        text.add_text(key, value)
+        text.add_text(key, value.encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
     return lambda file: image.save(file, format="PNG", pnginfo=text)
 
 
 def _save_under_first_free(
-    write: Callable[[BinaryIO], None], folder: Path, names: Callable[[], Iterator[Path]]
+    write: Callable[[BinaryIO], None],
+    folder: Path,
+    names: Callable[[], Iterator[Path]],
+    before: Callable[[Path], None] | None = None,
 ) -> Path:
     with _complete(write, folder) as complete:
+        if before is not None:
+            before(complete)
         for path in names():
             with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
                 _rename_to_new(complete, path)
                 return path
+    raise FileExistsError(f"every name for a file in {folder} is taken")
 
 
 @contextlib.contextmanager
@@ -301,6 +358,8 @@ def _complete(write: Callable[[BinaryIO], None], folder: Path) -> Iterator[Path]
     try:
         with open(complete, "xb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         yield complete
     finally:
         complete.unlink(missing_ok=True)

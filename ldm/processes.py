@@ -44,7 +44,7 @@ class Processes:
             return values
         import torch.distributed as dist
 
-        parts = [None] * self.world if self.rank == 0 else None
+        parts: Any = [None] * self.world if self.rank == 0 else None
         dist.gather_object(values, parts, dst=0)
         return sum(parts or [], [])
 

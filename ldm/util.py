@@ -9,6 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.trust import check_found, check_path, trust
+
+__all__ = [
+    "ALIASES",
+    "FIRST_STAGE",
+    "MARKERS",
+    "UNCONDITIONAL",
+    "default",
+    "exists",
+    "get_obj_from_str",
+    "instantiate_from_config",
+    "public_path",
+    "trust",
+]
+
 # Where files of the public layout (configs/..., models/...) may be: here, in a clone, in an installation.
 REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALLED = Path(sys.prefix) / "share" / "latent-diffusion"
@@ -57,9 +72,9 @@ def default(value: Any, fallback: Any) -> Any:
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
-    """The object a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names.
+    """The class a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names; a function too, where trusted.
 
-    Raises ImportError, naming the path and what is missing, if there is no such module or attribute.
+    Raises ImportError, naming the path, if it is not trusted (see `ldm.trust`), or leads to nothing that can be called.
     """
     if not isinstance(string, str):
         raise ImportError(f"target {string!r} is not a dotted path such as 'package.module.Class'")
@@ -67,6 +82,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise ImportError(f"target {string!r} is not a dotted path such as 'package.module.Class'")
+    check_path(string, path)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -74,9 +90,11 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     if reload:
         module = importlib.reload(module)
     try:
-        return getattr(module, name)
+        found = getattr(module, name)
     except AttributeError as error:
         raise ImportError(f"target {string!r}: module {module_name!r} has no {name!r}") from error
+    check_found(string, found)
+    return found
 
 
 def instantiate_from_config(config: Any, **extra: Any) -> Any:
@@ -85,7 +103,8 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     `extra` keyword arguments are added to `params` and win over them. The markers `__is_unconditional__` and
     `__is_first_stage__` stand for "nothing to build" and give None.
 
-    Raises ValueError if `config` has no `target` or no such `params`, ImportError if the target does not resolve.
+    Raises ValueError if `config` has no `target` or no such `params`, ImportError if the target does not resolve or is
+    not trusted (see `ldm.trust`).
     """
     if config in MARKERS:
         return None

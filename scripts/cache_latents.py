@@ -24,6 +24,7 @@ def parser() -> cli.ArgumentParser:
     path, count = cli.user_path, cli.number(int, 1)
     options.add_argument("-b", "--base", nargs="+", required=True, type=path, metavar="CONFIG", help="training configs")
     options.add_argument("--ckpt", type=path, metavar="FILE", help="the model's weights, if the config names none")
+    options.add_argument("--verify", action="store_true", help="compare the checkpoint with its checksums first")
     options.add_argument("--out", required=True, type=path, metavar="FOLDER", help="where the caches go")
     options.add_argument("--text", action="store_true", help="embed the captions too")
     options.add_argument("--variants", type=count, default=1, help="random crops and captions a picture (%(default)s)")
@@ -34,6 +35,7 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("--batch_size", type=count, default=8, help="pictures at once (%(default)s)")
     options.add_argument("--num_workers", type=cli.number(int, 0), default=0, help="processes that read (%(default)s)")
     options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+    cli.add_trust(options)
     return options
 
 
@@ -56,14 +58,14 @@ def read_config(files: Sequence[str], overrides: Sequence[str]) -> Any:
         raise ValueError(f"the config cannot be put together: {' '.join(str(error).split())}") from error
 
 
-def load_model(config: Any, ckpt: str | None) -> Any:
+def load_model(config: Any, ckpt: str | None, verify: bool = False) -> Any:
     """The config's model, filled from `ckpt` or by the files that the config names."""
     from ldm.checkpoint import build_on_meta, fill_model, read_checkpoint
     from ldm.util import instantiate_from_config
 
     if ckpt is not None:
         model = build_on_meta(config.model)
-        fill_model(model, read_checkpoint(ckpt))
+        fill_model(model, read_checkpoint(ckpt, verify=verify))
         return model.eval()
     params = config.model.params
     first_stage = params.get("first_stage_config", {})
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {name: config.data.params[name] for name in SECTIONS if config.get("data", {}).get("params", {}).get(name)}
     if not found:
         raise ValueError(f"{' '.join(args.base)}: there is no data.params.train section to cache")
-    model = load_model(config, args.ckpt)
+    model = load_model(config, args.ckpt, args.verify)
     out = Path(args.out)
     sections = {name: cached_section(model, section, out / name, args) for name, section in found.items()}
     config.data.params.update(sections)

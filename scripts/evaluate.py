@@ -64,7 +64,11 @@ def parser() -> cli.ArgumentParser:
 def _add_model(options: argparse.ArgumentParser, default: str | None = None) -> None:
     path = {"type": cli.user_path, "default": default, "metavar": "FILE"}
     options.add_argument("--ckpt", **path, help="the model (the bundled one)")
+    options.add_argument(
+        "--verify", action="store_true", default=default or False, help="compare the model with its checksums first"
+    )
     options.add_argument("--config", **path, help="its YAML (found from the checkpoint)")
+    cli.add_trust(options)
     options.add_argument("--batch", type=cli.number(int, 1), default=default, help="pictures at once (100)")
     options.add_argument("--device", choices=DEVICES, default=default, help="where to compute (auto)")
 
@@ -84,7 +88,9 @@ def load(args: argparse.Namespace) -> LatentDiffusion:
     ckpt = args.ckpt or public_path(inference.BUNDLED_CKPT)
     if ckpt is None:
         raise FileNotFoundError(f"the bundled {inference.BUNDLED_CKPT} is not there: name a --ckpt")
-    model = inference.load_model(args.config, ckpt, device=args.device, precision="full", tasks=[TEXT])
+    model = inference.load_model(
+        args.config, ckpt, device=args.device, precision="full", tasks=[TEXT], verify=args.verify
+    )
     cli.take(args, model)
     return model
 

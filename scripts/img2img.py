@@ -21,6 +21,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_seeding(options)
     cli.add_tiling(options)
     cli.add_preview(options)
+    cli.add_resume(options)
     options.add_argument(
         "--init-img", type=cli.user_path, required=True, metavar="FILE", help="the picture to start from"
     )
@@ -42,6 +43,8 @@ def parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     batches, reading = cli.batches(args), cli.reading_options(args)
+    if args.resume and args.skip_save:
+        raise ValueError("--resume goes by the pictures that are there: leave --skip_save out")
     if args.fixed_code:
         logger.warning("--fixed_code has no effect here, as in the public script: the start is the picture")
 
@@ -70,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
         if with_depth:
             depth = inference.depth_map(model, init_image, depth, size=latents.shape[2:])
+        if args.resume:
+            files = {name: Path(path) for name in ("init_img", "depth") if (path := getattr(args, name))}
+            size = {"latents": list(latents.shape[2:])}
+            writer.resume(cli.descriptions(args, model, batches, seeding, **files, **size))
         for batch in batches:
             count = len(batch.prompts)
             options = {"strength": args.strength, "depth": depth, **cli.sampling_options(args)}
@@ -80,9 +87,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             if reading:
                 options["reading"] = inference.Reading(**reading)
             options["noise"] = seeding.noise(first, count, options.pop("seed", None))
-            options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
-            images = inference.img2img(model, batch.prompts, init, **options)
-            writer.save(images, batch.prompts, settings=cli.settings_of(seeding, first, batch))
+            if writer.holds(count):
+                if not (batch.seeded or seeding.per_image):
+                    inference.skip_img2img(model, batch.prompts, init, **options)
+                writer.keep(count)
+                watch.skip()
+            else:
+                options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
+                images = inference.img2img(model, batch.prompts, init, **options)
+                writer.save(images, batch.prompts, settings=cli.settings_of(seeding, first, batch))
             first += count
     cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 

@@ -17,6 +17,7 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("checkpoint", type=cli.user_path, help=".ckpt or .safetensors file")
     options.add_argument("out", type=cli.user_path, help="file to write, .ckpt or .safetensors; it must not exist yet")
     options.add_argument("--no_ema", action="store_true", help="the last weights, not their average")
+    options.add_argument("--verify", action="store_true", help="compare the checkpoint with its checksums first")
     options.add_argument("--half", action="store_true", help="weights in float16: half the size")
     return options
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm.checkpoint import prune, read_checkpoint, save_checkpoint
 
-    source = read_checkpoint(opt.checkpoint)
+    source = read_checkpoint(opt.checkpoint, verify=opt.verify)
     pruned = prune(source.state, use_ema=not opt.no_ema, half=opt.half)
     path = save_checkpoint(opt.out, pruned, global_step=source.global_step or 0)
     before, after = (Path(file).stat().st_size / 1e6 for file in (opt.checkpoint, path))

@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
 
-    first_stage = inference.load_first_stage(args.config, args.ckpt, device=args.device, precision=args.precision)
+    first_stage = inference.load_first_stage(
+        args.config, args.ckpt, device=args.device, precision=args.precision, verify=args.verify
+    )
     cli.make_folder(outdir)
     found: list[float] = []
     broken: list[str] = []

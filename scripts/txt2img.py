@@ -26,6 +26,7 @@ def parser() -> cli.ArgumentParser:
     cli.add_seeding(options)
     cli.add_tiling(options)
     cli.add_preview(options)
+    cli.add_resume(options)
     options.add_argument("--laion400m", action="store_true", help="use the LAION-400M model of the public layout")
     return options
 
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.laion400m:
         use_laion400m(args)
     batches, reading = cli.batches(args), cli.reading_options(args)
+    if args.resume and args.skip_save:
+        raise ValueError("--resume goes by the pictures that are there: leave --skip_save out")
 
     from ldm import inference
     from ldm.inference.tasks import TEXT
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with cli.SampleWriter(args, processes, **settings) as writer, watch:
             inference.seed_everything(args.seed)
             seeding = cli.seeding(args, args.fixed_code)
+            if args.resume:
+                writer.resume(cli.descriptions(args, model, batches, seeding, **size))
             start, first = None, 0
             if args.fixed_code and not seeding.per_image:
                 start = inference.start_latent(model, args.n_samples, **size, noise=seeding.start(args.n_samples))
@@ -66,14 +71,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                     options["reading"] = inference.Reading(**reading)
                 options["noise"] = seeding.noise(first, count, options.pop("seed", None))
                 options["start_code"] = None if start is None or batch.seeded else start[:count]
-                if number % processes.world == processes.rank:
+                mine = number % processes.world == processes.rank
+                if mine and not writer.holds(count):
                     options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
                     images = inference.txt2img(model, prompts, **options)
                     writer.save(images, prompts, settings=cli.settings_of(seeding, first, batch))
                 else:
                     if not (batch.seeded or seeding.per_image):
                         inference.skip_txt2img(model, prompts, **options)
-                    writer.skip(count)
+                    if mine:
+                        writer.keep(count)
+                        watch.skip()
+                    else:
+                        writer.skip(count)
                 first += count
     if processes.rank == 0:
         cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)

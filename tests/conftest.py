@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ldm.util import trust
 from tests.golden import agreement
 
 _LOCAL = ("localhost", "127.0.0.1", "::1", "", None)
@@ -39,6 +40,11 @@ def _offline() -> Iterator[None]:
         patch.setattr(socket.socket, "connect_ex", _guard(socket.socket.connect_ex, _address_host))
         patch.setattr(socket, "getaddrinfo", _guard(socket.getaddrinfo, lambda args: args[0]))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trusted() -> None:
+    trust("tests")  # whose own classes configs of the tests name
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,10 @@
 """The only reader and writer of checkpoints (`.ckpt`, `.safetensors`).
 
 reading    a file becomes a `Checkpoint`: tensors under their published names, memory-mapped
+containers the layouts of pickled files: zip archives, and what came before them
 pickles    what a pickled file may ask for, and what it gets (nothing that can act)
+storages   where the bytes of tensors come from: ranges of a file, mapped or read
+verifying  checksums, and values that are no numbers
 families   what a file looks like, by its keys and shapes: which config, or why none
 filling    models on the meta device, filled by assignment
 starting   training that starts from a file that fits in part
@@ -11,7 +14,7 @@ hashing    the key of a set of weights
 """
 
 from ldm.checkpoint.families import config_for, describe, detect_config, ema_name
-from ldm.checkpoint.filling import LoadReport, build_on_meta, fill_model
+from ldm.checkpoint.filling import LoadReport, build_on_meta, check_unchanged, fill_model
 from ldm.checkpoint.hashing import fingerprint
 from ldm.checkpoint.pruning import prune
 from ldm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint
@@ -23,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "LoadReport",
     "build_on_meta",
+    "check_unchanged",
     "config_for",
     "describe",
     "detect_config",

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.families import describe, detect_config, ema_name, family_of, not_a_model
 from ldm.checkpoint.reading import Checkpoint, CheckpointError
+from ldm.checkpoint.storages import stamp
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def build_on_meta(model_config: Any) -> nn.Module:
     What a model computes from its config (schedules, position ids) it makes on the CPU and holds already.
     """
     with torch.device("meta"), _Uninitialised():
-        return instantiate_from_config(model_config)
+        model: nn.Module = instantiate_from_config(model_config)
+    return model
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -106,8 +108,8 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     weights already. What a module's `spare_weights` name is zero where the file lacks it.
 
     Everything is checked before the model is touched; afterwards its `checkpoint_path` is the file's. Raises
-    CheckpointError if a weight is missing or has another shape, RuntimeError if the model holds something on the meta
-    device that no file can fill.
+    CheckpointError if a weight is missing or has another shape or kind, RuntimeError if the model holds something on
+    the meta device that no file can fill.
     """
     own = model.state_dict()
     absent = _absent_options(model, checkpoint.state)
@@ -123,6 +125,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     spare = {key for key in _spare_weights(model) if key in own and source[key] not in checkpoint.state}
     kept |= spare
     _check_fit(own, source, kept, checkpoint)
+    _check_kinds(own, source, checkpoint)
     notes = _check_schedule(own, kept, checkpoint)
 
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -146,7 +149,8 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
             setattr(model, part.rstrip("."), None)
     model.load_state_dict(tensors, strict=True, assign=True)
     _check_none_on_meta(model)
-    model.checkpoint_path = str(checkpoint.path)
+    model.checkpoint_path = str(checkpoint.path)  # type: ignore[assignment]  # notes, on any module
+    model.mapped_file = checkpoint.mapped  # type: ignore[assignment]  # for `check_unchanged`
     model.to("cpu")  # moves nothing, but tells a Lightning module, which noted the meta device, where it is
 
     extras = [key for key in checkpoint.state if key not in taken and key not in own]
@@ -298,6 +302,38 @@ def _check_schedule(own: Mapping[str, Tensor], kept: set[str], checkpoint: Check
         f"{checkpoint.path} was made with another noise schedule than the config's (alphas_cumprod ends at "
         f"{theirs[-1]:.3g}, in the config at {ours[-1]:.3g}); {used}"
     ]
+
+
+def _check_kinds(own: Mapping[str, Tensor], source: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Numbers of another kind that a conversion would turn into others: integers, truth values, complex numbers."""
+    for key, tensor in own.items():
+        given = checkpoint.state.get(source[key])
+        if given is None or given.dtype == tensor.dtype:
+            continue
+        if given.is_complex() or (tensor.is_floating_point() and not given.is_floating_point()):
+            theirs, ours = (str(value.dtype).removeprefix("torch.") for value in (given, tensor))
+            raise CheckpointError(
+                f"{checkpoint.path} cannot be used: its weight {source[key]} is of type {theirs}, and in the model "
+                f"of type {ours}"
+            )
+
+
+def check_unchanged(model: nn.Module) -> None:
+    """CheckpointError if the file that a model's weights are mapped from was changed in place since it was read.
+
+    A new file under the old name does no harm, nor does removing the file, for what is mapped stays. But of a file that
+    is cut short, pages are gone, and touching one ends the process without a message. This cannot be ruled out for the
+    time that a drawing takes: copy a file to a new name and rename that, instead of writing over it.
+    """
+    before = getattr(model, "mapped_file", None)
+    if before is None or any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return
+    try:
+        now = stamp(before.path)
+    except OSError:
+        return
+    if now.place == before.place and now != before:
+        raise CheckpointError(f"{before.path} was changed while its weights were in use: load it again")
 
 
 def few(names: Iterable[str], limit: int = 3) -> str:

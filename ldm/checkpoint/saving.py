@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.checkpoint.verifying import PLACEHOLDER, SHA256, note_data_sum
+from ldm.files import whole_file
+
 
 def save_checkpoint(
     path: str | os.PathLike[str],
@@ -21,8 +24,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `state` to `path`: `.safetensors`, or `.ckpt` in Lightning's layout (`state_dict` beside the counters).
 
-    Values are stored bit for bit. The file appears under its name only when it is complete; a failure leaves what
-    was there before. Returns the path.
+    Values are stored bit for bit, with a checksum that reading with `verify` compares: a zip file's own, or `sha256` in
+    the metadata of safetensors, over all bytes after the header. The file appears under its name only when it is
+    complete; a failure leaves what was there before. Returns the path.
 
     Raises FileExistsError if the file exists and `overwrite` is off, ValueError for an unknown suffix or an empty
     state.
@@ -36,16 +40,13 @@ def save_checkpoint(
         raise FileExistsError(f"{path} exists already: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = _storable(state)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         if path.suffix == ".safetensors":
-            save_file(tensors, partial, {"format": "pt", "global_step": str(global_step), "epoch": str(epoch)})
+            metadata = {"format": "pt", "global_step": str(global_step), "epoch": str(epoch), SHA256: PLACEHOLDER}
+            save_file(tensors, partial, metadata)
+            note_data_sum(partial)
         else:
             torch.save({"state_dict": tensors, "global_step": global_step, "epoch": epoch}, partial)
-        _flush(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
@@ -61,9 +62,3 @@ def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
     return tensors
-
-
-def _flush(path: Path) -> None:
-    """Have the file on the disk before it takes its name: a power cut cannot leave an empty checkpoint."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -52,7 +52,7 @@ def init_from_checkpoint(
     fitting = {k: value for k, value in found.items() if value.shape == own[k].shape}
     _check_enough(wanted, fitting, f"{path} looks like {describe(checkpoint.shapes)}")
     module.load_state_dict(fitting, strict=False)
-    module.checkpoint_path = str(path)
+    module.checkpoint_path = str(path)  # type: ignore[assignment]  # a note, on any module
 
     missing = sorted(own.keys() - fitting.keys())
     used = {source[k] for k in found}

@@ -4,6 +4,7 @@ Nothing heavy is imported until it is needed, so that `--help` answers at once.
 """
 
 from ldm.cli.conditions import add_conditions, conditions_for, read_conditions
+from ldm.cli.manifest import add_resume, descriptions
 from ldm.cli.models import load_model, model_name, resumed
 from ldm.cli.options import (
     MAX_SEED,
@@ -18,6 +19,7 @@ from ldm.cli.options import (
     add_sampler,
     add_size,
     add_tile,
+    add_trust,
     is_setting,
     number,
     parse,
@@ -54,16 +56,19 @@ __all__ = [
     "add_preview",
     "add_prompt",
     "add_reading",
+    "add_resume",
     "add_sampler",
     "add_seeding",
     "add_size",
     "add_speed",
     "add_tile",
     "add_tiling",
+    "add_trust",
     "batches",
     "combinations",
     "is_setting",
     "conditions_for",
+    "descriptions",
     "load_model",
     "make_folder",
     "model_name",

@@ -20,7 +20,7 @@ class Conditions(NamedTuple):
     draw(numbers, **options): a picture for each of these numbers. describe(number): the condition, for metadata.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method of that name is of no use here
     draw: Callable[..., list[Image.Image]]
     describe: Callable[[int], dict[str, Any]]
 

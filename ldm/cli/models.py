@@ -33,6 +33,7 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
         overrides=args.settings,
         tasks=tasks,
         lowvram=getattr(args, "lowvram", False),
+        verify=args.verify,
     )
     size = inference.default_size(model)
     factor = size // model.latent_size(size, size)[0]
@@ -88,5 +89,7 @@ def resumed(path: str | Path) -> Resumed:
     run = path if checkpoint is None else checkpoint.parent.parent
     if configs := [place for place in stored_configs(run) if place.name.endswith("-project.yaml")]:
         return Resumed(checkpoint or find_run(run)[1], configs[-1], run)
+    if checkpoint is None:
+        raise FileNotFoundError(f"--resume {path} holds no configs/*-project.yaml: name a checkpoint in it")
     config = checkpoint.with_name("config.yaml")
     return Resumed(checkpoint, config if config.is_file() else None, checkpoint.parent)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ldm.cli import sampling
 from ldm.devices import DEVICES, PRECISIONS
+from ldm.trust import trust
 
 PROMPT = "a painting of a virus monster playing guitar"
 MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_everything allowed
@@ -19,7 +20,9 @@ MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_ever
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that takes "-" and "_" in option names as the same, and reports errors in one line."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]  # argparse's overloads say the same
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._spelling(arg) for arg in args], namespace)
 
@@ -195,17 +198,43 @@ def add_sampler(
 
 
 def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if present, else the bundled model") -> None:
-    """--ckpt, --config, --device, --precision. default: in words, the checkpoint that serves without --ckpt."""
+    """--ckpt, --verify, --config, --device, --precision. default: in words, what serves without --ckpt."""
     group = parser.add_argument_group("the model")
     group.add_argument("--ckpt", type=user_path, metavar="FILE", help=f".ckpt or .safetensors ({default})")
     group.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all of the checkpoint first, and compare it with its checksums: those inside, and FILE.sha256",
+    )
+    group.add_argument(
         "--config", type=user_path, metavar="FILE", help="YAML file of the model (default: found from the checkpoint)"
     )
+    add_trust(group)
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
     group.add_argument(
         "--precision", choices=PRECISIONS, default="autocast", help="(%(default)s; on a CPU that is full)"
     )
     group.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="same as --precision bf16")
+
+
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    """--trust-config, which counts as soon as it is read: whatever is built later may use what it names."""
+    parser.add_argument(
+        "--trust-config",
+        action=_Trust,
+        metavar="PREFIX",
+        help="let configs call what this module or package defines, as often as you like (ldm, torch.nn, torch.optim "
+        "and Lightning's callbacks): a config runs whatever it names",
+    )
+
+
+class _Trust(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        try:
+            trust(values)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), values])
 
 
 def add_clip(parser: ArgumentParser) -> None:

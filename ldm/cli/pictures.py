@@ -130,6 +130,10 @@ class Watch:
         if self._previews:
             self._previews(x0, step, total)
 
+    def skip(self) -> None:
+        """One batch less to come."""
+        self._batches -= 1
+
     def _write(self, images: list[Image.Image], step: int, total: int) -> None:
         from ldm.images import make_grid, replace_png
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -30,8 +31,12 @@ def say(text: str, stream: TextIO | None) -> None:
     bars = sys.modules.get("tqdm")
     above = bars.tqdm.external_write_mode(file=stream) if bars else contextlib.nullcontext()
     with contextlib.suppress(OSError, ValueError, AttributeError), above:
-        stream.write(text + "\n")
-        stream.flush()
+        if stream is not None:
+            try:
+                stream.write(text + "\n")
+            except UnicodeEncodeError:  # a terminal that has no letters for it
+                stream.write(text.encode("ascii", "backslashreplace").decode() + "\n")
+            stream.flush()
 
 
 def _end_bars() -> None:
@@ -57,6 +62,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         main(argv)
         return 0
     except KeyboardInterrupt as error:
+        if argv is None:  # the process is about to end, and impatience is to end it no worse
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return _fail(130, str(error) or "interrupted; nothing written")
     except ModuleNotFoundError as error:
         return _fail(2, f"error: {error}: install the requirements first (pip install -r requirements.txt)")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli.writing import Interrupted, make_folder
+from ldm.files import whole_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -113,14 +114,14 @@ class RunWriter:
             shape = (self.written, first.height, first.width, len(first.getbands()))
         folder = self.folder / "numpy"
         folder.mkdir()
-        complete = folder / ".samples.tmp"
-        try:
-            with zipfile.ZipFile(complete, "x") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for path in tqdm(paths, desc="Writing the npz file"):
-                    with Image.open(path) as image:
-                        file.write(np.asarray(image).tobytes())
-            complete.rename(folder / f"{'x'.join(map(str, shape))}-samples.npz")
-        finally:
-            complete.unlink(missing_ok=True)
+        name = f"{'x'.join(map(str, shape))}-samples.npz"
+        with (
+            whole_file(folder / name) as partial,
+            zipfile.ZipFile(partial, "x") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for path in tqdm(paths, desc="Writing the npz file"):
+                with Image.open(path) as image:
+                    file.write(np.asarray(image).tobytes())

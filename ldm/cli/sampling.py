@@ -109,12 +109,12 @@ def _check(args: Namespace) -> None:
         if isinstance(value, str) and value not in known:
             raise ValueError(f"--{flag} {value} is not one of {', '.join(known)}")
     if args.sampler is not None:
-        kind = SAMPLERS[args.sampler].func
+        kind: Any = SAMPLERS[args.sampler].func
         if args.ddim_eta and not kind.takes_eta:
             flag = "--plms" if args.plms else f"--sampler {args.sampler}"
             raise ValueError(f"{flag} needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
         if args.cfg_pp and not kind.plus_plus:
-            able = ", ".join(name for name, make in SAMPLERS.items() if make.func.plus_plus)
+            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "plus_plus", False))
             raise ValueError(f"--cfg_pp is for the samplers {able}, not for {args.sampler}")
     Guidance(UNSETTLED if args.scale is None else args.scale, **options)
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
+from ldm.cli.manifest import MANIFEST, Manifest
 from ldm.cli.options import sampling_metadata
 from ldm.cli.speed import shortcuts
 from ldm.processes import ALONE, Processes
@@ -84,7 +85,25 @@ class SampleWriter:
         self._settings = settings
         self._index = 0
         self._first = None if processes.world == 1 else processes.agree(self._next_number())
-        self._for_grid: list[tuple[int, Image.Image]] = []
+        self._for_grid: list[tuple[int, Image.Image | Path]] = []
+        self._manifest: Manifest | None = None
+        self._wanted: Sequence[Mapping[str, Any]] = ()
+        self._held: list[str | None] = []
+
+    def resume(self, wanted: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with a run of these pictures (see `manifest.descriptions`): `holds` tells what is there already."""
+        self._wanted, self._manifest = wanted, Manifest(self.outdir / MANIFEST, self.samples)
+        here = self._manifest.find(wanted) if self._processes.rank == 0 else []
+        self._held = self._processes.agree(here)
+        numbers = (int(name[:-4]) - i for i, name in enumerate(self._held) if name and name[:-4].isdecimal())
+        self._first = self._processes.agree(max(next(numbers, self._next_number()), 0))
+        if count := sum(name is not None for name in self._held):
+            logger.info("%s holds %d of %d pictures: going on with the others", self.samples, count, len(wanted))
+
+    def holds(self, count: int) -> bool:
+        """Whether the run's next `count` pictures are there already."""
+        held = self._held[self._index : self._index + count]
+        return len(held) == count and None not in held
 
     def __enter__(self) -> SampleWriter:
         return self
@@ -96,10 +115,13 @@ class SampleWriter:
         if kind is None:  # after an error the others' pictures cannot be waited for
             pictures = self._processes.gather(pictures)
         try:
-            with finishing():
-                self._finish(pictures if self._processes.rank == 0 else [])
+            with finishing(), self._writing(self.outdir):
+                self._finish(_read(pictures) if self._processes.rank == 0 else iter(()))
         except KeyboardInterrupt:
             kind = KeyboardInterrupt
+        except OSError:
+            if kind is None:  # else the first error says more
+                raise
         if kind is not None and self._processes.world == 1:  # of several, another may still write
             for folder in reversed(self._made):
                 with contextlib.suppress(OSError):
@@ -114,18 +136,37 @@ class SampleWriter:
 
         return next_free_index(self.samples, SAMPLE_NAME)
 
-    def _finish(self, pictures: list[tuple[int, Image.Image]]) -> None:
+    @contextlib.contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"cannot write to {folder} ({error.strerror or error}), where {self.written} images of this run are: "
+                "make room there, or choose another --outdir"
+            ) from error
+
+    def _finish(self, pictures: Iterator[tuple[int, Image.Image]]) -> None:
         """Write what is made of all pictures, each with its place in the run."""
-        if pictures:
+        if self._held and None not in self._held and any(self.outdir.glob("grid-*.png")):
+            return  # nothing is new
+        if found := list(pictures):
             from ldm.images import make_grid, save_png
 
-            in_order = [picture for _, picture in sorted(pictures, key=lambda pair: pair[0])]
+            in_order = [picture for _, picture in sorted(found, key=lambda pair: pair[0])]
             grid = make_grid(in_order, nrow=self._args.n_rows or self._args.n_samples)
             save_png(grid, self.outdir, "grid-{:04}.png")
 
     def skip(self, count: int) -> None:
         """Leave out `count` pictures that another process draws."""
         self._index += count
+
+    def keep(self, count: int) -> None:
+        """Go past `count` pictures that are there already; they are in the grid."""
+        for name in self._held[self._index : self._index + count]:
+            if name is not None and not self._args.skip_grid:
+                self._for_grid.append((self._index, self.samples / name))
+            self._index += 1
 
     def save(
         self,
@@ -139,20 +180,31 @@ class SampleWriter:
         prompts: what each picture was drawn from; empty texts where that is no text. name: for a `NamedWriter`.
         settings: of each picture, what its metadata say in place of the run's; None: nothing.
         """
-        with finishing():
+        with finishing(), self._writing(self.samples):
             for image, prompt, own in zip(images, prompts, settings or [{}] * len(images), strict=True):
                 self._save(image, prompt, name, own)
 
     def _save(self, image: Image.Image, prompt: str, name: str, own: Mapping[str, Any]) -> None:
         from ldm.images import save_png
 
-        if not self._args.skip_save:
+        picture: Image.Image | Path = image
+        if self._held and (
+            held := self._held[self._index]
+        ):  # drawn once more, with those beside it that were not there
+            picture = self.samples / held
+        elif not self._args.skip_save:
             number = None if self._first is None else self._first + self._index
-            save_png(image, self.samples, SAMPLE_NAME, self._metadata(image, prompt, own), number)
+            metadata = self._metadata(image, prompt, own)
+            path = save_png(image, self.samples, SAMPLE_NAME, metadata, number, self._announce)
+            picture = path if self._processes.world == 1 else image  # the memory of a long run stays as it is
             self.written += 1
         if not self._args.skip_grid:
-            self._for_grid.append((self._index, image))
+            self._for_grid.append((self._index, picture))
         self._index += 1
+
+    def _announce(self, path: Path) -> None:
+        if self._manifest is not None:
+            self._manifest.add(self._wanted[self._index], path)
 
     def _metadata(self, image: Image.Image, prompt: str, own: Mapping[str, Any]) -> dict[str, str]:
         from ldm.images import png_metadata
@@ -167,6 +219,17 @@ class SampleWriter:
             settings.pop("negative_prompt", None)  # of no effect without guidance
         known = {name: value for name, value in settings.items() if name not in own or value is not None}
         return png_metadata({**known, "version": f"ldm {__version__}"})
+
+
+def _read(pictures: list[tuple[int, Image.Image | Path]]) -> Iterator[tuple[int, Image.Image]]:
+    """The same with pictures in place of their files; those that were taken away meanwhile are left out."""
+    from ldm.images import load_image
+
+    for place, picture in pictures:
+        try:
+            yield place, load_image(picture) if isinstance(picture, Path) else picture
+        except (OSError, ValueError) as error:
+            logger.warning("%s: the grid is made without it", error)
 
 
 class NamedWriter(SampleWriter):
@@ -185,7 +248,7 @@ class NamedWriter(SampleWriter):
 class AnimationWriter(SampleWriter):
     """Writes a run's frames, and in place of their grid the animations of them, `<outdir>/animation-0000.gif` ..."""
 
-    def _finish(self, pictures: list[tuple[int, Image.Image]]) -> None:
+    def _finish(self, pictures: Iterator[tuple[int, Image.Image]]) -> None:
         from ldm.images import save_animation
 
         frames = [picture for _, picture in pictures]

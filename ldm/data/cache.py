@@ -89,7 +89,7 @@ class CachedDataset:
             item[key] = self.dataset.caption(int(shard.tensors["source"][row]), rng)
         return item
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Any) -> None:
         """Raise CacheError unless this `LatentDiffusion` would have made the same cache."""
         if not hasattr(model, "first_stage_model"):
             raise CacheError(
@@ -115,7 +115,7 @@ class CachedDataset:
             )
 
     @torch.no_grad()
-    def _same_context(self, model: nn.Module) -> bool:
+    def _same_context(self, model: Any) -> bool:
         """Whether the model embeds the first caption as the cache does: its layer or its tokens may have changed."""
         item = self[0]
         found = model.get_learned_conditioning([item[model.cond_stage_key]])[0].float().cpu()
@@ -165,7 +165,7 @@ def _wanted(section: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(section, Mapping):
         params = section.get("params")
         makes = section.get("target") and isinstance(params, Mapping) and params.get("make_if_missing")
-        if makes and get_obj_from_str(section["target"]) is CachedDataset:
+        if makes and params is not None and get_obj_from_str(section["target"]) is CachedDataset:
             yield params
             return
         for value in section.values():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ldm.checkpoint import fingerprint
@@ -38,7 +38,7 @@ NOT_ENCODING = ("loss.", "model_ema.")  # parts of a first stage that do not tak
 
 
 def build_cache(
-    model: nn.Module,
+    model: nn.Module | Any,
     dataset: Any,
     folder: str | os.PathLike[str],
     *,
@@ -72,7 +72,7 @@ def build_cache(
     if is_finished(folder):
         raise FileExistsError(f"{folder} holds a finished cache: delete it first, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    draws = _Draws(dataset, model.first_stage_key, variants, seed)
+    draws = _Draws(dataset, str(model.first_stage_key), variants, seed)
     with alone(folder), _moved(model, device):
         if is_finished(folder):  # another process was quicker
             return folder
@@ -85,7 +85,7 @@ def build_cache(
     return folder
 
 
-class _Draws:
+class _Draws(Dataset[Any]):
     """The random versions of all items in order: number n is version n % variants of item n // variants."""
 
     def __init__(self, dataset: Any, image_key: str, variants: int, seed: int) -> None:
@@ -123,7 +123,7 @@ def _collate(drawn: Sequence[tuple]) -> tuple[Tensor, list[dict[str, str]], list
 class _Encoder:
     """What a model makes of pictures and captions, on its device, as CPU tensors of the cache's dtype."""
 
-    def __init__(self, model: nn.Module, device: torch.device, text: bool, flips: bool, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, device: torch.device, text: bool, flips: bool, dtype: torch.dtype) -> None:
         if text and (model.cond_stage_model is None or model.cond_stage_trainable):
             why = "has no text encoder" if model.cond_stage_model is None else "trains its text encoder"
             raise ValueError(f"text embeddings cannot be cached: the model {why}; leave text out")
@@ -219,7 +219,7 @@ def _write_shards(
             rows = range(numbers.start * draws.variants, numbers.stop * draws.variants)
             # its own generator: the order of the global random numbers is not touched
             generator = torch.Generator().manual_seed(0)
-            loader = DataLoader(
+            loader: DataLoader[Any] = DataLoader(
                 Subset(draws, rows), batch_size, num_workers=num_workers, collate_fn=_collate, generator=generator
             )
             tensors, texts = _encode(loader, encoder, plan, bar)
@@ -235,7 +235,8 @@ def _encode(
     latents, contexts, texts, labels, sources = [], [], [], [], []
     for images, batch_texts, batch_labels, batch_sources in loader:
         latents.append(encoder.pictures(images)[1])
-        contexts.append(encoder.captions(batch_texts))
+        if (context := encoder.captions(batch_texts)) is not None:
+            contexts.append(context)
         texts += batch_texts
         labels += batch_labels
         sources += batch_sources
@@ -251,7 +252,7 @@ def _encode(
 
 
 @contextlib.contextmanager
-def _moved(model: nn.Module, device: str | torch.device) -> Iterator[None]:
+def _moved(model: Any, device: str | torch.device) -> Iterator[None]:
     """The parts that encode on `device`, and afterwards where they were."""
     parts = [part for part in (model.first_stage_model, model.cond_stage_model) if part is not None]
     places = [next((p.device for p in part.parameters()), torch.device("cpu")) for part in parts]

@@ -20,6 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.files import whole_file
+
 FORMAT = "ldm-latent-cache"
 VERSION = 1
 INDEX = "index.json"
@@ -166,15 +168,9 @@ def _is_whole(folder: Path, shard: Mapping[str, Any]) -> bool:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file under another name, flush it to the disk, then give it its own. OSError names the path."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write a file that is whole or not there. OSError names the path."""
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -164,14 +164,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.dataset_configs = {
             name: config for name, config in zip(SETS, (train, validation, test, predict)) if config is not None
         }
-        self.datasets: dict[str, Dataset] = {}
+        self.datasets: dict[str, Any] = {}  # Datasets that have a length
         self._shuffled = {"validation": shuffle_val_dataloader, "test": shuffle_test_loader}
         self._start = (0, 0)
         for name, loader in zip(SETS[1:], ("val_dataloader", "test_dataloader", "predict_dataloader")):
             if name in self.dataset_configs:  # Lightning asks a data module without the method for none
                 setattr(self, loader, self._loader_of(name))
         if train is not None:
-            self.train_dataloader = self._train_loader
+            self.train_dataloader = self._train_loader  # type: ignore[method-assign]  # as for the other loaders
 
     def setup(self, stage: str | None = None) -> None:
         """Build the data sets, once. Raises ValueError for one that is empty or has no items by number."""
@@ -205,7 +205,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _train_loader(self) -> DataLoader:
         loader = self._loader("train", shuffle=True)
-        loader.batch_sampler.start_at(*self._start)
+        batches: Any = loader.batch_sampler  # `EpochBatches`
+        batches.start_at(*self._start)
         return loader
 
     def _loader_of(self, name: str) -> Callable[[], DataLoader]:

@@ -41,7 +41,8 @@ class MaskedImages:
         if self.image_key not in item:
             raise ValueError(f"items have no {self.image_key!r} to mask, only {', '.join(sorted(item))}: set image_key")
         image = np.asarray(item[self.image_key])
-        mask = random_mask(*image.shape[:2], rng)
+        height, width = image.shape[:2]
+        mask = random_mask(height, width, rng)
         return {**item, "mask": mask, "masked_image": image * (1.0 - mask)}
 
 

@@ -143,7 +143,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 @cache

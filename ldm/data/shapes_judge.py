@@ -83,7 +83,8 @@ def _window(part: np.ndarray) -> tuple[slice, slice]:
     top, bottom, left, right = _span(part)
     side = min(max(bottom - top, right - left) + 2 * _MARGIN, SIDE)
     starts = (min(max((low + high - side) // 2, 0), SIDE - side) for low, high in ((top, bottom), (left, right)))
-    return tuple(slice(start, start + side) for start in starts)
+    down, across = (slice(start, start + side) for start in starts)
+    return down, across
 
 
 @cache

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.data.shapes import draw
 from ldm.evaluation.distances import first_stage_features, kernel_distance
 from ldm.evaluation.scores import draw_all, judge_all, prompts_of, scenes_of, summary
+from ldm.files import write_text
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -167,6 +168,6 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def write(folder: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """`samplers.json`, `samplers.md` and `samplers.png` in a folder."""
     results = {"settings": dict(settings), "rows": list(rows)}
-    (folder / "samplers.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / "samplers.md").write_text(markdown(rows), encoding="utf-8")
+    write_text(folder / "samplers.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / "samplers.md", markdown(rows))
     plot(rows, folder / "samplers.png")

@@ -89,6 +89,7 @@ def folder_features(
         if len(pictures) == batch or number == len(names):
             found.append(features(torch.from_numpy(np.stack(pictures)).movedim(-1, 1).contiguous()))
             pictures = []
+    assert size is not None  # that of the first picture
     return torch.cat(found), size
 
 
@@ -131,7 +132,7 @@ def kernel_distance(one: Tensor, other: Tensor) -> tuple[float, float]:
 
 def _as_given(features: Tensor) -> nn.Module:
     as_given = nn.Identity()
-    as_given.num_features = features.shape[1]
+    as_given.num_features = features.shape[1]  # type: ignore[assignment]  # torchmetrics asks for it by this name
     return as_given
 
 

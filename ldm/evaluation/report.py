@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from ldm.evaluation.scores import KINDS, PARTS
+from ldm.files import write_text
 from ldm.images import make_grid
 
 _FRAME = 3  # pixels around a picture of a sheet
@@ -25,9 +26,10 @@ def new_folder(wanted: Path) -> Path:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         try:
             folder.mkdir()
-            return folder
+            break
         except FileExistsError:
             continue
+    return folder
 
 
 def sheet(pictures: Sequence[Image.Image], wrong: Sequence[int], across: int = 20) -> Image.Image:
@@ -70,5 +72,5 @@ def _row(title: str, scores: dict[str, Any]) -> str:
 
 def write(folder: Path, results: dict[str, Any]) -> None:
     """`results.json` and `results.md` in the evaluation's own folder."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / "results.md", markdown(results))

@@ -16,7 +16,16 @@ retrieval   text and its neighbours to picture    variations   picture to others
 """
 
 from ldm.inference.animation import as_many, frames_between, interpolate
-from ldm.inference.drawing import depth_map, encode_image, img2img, needs_depth, skip_txt2img, start_latent, txt2img
+from ldm.inference.drawing import (
+    depth_map,
+    encode_image,
+    img2img,
+    needs_depth,
+    skip_img2img,
+    skip_txt2img,
+    start_latent,
+    txt2img,
+)
 from ldm.inference.inpainting import inpaint, takes_text
 from ldm.inference.loading import BUNDLED_CKPT, SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
 from ldm.inference.parts import (
@@ -101,6 +110,7 @@ __all__ = [
     "seamless",
     "seed_everything",
     "segmentation2img",
+    "skip_img2img",
     "skip_txt2img",
     "start_latent",
     "takes_prompt",

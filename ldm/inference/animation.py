@@ -93,10 +93,10 @@ def interpolate(
         raise ValueError(f"contexts {contexts!r} is not one of {', '.join(CONTEXTS)}")
     prompts, seeds = as_many(prompts, seeds)
     shape = (model.channels, *model.latent_size(*resolve_size(model, height, width)))
-    how, guidance = sampling_plan(model, 7.5, steps, sampler, scale, eta, schedule, guidance)
+    how, guided_by = sampling_plan(model, 7.5, steps, sampler, scale, eta, schedule, guidance)
     how |= {"on_step": on_step, "progress": progress}
     with drawing(model):
-        keys = text_condition(model, prompts, negative_prompt, guidance, reading)
+        keys = text_condition(model, prompts, negative_prompt, guided_by, reading)
     for first in range(0, len(frames), batch_size):
         batch = frames[first : first + batch_size]
         cond, uncond = (None if c is None else mixed(c, batch, contexts) for c in (keys.cond, keys.uncond))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.depth import LatentDepth2ImageDiffusion
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +85,10 @@ def txt2img(
     if start_code is not None and start_code.shape != (len(prompts), *shape):
         wanted = (len(prompts), *shape)
         raise ValueError(f"start_code is {tuple(start_code.shape)}, but these prompts and this size need {wanted}")
-    how, guidance = sampling_plan(model, 7.5, steps, sampler, scale, eta, schedule, guidance)
+    how, guided_by = sampling_plan(model, 7.5, steps, sampler, scale, eta, schedule, guidance)
     how |= {"noise": _noise_of(seed, noise), "on_step": on_step, "progress": progress}
     with drawing(model), seamless(model, tiling):
-        guided = text_condition(model, prompts, negative_prompt, guidance, reading)
+        guided = text_condition(model, prompts, negative_prompt, guided_by, reading)
         return decode(model, draw(model, guided, shape, len(prompts), **how, x_T=start_code))
 
 
@@ -100,13 +101,17 @@ def skip_txt2img(model: LatentDiffusion, prompts: Sequence[str], **options: Any)
     height, width = resolve_size(model, options.get("height"), options.get("width"))
     taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
     how, _ = sampling_plan(model, 7.5, **taken)
-    # Which numbers a sampler draws does not depend on what the network answers, nor on guidance.
-    names = ("alphas_cumprod", "num_timesteps", "parameterization", "device")
-    idle = SimpleNamespace(**{name: getattr(model, name) for name in names})
-    idle.apply_model = lambda x, t, cond: torch.zeros_like(x)
     shape = (model.channels, *model.latent_size(height, width))
     how |= {"noise": options.get("noise", shared), "progress": False}
-    draw(idle, Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"))
+    draw(_idle(model), Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"))
+
+
+def _idle(model: LatentDiffusion) -> Any:
+    """What samplers see of `model`: which numbers they draw depends neither on a network's answers nor on guidance."""
+    names = ("alphas_cumprod", "num_timesteps", "parameterization", "device")
+    idle: Any = SimpleNamespace(**{name: getattr(model, name) for name in names})
+    idle.apply_model = lambda x, t, cond: torch.zeros_like(x)
+    return idle
 
 
 @torch.no_grad()
@@ -142,7 +147,7 @@ def img2img(
     """
     task = require(model, TEXT, TEXT_AND_DEPTH)
     check_strength(strength)
-    how, guidance = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
+    how, guided_by = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
     noise = _noise_of(seed, noise)
     if isinstance(init, Tensor):
         latents = init
@@ -157,12 +162,21 @@ def img2img(
         depth = depth_map(model, init, size=latents.shape[2:])
     how |= {"noise": noise, "on_step": on_step, "progress": progress}
     with drawing(model), seamless(model, tiling):
-        guided = text_condition(model, prompts, negative_prompt, guidance, reading)
-        if task is TEXT_AND_DEPTH:
+        guided = text_condition(model, prompts, negative_prompt, guided_by, reading)
+        if task is TEXT_AND_DEPTH and depth is not None:
             guided = guided.beside(c_concat=depth.expand(len(prompts), -1, -1, -1))
         elif depth is not None:
             raise ValueError("a depth map has no effect on this model: leave it out, or use a depth-to-image model")
         return decode(model, redraw(model, guided, latents, strength, **how))
+
+
+@torch.no_grad()
+def skip_img2img(model: LatentDiffusion, prompts: Sequence[str], init: Tensor, **options: Any) -> None:
+    """The same for a call of `img2img` that starts from latents, `options` being its own."""
+    taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
+    how, _ = sampling_plan(model, 5.0, **taken)
+    how |= {"noise": options.get("noise", shared), "progress": False}
+    redraw(_idle(model), Guided(None), init[: len(prompts)], options.get("strength", 0.75), **how)
 
 
 def _noise_of(seed: int | Sequence[int] | None, noise: Noise) -> Noise:
@@ -188,12 +202,13 @@ def depth_map(
     depth: (1, 1, H, W), larger is nearer, on any scale; None has the model's estimator look at `image`.
     """
     require(model, TEXT_AND_DEPTH)
+    with_depth = cast("LatentDepth2ImageDiffusion", model)
     if size is None:
         fitted = fit(model, image)
         size = model.latent_size(fitted.height, fitted.width)
     if depth is None:
-        depth = model.estimate_depth(image_to_tensor(image).to(model.device))
-    return model.depth_condition(depth.to(model.device), size)
+        depth = with_depth.estimate_depth(image_to_tensor(image).to(model.device))
+    return with_depth.depth_condition(depth.to(model.device), size)
 
 
 @torch.no_grad()

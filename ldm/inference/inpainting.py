@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def inpaint(
     if textless and (any(prompts) or any(negative_prompt) or scale not in (None, 1.0) or reading != AS_PUBLISHED):
         raise ValueError("this model fills holes without a text or guidance: leave prompts and scale out")
     public_scale = 1.0 if textless else 7.5
-    how, guidance = sampling_plan(model, public_scale, steps, sampler, scale, eta, schedule, guidance)
+    how, guided_by = sampling_plan(model, public_scale, steps, sampler, scale, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
 
@@ -96,7 +97,7 @@ def inpaint(
         multiple = math.lcm(32, model.first_stage_model.downsampling_factor)  # as in `fit`, which resizes
         pixels, covered = padded(pixels, multiple), padded(hole, multiple)
     with drawing(model):
-        guided = _condition(model, pixels, covered, prompts, negative_prompt, guidance, reading)
+        guided = _condition(model, pixels, covered, prompts, negative_prompt, guided_by, reading)
         latents = _latents(model, guided, pixels, covered, len(prompts), strength, **how, progress=progress)
         images = decode(model, latents)
     images = [drawn.crop((0, 0, *working.size)) for drawn in images]
@@ -126,7 +127,7 @@ def _condition(
     if task is TEXT:
         return guided
     batch = {"mask": mask.movedim(1, -1), "masked_image": (pixels * (1 - mask)).movedim(1, -1)}  # holes are mid grey
-    concat = model.concat_condition(batch, model.latent_size(*mask.shape[2:]))
+    concat = cast("LatentInpaintDiffusion", model).concat_condition(batch, model.latent_size(*mask.shape[2:]))
     return guided.beside(c_concat=concat.expand(len(prompts), -1, -1, -1))
 
 

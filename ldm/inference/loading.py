@@ -22,9 +22,10 @@ from ldm.inference.lowvram import lodge
 from ldm.inference.tasks import TEXT, Task, require, task_of
 from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES
 from ldm.modules.layout import lay_out
+from ldm.trust import check_references
 from ldm.util import public_path
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def load_model(
     overrides: Sequence[str] = (),
     tasks: Sequence[Task] = (),
     lowvram: bool = False,
+    verify: bool = False,
 ) -> LatentDiffusion:
     """A model ready to sample from, on `device` ("auto": CUDA, else MPS, else the CPU).
 
@@ -57,13 +59,14 @@ def load_model(
     precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
     overrides: settings to lay over the config, as `model.params.linear_end=0.02`.
     tasks: what the model must draw from, one of these (see `ldm.inference.tasks`); none for anything. lowvram: have its
-    parts on `device` only while they are used (see `lowvram.lodge`).
+    parts on `device` only while they are used (see `lowvram.lodge`). verify: read the whole file first and compare it
+    with its checksums (see `read_checkpoint`).
 
     Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
     """
     where = choose_device(device)
     precision = choose_precision(precision, where)
-    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
+    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint(), verify)
     place = config or _config_beside(checkpoint)
     model = _filled(read_config(place, overrides), checkpoint, where, precision, lowvram)
     if tasks:
@@ -83,7 +86,12 @@ def load_model(
 
 
 def load_first_stage(
-    config: str | Path | None = None, ckpt: str | Path | None = None, *, device: str = "auto", precision: str = "full"
+    config: str | Path | None = None,
+    ckpt: str | Path | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "full",
+    verify: bool = False,
 ) -> FirstStage:
     """An autoencoder ready for use: that of an autoencoder's own file, or of a latent diffusion model's.
 
@@ -91,21 +99,22 @@ def load_first_stage(
     """
     where = choose_device(device)
     precision = choose_precision(precision, where)
-    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint())
+    checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint(), verify)
     settings = read_config(config or _config_beside(checkpoint, whole=False))
-    model = _built(settings)
+    model: Any = _built(settings)
     fill_model(model, checkpoint, dtype=DTYPES[precision])
     lay_out(model)
-    model = getattr(model, "first_stage_model", model)
+    mapped, model = model.mapped_file, getattr(model, "first_stage_model", model)
     if not hasattr(model, "downsampling_factor"):
         raise ValueError(f"{settings['model'].get('target')} has no first stage: fix the config")
-    model.checkpoint_path = str(checkpoint.path)
-    return model.to(where).eval()
+    model.checkpoint_path, model.mapped_file = str(checkpoint.path), mapped
+    stage: FirstStage = model.to(where).eval()
+    return stage
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path, verify: bool) -> Checkpoint:
     logger.info("Loading model from %s", path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, verify=verify)
     if checkpoint.global_step is not None:
         logger.info("Global Step: %d", checkpoint.global_step)
     return checkpoint
@@ -115,7 +124,7 @@ def _filled(
     settings: DictConfig, checkpoint: Checkpoint, device: torch.device, precision: str, lowvram: bool
 ) -> LatentDiffusion:
     """The model of a config, with a file's weights and what drawing wants to know."""
-    model = _built(settings)
+    model: Any = _built(settings)
     if hasattr(model, "downsampling_factor"):
         raise ValueError(f"{checkpoint.path} is an autoencoder alone, not a whole model: use scripts/reconstruct.py")
     if not hasattr(getattr(model, "first_stage_model", None), "downsampling_factor"):
@@ -130,7 +139,8 @@ def _filled(
     model.autocast_dtype = torch.float16 if precision == "autocast" else None
     model.one_scale = bool(settings.get("one_scale", False))
     model.sampling = _own_sampling(settings)
-    return (lodge(model, device) if lowvram else model.to(device)).eval()
+    ready: LatentDiffusion = (lodge(model, device) if lowvram else model.to(device)).eval()
+    return ready
 
 
 def _built(settings: DictConfig) -> nn.Module:
@@ -151,10 +161,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         raise FileNotFoundError(f"config {path}: there is no such file")
     try:
         config = OmegaConf.load(place)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig) or "model" not in config:
         raise ValueError(f"config {path} has no `model:` section, so it does not describe a model")
+    check_references(OmegaConf.to_container(config), path)
     return _laid_over(config, overrides)
 
 
@@ -163,14 +174,17 @@ def _laid_over(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         over = OmegaConf.from_dotlist(list(overrides))
         if unknown := [name for name in over if name not in config]:
             raise ValueError(f"the config has no section {unknown[0]!r} to change, only {', '.join(map(str, config))}")
-        return OmegaConf.merge(config, over)
+        merged = OmegaConf.merge(config, over)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"cannot use the settings {' '.join(overrides)}: {error}") from error
+    assert isinstance(merged, DictConfig)  # as config is
+    return merged
 
 
 def _own_sampling(config: DictConfig) -> dict[str, Any]:
     """The `sampling:` section of a config, checked: what counts where the user names nothing else."""
-    own = OmegaConf.to_container(config.get("sampling", None) or OmegaConf.create())
+    section: Any = OmegaConf.to_container(config.get("sampling", None) or OmegaConf.create())
+    own: dict[str, Any] = section
     valid = {
         "scale": lambda value: isinstance(value, (int, float)) and math.isfinite(value),
         "sampler": lambda value: value in SAMPLERS,
@@ -211,9 +225,12 @@ def sampling_settings(
         sampler = "ddim"
     if scale is None and plus_plus:
         scale = PLUS_PLUS_SCALE
-    own = {"steps": public_steps, "sampler": "ddim", "scale": public_scale} | getattr(model, "sampling", {})
-    given = {"steps": steps, "sampler": sampler, "scale": scale}
-    return tuple(own[name] if value is None else value for name, value in given.items())
+    own: dict[str, Any] = {"steps": public_steps, "sampler": "ddim", "scale": public_scale} | getattr(
+        model, "sampling", {}
+    )
+    given: dict[str, Any] = {"steps": steps, "sampler": sampler, "scale": scale}
+    chosen = {name: own[name] if value is None else value for name, value in given.items()}
+    return chosen["steps"], chosen["sampler"], chosen["scale"]
 
 
 def sampling_plan(

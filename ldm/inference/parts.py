@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import check_unchanged
 from ldm.images import fit_to_multiple, tensor_to_images
 from ldm.inference.prompts import AS_PUBLISHED, Reading, negative_prompts, text_contexts
 from ldm.inference.shortcuts import Shortcuts
@@ -47,8 +48,9 @@ def seed_everything(seed: int) -> None:
 def default_size(model: LatentDiffusion) -> int:
     """The side in pixels that a model was made for."""
     if "size" in getattr(model, "sampling", {}):
-        return model.sampling["size"]  # Stable Diffusion v2's config of 768 pixels has the image_size of 512
-    return square(model.image_size)[0] * model.first_stage_model.downsampling_factor
+        return int(model.sampling["size"])  # Stable Diffusion v2's config of 768 pixels has the image_size of 512
+    factor: int = model.first_stage_model.downsampling_factor
+    return square(model.image_size)[0] * factor
 
 
 def resolve_size(model: LatentDiffusion, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -89,7 +91,9 @@ class Guided:
     uncond: Condition = None
     guidance: Guidance = Guidance()
 
-    def beside(self, c_concat: Tensor | None = None, c_adm: Tensor | None = None, uncond_adm: Tensor | None = None):
+    def beside(
+        self, c_concat: Tensor | None = None, c_adm: Tensor | None = None, uncond_adm: Tensor | None = None
+    ) -> Guided:
         """The same, of a context, with what else a hybrid network takes: it is the same with and without condition.
 
         uncond_adm: what stands in place of `c_adm` without condition, if that differs.
@@ -99,7 +103,7 @@ class Guided:
         return replace(self, cond=_parts(self.cond, c_concat, c_adm), uncond=uncond)
 
 
-def _parts(context: Tensor, c_concat: Tensor | None, c_adm: Tensor | None) -> dict[str, Any]:
+def _parts(context: Condition, c_concat: Tensor | None, c_adm: Tensor | None) -> dict[str, Any]:
     parts = {"c_crossattn": [context], "c_concat": None if c_concat is None else [c_concat], "c_adm": c_adm}
     return {name: part for name, part in parts.items() if part is not None}
 
@@ -108,6 +112,7 @@ def _parts(context: Tensor, c_concat: Tensor | None, c_adm: Tensor | None) -> di
 def drawing(model: LatentDiffusion) -> Iterator[None]:
     """How a model computes while it draws one batch: in its precision, with its averaged weights, without gradients,
     and with such shortcuts as `model.shortcuts` says (see `Shortcuts`)."""
+    check_unchanged(model)
     dtype = getattr(model, "autocast_dtype", None)
     precision = torch.autocast(model.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
     shortcuts, network = getattr(model, "shortcuts", Shortcuts()), model.model.diffusion_model
@@ -144,7 +149,7 @@ def text_condition(
 
 
 def draw(
-    model: LatentDiffusion,
+    model: LatentDiffusion | Any,
     guided: Guided,
     shape: Sequence[int],
     batch_size: int,
@@ -158,7 +163,7 @@ def draw(
 ) -> Tensor:
     """Latents (batch_size, *shape) from noise. `options` are others of `Sampler.sample`: schedule, x_T, mask ...
 
-    on_step: see `txt2img`.
+    model: a LatentDiffusion, or what looks like one to a sampler. on_step: see `txt2img`.
     """
     solver = make_sampler(model, sampler)
     if on_step is not None:
@@ -217,11 +222,11 @@ def redraw(
     )
 
 
-def decode(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:
+def decode(model: LatentDiffusion | Any, latents: Tensor) -> list[Image.Image]:
     """Pictures of latents (B, C, h, w), decoded one by one, since that is where memory peaks."""
     check_finite(latents, "the latents")
     images: list[Image.Image] = []
-    for latent in latents.to(first_stage_dtype(model)).split(1):
+    for latent in torch.split(latents.to(first_stage_dtype(model)), 1):
         pixels = model.decode_first_stage(latent).float()  # (1, 3, H, W)
         check_finite(pixels, "the picture")
         images += tensor_to_images(pixels)

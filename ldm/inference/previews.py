@@ -68,4 +68,5 @@ def fit_colours(model: LatentDiffusion) -> Tensor:
     colours = F.avg_pool2d(decoded, stage.downsampling_factor)
     known, wanted = (x.float().cpu().movedim(1, -1).flatten(0, 2) for x in (z, colours))
     ones = torch.ones_like(known[:, :1])
-    return torch.linalg.lstsq(torch.cat([known, ones], dim=1), wanted, driver="gelsd").solution
+    solution: Tensor = torch.linalg.lstsq(torch.cat([known, ones], dim=1), wanted, driver="gelsd").solution
+    return solution

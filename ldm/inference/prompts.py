@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ldm.modules.encoders.prompting import Reading, encode_prompts
+from ldm.modules.encoders.prompting import Reading as Reading
+from ldm.modules.encoders.prompting import encode_prompts
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -37,6 +38,6 @@ def text_contexts(
         contexts = [model.get_learned_conditioning(group) for group in groups]
     else:
         contexts = encode_prompts(model.cond_stage_model, groups, reading)
-    if not distinct:
+    if negatives is None or not distinct:
         return contexts[0], None
     return contexts[0], contexts[1][[distinct.index(text) for text in negatives]]

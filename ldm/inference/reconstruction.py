@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import check_unchanged
 from ldm.images import image_to_tensor, tensor_to_images
 from ldm.inference.parts import check_finite
 from ldm.inference.tiling import padded, tiled
@@ -33,6 +34,7 @@ def reconstruct(
 
     Raises ValueError for tiles that are too small, ArithmeticError if the result is not finite.
     """
+    check_unchanged(first_stage)
     like = next(first_stage.parameters(), torch.empty(0))  # an identity has none
     factor = first_stage.downsampling_factor
     x = image_to_tensor(image)  # (1, 3, H, W)
@@ -48,7 +50,6 @@ def reconstruct(
 
 def round_trip(first_stage: FirstStage, x: Tensor) -> Tensor:
     """x (B, 3, H, W) in [-1, 1], encoded and decoded, by any first stage."""
-    if isinstance(first_stage, AutoencoderKL):
-        return first_stage(x, sample_posterior=False)[0]
-    answer = first_stage(x)
-    return answer[0] if isinstance(answer, tuple) else answer  # an identity gives no codebook loss
+    answer = first_stage(x, sample_posterior=False) if isinstance(first_stage, AutoencoderKL) else first_stage(x)
+    back: Tensor = answer[0] if isinstance(answer, tuple) else answer  # an identity gives no codebook loss
+    return back

@@ -6,7 +6,6 @@ A model sees a prompt's embedding, or a picture's, and those of its nearest neig
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.folder import scan
+from ldm.files import whole_file
 from ldm.images import load_image
 from ldm.inference.loading import sampling_plan
 from ldm.inference.parts import Guided, decode, draw, drawing, resolve_size, seed_everything
@@ -48,7 +48,7 @@ class EmbeddingDatabase:
     names: of the pictures, N in all, or None. Raises ValueError for arrays of other shapes or types, or of nothing.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], names: Sequence[str] | None = None) -> None:
+    def __init__(self, parts: Sequence[np.ndarray], names: Sequence[str] | np.ndarray | None = None) -> None:
         for part in parts:
             if part.ndim != 2 or not np.issubdtype(part.dtype, np.floating):
                 raise ValueError(f"embeddings are floats of shape (N, D), not {part.dtype} of shape {part.shape}")
@@ -165,13 +165,8 @@ def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("xb") as file:
-            np.savez(file, embeddings=embeddings, paths=np.array(names))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, embeddings=embeddings, paths=np.array(names))
 
 
 @torch.no_grad()
@@ -269,12 +264,12 @@ def knn2img(
             f"this model takes embeddings (B, n, {wanted}), not {tuple(context.shape)}: use the CLIP that it was "
             "trained with (ViT-L/14 for the public model)"
         )
-    how, guidance = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
+    how, guided_by = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
     with drawing(model):
         context = model.get_learned_conditioning(context.to(model.device))
-        guided = Guided(context, torch.zeros_like(context) if guidance.needs_uncond else None, guidance)
+        guided = Guided(context, torch.zeros_like(context) if guided_by.needs_uncond else None, guided_by)
         shape = (model.channels, *model.latent_size(height, width))
         latents = draw(model, guided, shape, len(context), **how, progress=progress)
         return decode(model, latents)

@@ -25,9 +25,9 @@ def seamless(model: LatentDiffusion, axes: str | None) -> Iterator[None]:
     if axes is not None and axes not in AXES:
         raise ValueError(f"tiling {axes!r} is not one of {', '.join(AXES)}")
     with contextlib.ExitStack() as restored:
-        for part in (model.model, model.first_stage_model) if axes else ():
+        for part in (model.model, model.first_stage_model) if axes is not None else ():
             for module in part.modules():
-                if isinstance(module, (nn.Conv2d, nn.ZeroPad2d)):
+                if axes is not None and isinstance(module, (nn.Conv2d, nn.ZeroPad2d)):
                     _wrap(module, AXES[axes], restored)
         yield
 

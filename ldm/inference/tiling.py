@@ -44,6 +44,7 @@ def tiled(
                 (to_row, high), (to_column, wide) = down[i], across[j]
                 result[:, :, to_row, to_column] += part * (high[:, None] * wide).to(part)
                 bar.update()
+    assert result is not None  # every length has a span
     return result
 
 

@@ -132,4 +132,5 @@ def _drawn(
         raise ValueError(
             "ancestral sampling has no guidance: use scale 1, or DDIM, with eta 1 for its noise; nor another schedule"
         )
-    return decode(model, model.p_sample_loop(cond, (count, *shape), verbose=progress))
+    latents = model.p_sample_loop(cond, (count, *shape), verbose=progress)
+    return decode(model, latents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.upscaling import LatentUpscaleDiffusion
 
 MULTIPLE = 8  # both networks halve their maps three times, and have learnt from sizes where that leaves no rest
 NOISE_LEVEL = 20  # the public default
@@ -63,7 +64,7 @@ def upscale(
     else:
         _refuse(prompt=prompts, negative_prompt=negative_prompt or None, noise_level=noise_level, scale=scale)
     public_scale = 9.0 if with_text else 1.0
-    how, guidance = sampling_plan(model, public_scale, steps, sampler, scale, eta, schedule, guidance)
+    how, guided_by = sampling_plan(model, public_scale, steps, sampler, scale, eta, schedule, guidance)
     if tile is None:
         tile = 2 * max(square(model.image_size))
     looks = TiledModel(model, tile, progress)
@@ -71,7 +72,7 @@ def upscale(
         seed_everything(seed)
     x = padded(torch.cat([image_to_tensor(image) for image in images]), MULTIPLE).to(model.device)  # (B, 3, h, w)
     with drawing(model):
-        guided = _condition(model, x, prompts, negative_prompt, noise_level, guidance)
+        guided = _condition(model, x, prompts, negative_prompt, noise_level, guided_by)
         shape = (model.channels, *x.shape[2:])
         latents = draw(looks, guided, shape, len(images), **how, progress=progress)
     if first_stage_dtype(model) == torch.float16:
@@ -107,7 +108,7 @@ def _condition(
     prompts = [""] * len(x) if prompts is None else prompts
     if len(prompts) != len(x):
         raise ValueError(f"every picture needs its prompt: there are {len(x)} pictures and {len(prompts)} prompts")
-    noised, level = model.low_scale_condition(x, noise_level)
+    noised, level = cast("LatentUpscaleDiffusion", model).low_scale_condition(x, noise_level)
     return text_condition(model, prompts, negative_prompt, guidance).beside(c_concat=noised, c_adm=level)
 
 

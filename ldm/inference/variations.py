@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.unclip import ImageEmbeddingConditionedLatentDiffusion
 
 
 @torch.no_grad()
@@ -33,9 +34,15 @@ def picture_embedding(
         raise ValueError("variations need at least one picture")
     check_weights(weights, len(images))
     with drawing(model):
-        embeddings = torch.cat([model.embed_images(image_to_tensor(image).to(model.device)) for image in images])
+        embeddings = torch.cat(
+            [_unclip(model).embed_images(image_to_tensor(image).to(model.device)) for image in images]
+        )
     share = embeddings.new_tensor([1.0] * len(images) if weights is None else weights)
     return (share[:, None] * embeddings).sum(dim=0, keepdim=True) / share.sum()
+
+
+def _unclip(model: LatentDiffusion) -> ImageEmbeddingConditionedLatentDiffusion:
+    return cast("ImageEmbeddingConditionedLatentDiffusion", model)  # `require` has seen to it
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> None:
@@ -72,13 +79,13 @@ def variations(
     """
     require(model, PICTURE)
     height, width = resolve_size(model, height, width)
-    how, guidance = sampling_plan(model, 10.0, steps, sampler, scale, eta, schedule, guidance)
+    how, guided_by = sampling_plan(model, 10.0, steps, sampler, scale, eta, schedule, guidance)
     if seed is not None:
         seed_everything(seed)
     embedding = images if isinstance(images, Tensor) else picture_embedding(model, images)
     with drawing(model):
-        c_adm = model.embedding_condition(embedding.expand(len(prompts), -1), noise_level)
-        guided = text_condition(model, prompts, negative_prompt, guidance)
+        c_adm = _unclip(model).embedding_condition(embedding.expand(len(prompts), -1), noise_level)
+        guided = text_condition(model, prompts, negative_prompt, guided_by)
         guided = guided.beside(c_adm=c_adm, uncond_adm=torch.zeros_like(c_adm))
         shape = (model.channels, *model.latent_size(height, width))
         latents = draw(model, guided, shape, len(prompts), **how, progress=progress)

@@ -56,7 +56,7 @@ class AutoencoderKL(FirstStage):
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         with torch.no_grad():
-            self.quant_conv.bias[embed_dim:] += initial_logvar
+            self.quant_conv.get_parameter("bias")[embed_dim:] += initial_logvar
         self.learn_logvar = learn_logvar
         if isinstance(getattr(self.loss, "logvar", None), nn.Parameter):
             self.loss.logvar.requires_grad_(learn_logvar)
@@ -215,9 +215,9 @@ class VQModelInterface(VQModel):
     """A VQ first stage as diffusion sees it: latents are the continuous ones, quantised only on their way back."""
 
     def __init__(self, embed_dim: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, embed_dim=embed_dim, **kwargs)
+        super().__init__(*args, embed_dim=embed_dim, **kwargs)  # type: ignore[misc]  # args are those before it
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as published
         """Image (B, 3, H, W) to the unquantised latent (B, embed_dim, H/f, W/f)."""
         return self.encode_to_prequant(x)
 

@@ -65,6 +65,8 @@ class CaptionReader(pl.LightningModule):
         """Lightning's hook."""
         self.shared_step(batch, "val")
 
+    learning_rate: float  # set from outside
+
     def configure_optimizers(self) -> Any:
         """Lightning's hook: AdamW at `self.learning_rate`, with the config's schedule every step."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)

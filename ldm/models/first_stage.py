@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
 from ldm.lightning import pl
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
 
@@ -37,6 +38,10 @@ class FirstStage(pl.LightningModule):
 
     NETWORKS: tuple[str, ...] = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
+    encoder: Encoder
+    decoder: Decoder
+    loss: Any  # what `lossconfig` makes
+    colorize: Tensor
     learning_rate: float
     accumulate_grad_batches: int = 1
     gradient_clip_val: float = 0.0  # of the autoencoder's gradient, and of the discriminator's
@@ -146,7 +151,12 @@ class FirstStage(pl.LightningModule):
             self.manual_backward(loss / self.accumulate_grad_batches)
         if due:
             self._step(optimizers)
-        options = {"on_step": True, "on_epoch": True, "batch_size": len(x), "sync_dist": self.trainer.world_size > 1}
+        options: dict[str, Any] = {
+            "on_step": True,
+            "on_epoch": True,
+            "batch_size": len(x),
+            "sync_dist": self.trainer.world_size > 1,
+        }
         self.log_dict(shown, prog_bar=True, **options)
         self.log_dict(parts, **options)
         return aeloss.detach()
@@ -166,7 +176,7 @@ class FirstStage(pl.LightningModule):
             else:
                 if scaler is not None:
                     # the step before may have changed the scale, but these gradients were made at the old one
-                    _multiply_gradients(optimizer, scaler.get_scale() / scale)
+                    _multiply_gradients(optimizer.optimizer, scaler.get_scale() / scale)
                 # past Lightning's wrapper, whose every step counts as one of training
                 self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
             optimizer.zero_grad()
@@ -191,7 +201,7 @@ class FirstStage(pl.LightningModule):
                 "try a lower learning rate, or lightning.trainer.gradient_clip_val=1.0"
             )
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    def configure_optimizers(self) -> Any:
         """Lightning's hook: an optimiser for the autoencoder and, if there is one, another for the discriminator."""
         optimizers = [self._optimizer(self.trained_parameters(), self.generator_lr_factor * self.learning_rate)]
         discriminator = getattr(self.loss, "discriminator", None)

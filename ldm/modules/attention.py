@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -209,14 +209,14 @@ class SpatialTransformer(nn.Module):
         d_head: int,
         depth: int = 1,
         dropout: float = 0.0,
-        context_dim: int | list[int] | None = None,
+        context_dim: int | Sequence[int] | None = None,
         disable_self_attn: bool = False,
         use_linear: bool = False,
         use_checkpoint: bool = True,
     ) -> None:
         super().__init__()
         inner = n_heads * d_head
-        contexts = list(context_dim) if hasattr(context_dim, "__iter__") else [context_dim] * depth
+        contexts = list(context_dim) if isinstance(context_dim, Iterable) else [context_dim] * depth
         if len(contexts) != depth:
             raise ValueError(f"context_dim gives {len(contexts)} widths for {depth} transformer blocks")
         self.use_linear = use_linear

@@ -34,6 +34,9 @@ class LitEma(nn.Module):
         for parameter, shadow in self._pairs(model):
             shadow.copy_(parameter)
 
+    decay: Tensor
+    num_updates: Tensor
+
     def reset_num_updates(self) -> None:
         """Start the ramp of the decay again."""
         self.num_updates.zero_()

@@ -69,14 +69,16 @@ class VectorQuantizer(nn.Module):
             indices = indices.view(b, h, w)
         return z + (quantised - z).detach(), loss, (None, None, indices)
 
+    used: Tensor  # the entries that are used, where there is a remap
+
     def remap_to_used(self, inds: Tensor) -> Tensor:
         """Indices (B, ...) into the codebook as indices into the used entries, of the same shape."""
-        match = inds[..., None] == self.used  # (B, ..., number of used entries)
+        match = inds[..., None].eq(self.used)  # (B, ..., number of used entries)
         new, known = match.int().argmax(-1), match.any(-1)
         if self.unknown_index == "random":
             other = torch.randint(len(self.used), inds.shape, device="cpu").to(inds.device)
         else:
-            other = torch.full_like(inds, self.unknown_index)
+            other = torch.full_like(inds, int(self.unknown_index))
         return torch.where(known, new, other)
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), block]) for block in blocks)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, dim) -> same
-        for norm, block in self.layers:
+        for layer in self.layers:
+            norm, block = layer.children()
             x = x + block(norm(x))
         return x
 

@@ -42,7 +42,7 @@ class SetupCallback(pl.Callback):
         """Lightning's hook."""
         if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:
             _check_caches(trainer, module)  # later the weights are in pieces
-        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
+        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             return
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class SetupCallback(pl.Callback):
 
 
 def _check_caches(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    for dataset in trainer.datamodule.datasets.values():
+    for dataset in trainer.datamodule.datasets.values():  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         if hasattr(dataset, "check"):
             dataset.check(module)
 

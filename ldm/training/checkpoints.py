@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,12 +18,11 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm.checkpoint import read_checkpoint
+from ldm.files import PARTIAL, whole_file
 from ldm.training.continuing import between_steps
 from ldm.training.folders import LAST
 
 logger = logging.getLogger(__name__)
-
-_PARTIAL = ".{name}.{pid}.partial"
 
 
 class WholeFiles(CheckpointIO):
@@ -36,17 +35,11 @@ class WholeFiles(CheckpointIO):
         """Write `checkpoint`. Raises OSError, and leaves the file that was there before, if that does not work out."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(_PARTIAL.format(name=path.name, pid=os.getpid()))
         try:
-            with partial.open("wb") as file:
+            with whole_file(path) as partial, partial.open("wb") as file:
                 torch.save(_plain(checkpoint), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             raise _cannot_save(path, error) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
@@ -80,7 +73,7 @@ def read_training_state(path: str | os.PathLike) -> dict[str, Any]:
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what a process left that was killed while it wrote a checkpoint."""
-    for path in folder.glob(_PARTIAL.format(name="*", pid="*")):
+    for path in folder.glob(PARTIAL.format(name="*", pid="*")):
         logger.info("Removing %s, which was never completed", path)
         path.unlink(missing_ok=True)
 
@@ -182,20 +175,21 @@ class Checkpoints(Checkpoint):
         every = self.every_n_train_steps
         if every:
             self._due |= trainer.global_step // every > self._saved_step // every
-        elif (trainer.current_epoch + 1) % self.every_n_epochs == 0 and not self._scored(trainer):
+        elif (trainer.current_epoch + 1) % self.every_n_epochs == 0 and self._score(trainer) is None:
             self._due = True
         self._save_if_due(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Lightning's hook: `last.ckpt` is where the run ended."""
-        if self.save_last and not trainer.fast_dev_run and self._saved_step != trainer.global_step:
+        if self.save_last and not trainer.fast_dev_run and self._saved_step != trainer.global_step:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             self.save_last_now(trainer)
 
-    def _scored(self, trainer: pl.Trainer) -> bool:
-        return self.monitor in trainer.callback_metrics
+    def _score(self, trainer: pl.Trainer) -> float | None:
+        metrics = trainer.callback_metrics
+        return float(metrics[self.monitor]) if self.monitor is not None and self.monitor in metrics else None
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
-        if not self._due or trainer.fast_dev_run or not between_steps(trainer):
+        if not self._due or trainer.fast_dev_run or not between_steps(trainer):  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             return
         self._due = False
         if trainer.global_step != self._saved_step:
@@ -211,7 +205,7 @@ class Checkpoints(Checkpoint):
         return path
 
     def _save(self, trainer: pl.Trainer) -> None:
-        score = float(trainer.callback_metrics[self.monitor]) if self._scored(trainer) else None
+        score = self._score(trainer)
         leaving = self._leaving(score)
         path = None if leaving is False else self._free_name(trainer)
         # what the first process finds, whose metrics and files count
@@ -233,7 +227,7 @@ class Checkpoints(Checkpoint):
         if self.verbose:
             logger.info("Saved %s", path)
 
-    def _leaving(self, score: float | None) -> str | bool:
+    def _leaving(self, score: float | None) -> str | Literal[False]:
         """The name of the file that leaves for one with this score: "" if none has to, False if it is not good enough.
 
         Files without a score go first, then the worst.
@@ -242,12 +236,13 @@ class Checkpoints(Checkpoint):
             return False
         if self.save_top_k < 0 or len(self.kept) < self.save_top_k:
             return ""
-        unscored = [name for name, kept in self.kept.items() if kept is None or np.isnan(kept)]
+        scores = {name: kept for name, kept in self.kept.items() if kept is not None and not np.isnan(kept)}
+        unscored = [name for name in self.kept if name not in scores]
         if unscored or score is None:
             return next(iter(unscored or self.kept))
         sign = 1 if self.mode == "min" else -1
-        worst = max(self.kept, key=lambda name: sign * self.kept[name])
-        return worst if sign * score < sign * self.kept[worst] else False
+        worst = max(scores, key=lambda name: sign * scores[name])
+        return worst if sign * score < sign * scores[worst] else False
 
     def _free_name(self, trainer: pl.Trainer) -> Path:
         """A path that no file has."""
@@ -269,7 +264,7 @@ class Checkpoints(Checkpoint):
 
 def _same_file(path: Path, link: Path) -> None:
     """Give a checkpoint a second name without a second copy, or with one where the file system has no hard links."""
-    partial = link.with_name(_PARTIAL.format(name=link.name, pid=os.getpid()))
+    partial = link.with_name(PARTIAL.format(name=link.name, pid=os.getpid()))
     try:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()

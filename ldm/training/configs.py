@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from ldm.training.folders import find_run, stored_configs
 from ldm.training.trainer_settings import translate_trainer
+from ldm.trust import check_references
 from ldm.util import public_path
 
 DEFAULT_SEED = 23
@@ -108,10 +109,11 @@ def read_yaml(path: str | Path) -> DictConfig:
         raise FileNotFoundError(f"config {path}: there is no such file")
     try:
         config = OmegaConf.load(place)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"config {path} has no sections, such as model: and data:")
+    check_references(OmegaConf.to_container(config), path)
     return config
 
 
@@ -124,13 +126,13 @@ def _dotlist(texts: Sequence[str]) -> DictConfig:
 
 def _check_names(files: Sequence[DictConfig], dotlist: DictConfig) -> None:
     """Raise ValueError for a name at the top of the configs, or of their sections, that nothing reads."""
-    plain = [OmegaConf.to_container(config, resolve=False) for config in (*files, dotlist)]
+    plain: list[Any] = [OmegaConf.to_container(config, resolve=False) for config in (*files, dotlist)]
     texts = "".join(OmegaConf.to_yaml(config) for config in files)
     for config in plain:
         for name, value in config.items():
             known = SECTIONS.get(name)
             for key in value if known and isinstance(value, Mapping) else ():
-                if key not in known:
+                if known and key not in known:
                     raise ValueError(f"the {name} section has no setting {key!r}{_near(key, known)}")
             near = _near(name, SECTIONS)
             if known is None and isinstance(value, Mapping) and near and not _is_variable(name, texts):
@@ -155,8 +157,11 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
     """All configs, later ones on top, as plain values."""
+    if not configs:
+        return {}
     try:
-        return OmegaConf.to_container(OmegaConf.merge(*configs), resolve=True, throw_on_missing=True) if configs else {}
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(*configs), resolve=True, throw_on_missing=True)
+        return merged
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ValueError(f"the config leaves {key} to you: add {key}=... at the end of the line") from error
@@ -168,7 +173,7 @@ def _split(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[st
     """`config` with a whole `lightning` section: the one there is, `given` on top, and defaults."""
     lightning = dict(config.get("lightning") or {})
     trainer, notes = translate_trainer(lightning.get("trainer") or {})
-    lightning = {"seed": DEFAULT_SEED, "scale_lr": True} | lightning | given
+    lightning = {"seed": DEFAULT_SEED, "scale_lr": True} | lightning | dict(given)
     lightning["trainer"] = trainer | given.get("trainer", {})
     return {**config, "lightning": lightning}, notes
 

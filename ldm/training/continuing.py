@@ -29,8 +29,8 @@ def place_of(trainer: pl.Trainer) -> Place:
     """The place after the last batch that was trained with, between any two of them."""
     loop = trainer.fit_loop
     batches = loop.epoch_loop.batch_progress
-    epoch = max(loop.epoch_progress.current.started - 1, 0)
-    batch, total = batches.current.processed, batches.total.processed
+    epoch = max(loop.epoch_progress.current.started - 1, 0)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+    batch, total = batches.current.processed, batches.total.processed  # type: ignore[attr-defined]  # Lightning sets it elsewhere
     return Place(epoch + 1, 0, total) if batch >= trainer.num_training_batches else Place(epoch, batch, total)
 
 
@@ -81,7 +81,7 @@ class ContinueExactly(pl.Callback):
         self._check("processes", place["processes"], trainer.world_size)
         self._batches = place["batches"]
         self._fresh_epoch = place["batch"] == 0
-        trainer.datamodule.start_at(place["epoch"], place["batch"])
+        trainer.datamodule.start_at(place["epoch"], place["batch"])  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         logger.info("Going on after %d batches of epoch %d", place["batch"], place["epoch"])
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

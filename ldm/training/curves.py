@@ -6,7 +6,6 @@ import argparse
 import csv
 import logging
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytorch_lightning as pl
 
+from ldm.files import whole_file
 from ldm.training.loggers import CSV_NAME
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class RunPlot(pl.Callback):
 
     def _plot(self, trainer: pl.Trainer) -> None:
         folder = Path(trainer.default_root_dir)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             return
         try:
             for board in trainer.loggers:
@@ -111,12 +111,8 @@ def plot_run(folder: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     path = folder / "curves.png"
-    part = path.with_name(".curves.part")
-    try:
-        figure.savefig(part, format="png", dpi=110)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
     return path
 
 

@@ -90,8 +90,8 @@ class ThroughputMonitor(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lightning's hook."""
-        if type(trainer.profiler) is PassThroughProfiler:  # Lightning's own, which does nothing
-            trainer.profiler = self._fetching
+        if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+            trainer.profiler = self._fetching  # type: ignore[attr-defined]  # Lightning sets it elsewhere
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning's hook."""
@@ -107,11 +107,11 @@ class ThroughputMonitor(pl.Callback):
         """Lightning's hook."""
         self._batches += 1
         self._images += batch_size(batch) * trainer.world_size
-        if self._batches < trainer.log_every_n_steps or not trainer._logger_connector.should_update_logs:
+        if self._batches < trainer.log_every_n_steps or not trainer._logger_connector.should_update_logs:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             return
         seconds = time.perf_counter() - self._start
         values = {"images_per_second": self._images / seconds}
-        if trainer.profiler is self._fetching:
+        if trainer.profiler is self._fetching:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             values["waiting_for_data"] = self._fetching.seconds / seconds
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning's loggers call the step
         for board in trainer.loggers:

@@ -134,9 +134,7 @@ class ImageLogger(pl.Callback):
                 logger.warning("Pictures of step %d cannot be drawn (%s): training goes on without", step, text)
             self._warned = True
 
-    def _grids(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, split: str
-    ) -> dict[str, Image.Image]:
+    def _grids(self, trainer: pl.Trainer, pl_module: Any, batch: Any, split: str) -> dict[str, Image.Image]:
         options = {"N": self.max_images, **self.log_images_kwargs}
         precision = trainer.precision_plugin.forward_context()
         with _evaluating(pl_module), torch.no_grad(), seeded(SEED, pl_module.device), precision:

@@ -48,11 +48,11 @@ class Metrics(CSVLogger):
     """Metrics as lines of `<folder>/metrics/metrics.csv`; a run that goes on adds to it."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        super().__init__(folder, name="", version="metrics", flush_logs_every_n_steps=1)
+        super().__init__(os.fspath(folder), name="", version="metrics", flush_logs_every_n_steps=1)
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> Any:
         """The writer, made when it is first needed."""
         if self._experiment is None:
             self._experiment = _Writer(self.log_dir)
@@ -84,11 +84,11 @@ def build_loggers(config: Mapping[str, Any] | None, folder: Path) -> list[Logger
     if "TestTube" in target or (config and not target):
         logger.info("The TestTube logger is no longer part of Lightning: metrics are written as CSV")
     elif target and not target.endswith(("CSVLogger", "TensorBoardLogger")):
-        loggers.append(instantiate_from_config({"target": target, "params": _placed(config, folder)}))
+        loggers.append(instantiate_from_config({"target": target, "params": _placed(config or {}, folder)}))
     if target.endswith("TensorBoardLogger") or importlib.util.find_spec("tensorboard") is not None:
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        params = _placed(config, folder) if target.endswith("TensorBoardLogger") else {"save_dir": str(folder)}
+        params = _placed(config or {}, folder) if target.endswith("TensorBoardLogger") else {"save_dir": str(folder)}
         loggers.append(TensorBoardLogger(**{"name": "", "version": "tensorboard"} | params))
     return loggers
 

@@ -90,7 +90,7 @@ def _quiet() -> None:
 # ------------------------------------------------------------------------------------------------------------ building
 
 
-def build_data(settings: Settings) -> pl.LightningDataModule:
+def build_data(settings: Settings) -> Any:
     """The data module, its data sets built. A config that names no seed gets the run's."""
     config = settings.project["data"]
     params = dict(config.get("params") or {})
@@ -134,7 +134,7 @@ def set_learning_rate(model: pl.LightningModule, settings: Settings, batch_size:
             *(model.learning_rate, accumulated, processes, batch_size, base),
         )
     else:
-        model.learning_rate = base
+        model.learning_rate = base  # type: ignore[assignment]  # what Lightning's modules expect to be told
         logger.info("Learning rate %.2e", model.learning_rate)
 
 
@@ -203,7 +203,12 @@ def _callbacks(
         if name not in OURS and not (name == "image_logger" and name not in configs):
             known = configs.get(name, {})
             configs[name] = {**known, **config, "params": {**_params(known), **_params(config)}}
-    setup = {"resume": settings.run is not None, "now": now, "logdir": folder, "ckptdir": folder / "checkpoints"}
+    setup: dict[str, Any] = {
+        "resume": settings.run is not None,
+        "now": now,
+        "logdir": folder,
+        "ckptdir": folder / "checkpoints",
+    }
     setup |= {"cfgdir": folder / "configs", "config": settings.project, "lightning_config": settings.lightning}
     return [
         SetupCallback(**setup),
@@ -232,14 +237,12 @@ def _build(kind: type, name: str, params: Mapping[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-def _fit(
-    trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule, settings: Settings, now: str
-) -> None:
+def _fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, settings: Settings, now: str) -> None:
     if hasattr(data, "check_batch_size"):
         if "train" not in data.datasets:
             raise ValueError("the config has no data.params.train, so there is nothing to train with")
         data.check_batch_size(trainer.num_devices * trainer.num_nodes)
-    checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+    checkpoints = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
     steps_before = None
     if settings.run and folders.is_first_process():
         steps_before = _make_room(settings, checkpoints.dirpath, now)
@@ -266,6 +269,7 @@ def _make_room(settings: Settings, checkpoints: Path, now: str) -> int:
 
     Returns Lightning's count of steps at that place.
     """
+    assert settings.run is not None and settings.ckpt is not None
     remove_partial_files(checkpoints)
     try:
         state = read_training_state(settings.ckpt)
@@ -305,6 +309,11 @@ def _readable(error: BaseException, kept: str) -> Exception | None:
             f"there is not enough of it{tried}: memory. Try a smaller data.params.batch_size with "
             "--accumulate_grad_batches to make up for it, model.params.unet_config.params.use_checkpoint=true, or "
             f"--precision bf16-mixed{kept}"
+        )
+    if dead := re.search(r"DataLoader worker \(.*?\) (is killed by signal: \w+|exited unexpectedly)", text):
+        return RuntimeError(
+            f"a process that loads pictures {dead[1].replace('is killed', 'was killed')}, as happens when memory runs "
+            f"out: try a smaller data.params.num_workers{kept}"
         )
     if isinstance(error, MisconfigurationException):
         return ValueError(f"the Trainer's settings do not fit: {' '.join(text.split())}")

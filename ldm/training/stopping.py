@@ -93,7 +93,7 @@ class Signals(pl.Callback):
         if not save:
             return
         self._received = None
-        if trainer.sanity_checking or trainer.fast_dev_run:
+        if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             path = None
         else:
             path = self.checkpoints.save_last_now(trainer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -63,23 +64,26 @@ class Sharded(FSDPStrategy):
         """Lightning's hook: all weights, on the first process."""
         if self.root_device.type != "cpu":
             return super().lightning_module_state_dict()
-        with self._gathered():
-            return self.model.state_dict()
+        with self._gathered() as model:
+            return model.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Lightning's hook: its whole state, on the first process, by the numbers of its weights."""
         if self.root_device.type != "cpu":
             return super().optimizer_state(optimizer)
-        with self._gathered():
-            state = FullyShardedDataParallel.optim_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer))
+        with self._gathered() as model:
+            state = FullyShardedDataParallel.optim_state_dict(model, getattr(optimizer, "_optimizer", optimizer))
         if self.global_rank:
             return state
-        return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self.model)
+        return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, model)
 
-    def _gathered(self) -> AbstractContextManager[None]:
-        return FullyShardedDataParallel.state_dict_type(
+    @contextmanager
+    def _gathered(self) -> Iterator[nn.Module]:
+        assert self.model is not None  # Lightning has set it up
+        with FullyShardedDataParallel.state_dict_type(
             self.model,
             StateDictType.FULL_STATE_DICT,
             FullStateDictConfig(offload_to_cpu=False, rank0_only=True),
             FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=True),
-        )
+        ):
+            yield self.model

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 
 from ldm.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from ldm.checkpoint.pickles import STAND_INS
 from tests.lightning1 import save_lightning1
 
 
@@ -234,16 +233,6 @@ def test_plain_pickles_run_nothing(tmp_path):
         with pytest.raises(CheckpointError):
             read_checkpoint(tmp_path / "a.ckpt")
     assert not (tmp_path / "ran").exists()
-
-
-def test_stand_ins_do_nothing_with_what_they_get():
-    for stand_in, name in STAND_INS:
-        made = stand_in("rm", ["-rf"], 1)
-        if isinstance(made, dict):
-            assert made == {}, name
-        else:
-            made.__setstate__({"evil": 1})
-            assert vars(made) == {}, name
 
 
 def sentence(path: Path) -> str:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.checkpoint import read_checkpoint, save_checkpoint, saving
+from ldm import files
+from ldm.checkpoint import read_checkpoint, save_checkpoint
 
 SUFFIXES = [".ckpt", ".safetensors"]
 
@@ -87,7 +88,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, suffix, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "_flush", full_disk)
+    monkeypatch.setattr(files, "sync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(path, {"w": torch.ones(2)}, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

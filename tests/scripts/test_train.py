@@ -147,6 +147,7 @@ def test_sigterm_saves_and_stops(tmp_path):
     content = config(two_players(), length=4000)
     base = write(tmp_path, content)
     command = [sys.executable, str(ROOT / "scripts/train.py"), "--base", str(base), "-t", "-l", str(tmp_path / "logs")]
+    command += ["--trust-config", "tests"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     (folder,) = _wait_for(lambda: [p for p in (tmp_path / "logs").glob("*") if (p / "metrics/metrics.csv").is_file()])
     process.send_signal(signal.SIGTERM)
@@ -282,6 +283,26 @@ def test_failures_keep_the_last_good_checkpoint(tmp_path, capsys, error, code, m
     assert read_checkpoint(folder / "checkpoints/last.ckpt").global_step == 10  # the end of the first epoch
     if "memory" in error:
         assert "use_checkpoint" in err[-1] and "batch_size" in err[-1]
+
+
+def test_a_worker_that_dies_ends_the_run_in_one_sentence(tmp_path, capsys):
+    dying = {"target": "tests.training.toys.KilledWorker", "params": {"length": 10}}
+    code, _ = start(tmp_path, config(two_players(), train=dying, num_workers=2), "--max_epochs", 2)
+    err = capsys.readouterr().err.strip().splitlines()
+    assert code == 1 and len(err) == 1
+    assert "a process that loads pictures" in err[0] and "num_workers" in err[0] and "no checkpoint yet" in err[0]
+
+
+def test_pictures_that_are_not_numbers_end_the_run_in_one_sentence(tmp_path, capsys):
+    """A real loss of NaN, not a raised error: nothing of it reaches the weights or a file."""
+    content = config(diffusion())
+    content["data"]["params"]["train"]["params"]["nan_from"] = 6
+    code, folder = start(tmp_path, content, "--max_epochs", 2)
+    err = capsys.readouterr().err.strip().splitlines()
+    assert (
+        code == 1 and "not finite at step" in err[-1] and [line for line in err if line.startswith("error")] == err[-1:]
+    )
+    assert not list(folder.glob("checkpoints/*.ckpt"))
 
 
 def test_a_full_disk_while_saving_stops_the_run(tmp_path, capsys, monkeypatch):

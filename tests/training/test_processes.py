@@ -33,7 +33,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def script(*argv) -> str:
-    command = [sys.executable, str(ROOT / "scripts/train.py"), *map(str, argv)]
+    command = [sys.executable, str(ROOT / "scripts/train.py"), "--trust-config", "tests", *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

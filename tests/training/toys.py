@@ -29,16 +29,18 @@ WARM_UP = {
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Coloured noise (16, 16, 3), moved by a draw of numpy's global state, with captions."""
+    """Coloured noise (16, 16, 3), moved by a draw of numpy's global state, with captions; NaN from one of them on."""
 
-    def __init__(self, length: int = 10) -> None:
-        self.length = length
+    def __init__(self, length: int = 10, nan_from: int | None = None) -> None:
+        self.length, self.nan_from = length, nan_from
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = np.random.default_rng(index).uniform(-1, 1, (16, 16, 3)) + 0.1 * np.random.standard_normal()
+        if self.nan_from is not None and index >= self.nan_from:
+            image[0, 0] = np.nan
         return {"jpg": image.astype(np.float32), "txt": ("a red circle", "a blue square")[index % 2]}
 
 
@@ -85,6 +87,15 @@ class TwoPlayers(pl.LightningModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.average.lerp_(self.net.weight.detach(), 0.1)
+
+
+class KilledWorker(Pictures):
+    """Pictures of which number 7 kills the process that makes it, as the system does where memory runs out."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 7 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
 
 
 class SignalAt(pl.Callback):

@@ -21,7 +21,7 @@ from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.dropout import CONTEXT, ConditionDropout
 from ldm.models.diffusion.gaussian import Condition, square
 from ldm.models.diffusion.pictures import DiffusionPictures, LatentPictures
-from ldm.models.diffusion.stages import LatentStages, images_of
+from ldm.models.diffusion.stages import images_of
 from ldm.models.diffusion.training import DiffusionTraining
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.attention import seeing_themselves_alone
@@ -47,6 +47,10 @@ class DDPM(DiffusionPictures, DiffusionTraining):
     the noise, optimizer_config `{target, params}` replaces AdamW, train_only lists globs of the parameters to train,
     ema_every_micro_batch counts the averages' updates as the original did, accumulated batches singly.
     """
+
+    model: DiffusionWrapper
+    alphas_cumprod: Tensor
+    min_snr_weights: Tensor
 
     def __init__(
         self,
@@ -171,7 +175,7 @@ class DDPM(DiffusionPictures, DiffusionTraining):
         return self(self.get_input(batch, self.first_stage_key))
 
 
-class LatentDiffusion(LatentPictures, LatentStages, DDPM):
+class LatentDiffusion(LatentPictures, DDPM):
     """Diffusion in the latents of `first_stage_config`, conditioned by what `cond_stage_config` encodes.
 
     cond_stage_config: a config, or one of the markers `__is_first_stage__`, `__is_unconditional__`.
@@ -185,6 +189,16 @@ class LatentDiffusion(LatentPictures, LatentStages, DDPM):
     A batch may hold, instead of images, a first stage's answers, `moments` (B, 2C, h, w) of a KL posterior or `latents`
     (B, C, h, w), neither scaled, and `context` (B, L, D) beside or instead of what it encodes.
     """
+
+    # set by `ldm.inference.loading` on models to draw with
+    checkpoint_path: str
+    global_step_of_file: int | None
+    family: str
+    autocast_dtype: torch.dtype | None
+    one_scale: bool
+    sampling: dict[str, Any]
+
+    cond_ids: Tensor
 
     def __init__(
         self,
@@ -321,10 +335,10 @@ class LatentDiffusion(LatentPictures, LatentStages, DDPM):
         started = self.trainer.current_epoch or self.global_step or batch_idx or self.restarted_from_ckpt
         if not self.scale_by_std or started:
             return
-        self.scale_factor.fill_(1.0)
-        z = self.all_gather(self.get_latents(batch, self.first_stage_key))
-        self.scale_factor.copy_(1.0 / z.flatten().std())
-        logger.info("scale_factor set to %.5f, 1 / the latents' standard deviation", self.scale_factor.item())
+        scale = self.get_buffer("scale_factor").fill_(1.0)
+        z = torch.as_tensor(self.all_gather(self.get_latents(batch, self.first_stage_key)))
+        scale.copy_(1.0 / z.flatten().std())
+        logger.info("scale_factor set to %.5f, 1 / the latents' standard deviation", scale.item())
 
     def averages(self) -> list[tuple[LitEma, nn.Module]]:
         """Every running average, with the module that it is one of."""
@@ -343,7 +357,7 @@ class LatentDiffusion(LatentPictures, LatentStages, DDPM):
         return seeing_themselves_alone(self.model.diffusion_model.middle_block)
 
     @torch.no_grad()
-    def sample(
+    def sample(  # type: ignore[override]  # a condition first, as published
         self,
         cond: Condition = None,
         batch_size: int = 16,
@@ -355,7 +369,7 @@ class LatentDiffusion(LatentPictures, LatentStages, DDPM):
         mask: Tensor | None = None,
         x0: Tensor | None = None,
         shape: Sequence[int] | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Any:
         """Ancestral samples (B, C, h, w) under `cond`; the other arguments as in `p_sample_loop`."""
         return self.p_sample_loop(
             cond,

@@ -30,6 +30,8 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
 
     optional_parts = ("depth_model",)  # to `fill_model`: some fine-tunes were saved without it
 
+    depth_model: Any  # what `depth_stage_config` makes, or None
+
     def __init__(
         self, depth_stage_config: Mapping[str, Any], concat_keys: Sequence[str] = ("midas_in",), **kwargs: Any
     ) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    import pytorch_lightning as pl
+    pass
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Draws:
     world: int = 1
 
     @classmethod
-    def of(cls, module: pl.LightningModule) -> Draws:
+    def of(cls, module: object) -> Draws:
         """Those of a module under its trainer; a module without one is alone."""
         trainer = getattr(module, "_trainer", None)  # `module.trainer` raises where there is none
         return cls() if trainer is None else cls(trainer.global_rank, trainer.world_size)

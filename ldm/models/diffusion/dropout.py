@@ -52,7 +52,7 @@ class ConditionDropout:
             rows = draws.chances(len(batch[CONTEXT if cached else key]), p)
             if key in batch:
                 batch[key] = _replaced(key, batch[key], rows, value)
-            if cached:
+            if cached and encode is not None:
                 context = batch[CONTEXT]
                 batch[CONTEXT] = torch.where(rows.to(context.device)[:, None, None], encode(value).to(context), context)
         return batch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +35,14 @@ class GaussianDiffusion(pl.LightningModule):
     channels: int
     log_every_t: int
     clip_denoised: bool
+    first_stage_model: Any  # of those that have one
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
         """The network's output for x_noisy (B, C, H, W) at timesteps t (B,), which may be fractional."""
+        raise NotImplementedError
+
+    def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
+        """Within it the network has its averaged weights, if there are any."""
         raise NotImplementedError
 
     def register_schedule(
@@ -192,7 +199,7 @@ class GaussianDiffusion(pl.LightningModule):
             t = torch.full((x.shape[0],), i, device=self.device, dtype=torch.long)
             c = self.condition_at(cond, t)
             x, x0 = self.p_sample(x, c, t, self.clip_denoised, quantize_denoised=quantize_denoised, return_x0=True)
-            if mask is not None:
+            if mask is not None and known is not None:
                 x = self.q_sample(known, t) * mask + (1.0 - mask) * x
             yield i, x, x0
 
@@ -212,10 +219,11 @@ class GaussianDiffusion(pl.LightningModule):
         img_callback: Callable[[Tensor, int], None] | None = None,
         start_T: int | None = None,
         log_every_t: int | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Any:
         """Ancestral sampling (Ho et al. 2020, algorithm 2) of a latent of `shape` (B, C, H, W).
 
         timesteps, start_T: start this far up instead of at the schedule's end. mask, x0: keep x0 where mask is 1.
+        Returns a Tensor; with return_intermediates a pair of it and of a list of what was on the way.
         """
         start = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
         log_every_t = log_every_t or self.log_every_t

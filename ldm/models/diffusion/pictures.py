@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,8 @@ from ldm.images import text_to_tensor
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.gaussian import Condition, GaussianDiffusion
-from ldm.models.diffusion.stages import CLASS_KEYS, PLAIN_KEYS, images_of
+from ldm.models.diffusion.stages import CLASS_KEYS, PLAIN_KEYS, LatentStages, images_of
+from ldm.models.diffusion.wrapper import DiffusionWrapper
 
 
 def row(panels: Sequence[Tensor]) -> Tensor:
@@ -40,6 +41,10 @@ def chosen(log: dict[str, Tensor], return_keys: Iterable[str] | None) -> dict[st
 
 class DiffusionPictures(GaussianDiffusion):
     """Pictures of diffusion in pixels."""
+
+    model: DiffusionWrapper
+    first_stage_key: str
+    get_input: Callable[..., Any]
 
     @torch.no_grad()
     def log_images(
@@ -71,11 +76,11 @@ class DiffusionPictures(GaussianDiffusion):
         return [self.q_sample(x, torch.full((len(x),), t, device=x.device), noise) for t in times]
 
 
-class LatentPictures:
+class LatentPictures(LatentStages, DiffusionPictures):
     """Pictures of diffusion in latents: mixed into `LatentDiffusion`."""
 
     @torch.no_grad()
-    def log_images(
+    def log_images(  # type: ignore[override]  # more options than in pixels, in the public order
         self,
         batch: Mapping[str, Any],
         N: int = 8,
@@ -167,7 +172,7 @@ class LatentPictures:
         quantize: bool = False,
         uncond: Condition = None,
         scale: float = 1.0,
-        **masked: Tensor,
+        **masked: Any,
     ) -> tuple[Tensor, list[Tensor]]:
         """Latents of `shape` (B, C, h, w), and how they came to be."""
         if steps is None and uncond is None:

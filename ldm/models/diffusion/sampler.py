@@ -42,7 +42,7 @@ class Run:
     noise_dropout: float = 0.0
     repeat_noise: bool = False
     quantize: Callable[[Tensor], Tensor] | None = None
-    keep: Callable[[Tensor], Tensor] | None = None  # puts known data in where the mask is 1
+    keep: Callable[..., Tensor] | None = None  # puts known data in where the mask is 1
     correct: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     history: list[Any] = field(default_factory=list)  # the update rule's own
     step: int = 0  # steps taken so far
@@ -66,7 +66,7 @@ def transfer(x0: Tensor, eps: Tensor, a: float) -> Tensor:
     return float(np.sqrt(a)) * x0 + float(np.sqrt(1 - a)) * eps
 
 
-SAMPLERS: dict[str, Callable[[Any], Sampler]] = {}
+SAMPLERS: dict[str, functools.partial[Sampler]] = {}
 
 
 def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sampler]]:
@@ -115,7 +115,7 @@ class Sampler:
         self.ddim_eta = ddim_eta
 
     def _alphas_cumprod(self) -> np.ndarray:
-        return self.model.alphas_cumprod.detach().cpu().double().numpy()  # MPS has no float64
+        return np.asarray(self.model.alphas_cumprod.detach().cpu().double())  # MPS has no float64
 
     @functools.cached_property
     def levels(self) -> Levels:
@@ -258,7 +258,7 @@ class Sampler:
         total, noise = len(run.schedule), None
         for i in tqdm(range(total), desc=type(self).__name__, disable=not verbose, leave=None):
             index, run.step = total - 1 - i, i
-            if run.keep:
+            if run.keep and known is not None:  # without known data there is no mask
                 # new noise at every step, as published, would not go together with what a rule remembers of it
                 noise = run.fresh(known) if noise is None or self.published else noise
                 x = run.keep(x, transfer(known, noise, run.schedule.a[index]))
@@ -324,7 +324,7 @@ class Sampler:
 
     def _run(self, schedule: Schedule, cond: Condition, uncond: Condition, guidance: Guidance, **options: Any) -> Run:
         if guidance.plus_plus and not self.plus_plus:
-            able = ", ".join(name for name, make in SAMPLERS.items() if make.func.plus_plus)
+            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "plus_plus", False))
             raise ValueError(f"CFG++ is for samplers that go on along eps ({able}), not for {type(self).__name__}")
         perturbed = getattr(self.model, "perturbed_attention", None)
         one_by_one = getattr(self.model, "one_by_one", False)
@@ -332,7 +332,8 @@ class Sampler:
         return Run(schedule, network, guidance.over(len(schedule)), **options)
 
     def _quantize(self, x0: Tensor) -> Tensor:
-        return self.model.first_stage_model.quantize(x0)[0]
+        quantized: Tensor = self.model.first_stage_model.quantize(x0)[0]
+        return quantized
 
     def _corrector(
         self, corrector: Any, cond: Condition, kwargs: dict[str, Any] | None

@@ -54,7 +54,7 @@ class Levels:
 
     def at(self, timesteps: np.ndarray) -> np.ndarray:
         """Levels at timesteps from 0 to T - 1, which may be fractional."""
-        return np.exp(np.interp(timesteps, np.arange(len(self.a)), self._log))
+        return np.asarray(np.exp(np.interp(timesteps, np.arange(len(self.a)), self._log)))
 
     def time_of(self, sigma: np.ndarray | float) -> np.ndarray:
         """The timesteps at which there is so much noise, fractional: `at` inverted; the nearest end beyond the ends."""
@@ -69,7 +69,7 @@ class Levels:
 def sigma_of(a: np.ndarray | float) -> np.ndarray:
     """The noise of a level as a multiple of its signal."""
     a = np.asarray(a, np.float64)
-    return np.sqrt((1 - a) / a)
+    return np.asarray(np.sqrt((1 - a) / a))
 
 
 def far(a: float, a_next: float) -> bool:
@@ -77,9 +77,9 @@ def far(a: float, a_next: float) -> bool:
     return float(sigma_of(a_next) / sigma_of(a)) < FAR
 
 
-def ddim_sigmas(a: np.ndarray, a_prev: np.ndarray, eta: float) -> np.ndarray:
+def ddim_sigmas(a: np.ndarray | float, a_prev: np.ndarray | float, eta: float) -> np.ndarray:
     """The noise that a step from a to a_prev adds (Song et al. 2021, eq. 16)."""
-    return eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+    return np.asarray(eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev)))
 
 
 # ---- the choices: (levels, steps) -> ascending timesteps, the last level ----

@@ -38,8 +38,8 @@ def images_of(batch: Mapping[str, Any], key: str, device: torch.device) -> Tenso
 class LatentStages:
     """What `LatentDiffusion`, which makes them, does with its first stage and its condition's encoder."""
 
-    first_stage_model: nn.Module
-    cond_stage_model: nn.Module | None
+    first_stage_model: Any  # whatever its config names; so is the next
+    cond_stage_model: Any
     cond_stage_key: str
     cond_stage_trainable: bool
     cond_stage_forward: str | None

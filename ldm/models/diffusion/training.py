@@ -18,6 +18,7 @@ from ldm.models.diffusion.buckets import TimestepBuckets
 from ldm.models.diffusion.draws import Draws, seeded
 from ldm.models.diffusion.dropout import ConditionDropout
 from ldm.models.diffusion.gaussian import Condition, GaussianDiffusion
+from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
 
@@ -29,9 +30,11 @@ VALIDATION_SEED = 23  # validation draws the same in every epoch, so that its lo
 class DiffusionTraining(GaussianDiffusion):
     """The training side of `DDPM`, which explains the settings and makes the networks."""
 
-    model: nn.Module
+    model: DiffusionWrapper
     model_ema: LitEma
     logvar: Tensor
+    min_snr_weights: Tensor
+    lvlb_weights: Tensor
     loss_type: str
     l_simple_weight: float
     original_elbo_weight: float
@@ -244,7 +247,7 @@ class DiffusionTraining(GaussianDiffusion):
         """What the optimiser trains."""
         modules = self.trained_modules().values()
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        return [*parameters, *([self.logvar] if self.learn_logvar else [])]
+        return [*parameters, *([self.get_parameter("logvar")] if self.learn_logvar else [])]
 
     def configure_optimizers(self) -> Any:
         """AdamW, or `optimizer_config`, at `self.learning_rate`, with the config's schedule every step."""

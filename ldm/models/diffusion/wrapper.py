@@ -22,7 +22,7 @@ class DiffusionWrapper(nn.Module):
             raise ValueError(
                 f"conditioning_key {conditioning_key!r} is not one of {', '.join(map(str, CONDITIONING_KEYS))}"
             )
-        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.diffusion_model: Any = instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key
 
     def forward(

@@ -157,7 +157,9 @@ class AttentionBlock(SelfAttending):
 class TimestepEmbedSequential(nn.Sequential):
     """Layers in a row, each given what its kind takes: the embedding, the context, the size to resample to."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: Size | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # nn.Sequential's takes x alone
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: Size | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb, size)
@@ -255,7 +257,7 @@ class UNetModel(nn.Module):
                 width,
                 depth=transformer_depth,
                 context_dim=context_dim,
-                disable_self_attn=disable_middle_self_attn if level is None else no_self_attention[level],
+                disable_self_attn=disable_middle_self_attn if level is None else bool(no_self_attention[level]),
                 use_linear=use_linear_in_transformer,
                 use_checkpoint=use_checkpoint,
             )
@@ -324,7 +326,7 @@ class UNetModel(nn.Module):
                 if y is None
                 else "y was given to a UNet without num_classes"
             )
-        dtype = self.time_embed[0].weight.dtype
+        dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, 4 model_channels)
         if y is not None:
             emb = emb + self.label_emb(self._label_input(y, dtype))

@@ -52,6 +52,9 @@ class AbstractLowScaleModel(nn.Module):
         for name in BUFFERS:
             self.register_buffer(name, buffers[name])
 
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_start (B, ...) with the noise of levels t (B,) (Ho et al. 2020, eq. 4), given or new."""
         noise = torch.randn_like(x_start) if noise is None else noise

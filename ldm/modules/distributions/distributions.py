@@ -59,7 +59,7 @@ def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor | float, logvar2: Te
 
     Arguments broadcast; at least one of them must be a tensor.
     """
-    mean1, logvar1, mean2, logvar2 = torch.broadcast_tensors(
+    m1, v1, m2, v2 = torch.broadcast_tensors(
         *(torch.as_tensor(value, dtype=mean1.dtype, device=mean1.device) for value in (mean1, logvar1, mean2, logvar2))
     )
-    return 0.5 * (logvar2 - logvar1 - 1.0 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+    return 0.5 * (v2 - v1 - 1.0 + torch.exp(v1 - v2) + (m1 - m2) ** 2 * torch.exp(-v2))

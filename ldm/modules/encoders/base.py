@@ -30,7 +30,7 @@ class TowerConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Build from a config section; names left out keep their defaults. ValueError for an unknown name."""
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]  # subclasses are dataclasses
         if unknown := sorted(set(values) - known):
             raise ValueError(f"a {cls.__name__} has no option {unknown}; the options are {sorted(known)}")
         return cls(**{str(key): value for key, value in values.items()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from PIL import Image
@@ -49,7 +49,7 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
         super().__init__()
         self.model = load_clip(version)
         self.tokenizer = CLIPTokenizer()
-        tower = self.model.config.text_config
+        tower: Any = self.model.config.text_config
         check_vocabulary(self.tokenizer, tower.vocab_size)
         check_length(max_length, tower.max_position_embeddings)
         self.max_length = max_length
@@ -83,7 +83,8 @@ class FrozenClipImageEmbedder(AbstractEncoder):
     ) -> None:
         super().__init__()
         self.model = load_clip(model)
-        self.image_size: int = self.model.config.vision_config.image_size
+        tower: Any = self.model.config.vision_config
+        self.image_size: int = tower.image_size
         self.antialias = antialias
         self.freeze()
 
@@ -121,13 +122,12 @@ def load_clip(version: str = VIT_L_14) -> CLIPModel:
     from transformers import CLIPModel
 
     try:
-        model, report = CLIPModel.from_pretrained(
-            str(place or HUB_NAME), local_files_only=True, output_loading_info=True
-        )
+        loaded: Any = CLIPModel.from_pretrained(str(place or HUB_NAME), local_files_only=True, output_loading_info=True)
     except Exception as error:  # transformers and safetensors raise a dozen kinds for files that are broken or absent
         if place is None and isinstance(error, OSError):
             raise FileNotFoundError(_missing(f"at {OWN_PLACE} or in the Hugging Face cache")) from error
         raise ValueError(f"{place or HUB_NAME} holds no CLIP that transformers can load: {error}") from error
+    model, report = loaded
     if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
         raise ValueError(
             f"{place or HUB_NAME} holds no whole CLIP: it lacks {len(absent)} weights, such as {absent[0]}"

@@ -213,6 +213,7 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
     def stats(self) -> tuple[Tensor, Tensor]:
         """Mean and spread (D,), on the CPU. FileNotFoundError, saying what belongs there; ValueError for another."""
         if self._stats is None:
+            assert self.clip_stats_path is not None  # else there is nothing to ask for
             self._stats = _read_stats(self.clip_stats_path)
         return self._stats
 

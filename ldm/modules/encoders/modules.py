@@ -148,7 +148,8 @@ class BERTEmbedder(AbstractEncoder):
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """B texts, or token ids (B, L) where there is no tokenizer, to (B, L, n_embed); texts have L = max_seq_len."""
-        return self.encode_tokens(text if self.tokenizer is None else self.tokenizer(text, self.max_length))
+        tokens: Any = text  # where there is no tokenizer
+        return self.encode_tokens(tokens if self.tokenizer is None else self.tokenizer(tokens, self.max_length))
 
     @property
     def max_length(self) -> int:

@@ -98,6 +98,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, quick) for _ in range(layers))
         residual = width**-0.5 * (2 * max(layers, 1)) ** -0.5
         for block in self.resblocks:
+            assert isinstance(block, ResidualAttentionBlock)
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)

@@ -26,6 +26,9 @@ class ScalingLayer(nn.Module):
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188], device="cpu")[None, :, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450], device="cpu")[None, :, None, None])
 
+    shift: Tensor
+    scale: Tensor
+
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> same
         return (x - self.shift) / self.scale
 

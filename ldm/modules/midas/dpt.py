@@ -167,7 +167,7 @@ class Reassemble(nn.ModuleDict):
     def forward(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
         """tokens (B, 1 + h * w, D), size (h, w), to (B, D, h, w) or half of that."""
         readout, x = tokens[:, :1], tokens[:, 1:]
-        x = self["0"]["project"](torch.cat([x, readout.expand_as(x)], dim=2))
+        x = self.get_submodule("0.project")(torch.cat([x, readout.expand_as(x)], dim=2))
         x = self["3"](x.transpose(1, 2).unflatten(2, tuple(size)))
         return self["4"](x) if "4" in self else x
 

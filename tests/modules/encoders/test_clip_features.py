@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
-from transformers.models.clip import CLIPImageProcessorPil
+
+try:
+    from transformers.models.clip import CLIPImageProcessorPil
+except ImportError:  # before release 5 it has the plain name
+    from transformers.models.clip import CLIPImageProcessor as CLIPImageProcessorPil
 
 from ldm.images import load_image
 from ldm.modules.encoders import modules

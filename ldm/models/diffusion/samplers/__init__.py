@@ -7,7 +7,8 @@ import pkgutil
 from typing import Any
 
 from ldm.models.diffusion import ddim, dpm_solver, plms  # noqa: F401  (they register themselves)
-from ldm.models.diffusion.sampler import SAMPLERS, Sampler
+from ldm.models.diffusion.sampler import SAMPLERS as SAMPLERS
+from ldm.models.diffusion.sampler import Sampler
 
 for _found in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_found.name}")

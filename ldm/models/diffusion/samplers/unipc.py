@@ -32,7 +32,8 @@ class UniPCSampler(Sampler):
         s = run.schedule
         a, a_next = float(s.a[index]), float(s.a_prev[index])
         _, x0 = self.predict(run, x, s.timesteps[index], a)
-        here, known = log_snr(a), ()
+        here = log_snr(a)
+        known: tuple[tuple[float, Tensor], ...] = ()
         if run.history:
             (last,) = run.history
             x = unified(last.x, last.a, a, last.known, (here, x0))
