@@ -55,7 +55,8 @@ def load_model(
 
     ckpt: a .ckpt or .safetensors file; None is Stable Diffusion v1 at its public place, or else the bundled model.
     config: a YAML file; None is what the checkpoint's keys and shapes tell, or a config.yaml beside it. Where they fit
-    models of noise and of v alike (Stable Diffusion v2), the network is asked which it is.
+    models of noise and of v alike (Stable Diffusion v2), the network is asked which it is. Of a family with one
+    config, what the network predicts is seen at its first step, and said if it is not what the config says.
     precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
     overrides: settings to lay over the config, as `model.params.linear_end=0.02`.
     tasks: what the model must draw from, one of these (see `ldm.inference.tasks`); none for anything. lowvram: have its
@@ -71,17 +72,16 @@ def load_model(
     model = _filled(read_config(place, overrides), checkpoint, where, precision, lowvram)
     if tasks:
         require(model, *tasks)  # before the network is asked anything, which takes seconds
+    if _certain(place, checkpoint):
+        _AtFirstStep(model, checkpoint.path, place)
+        return model
     seen = predicts(model)
     if seen is not None and seen != model.parameterization:
         other = None if config else _same_but(seen, checkpoint)
         if other is not None:
             logger.info("%s predicts %s: using %s", checkpoint.path, seen, other)
             return _filled(read_config(other, overrides), checkpoint, where, precision, lowvram)
-        logger.warning(
-            "%s looks like a model of %s, or like one that is not trained, but %s says parameterization: %s; "
-            "if the pictures are noise or flat colours, change that in a config of your own",
-            *(checkpoint.path, seen, place, model.parameterization),
-        )
+        _warn_of(seen, model.parameterization, checkpoint.path, place)
     return model
 
 
@@ -279,6 +279,38 @@ def _config_beside(checkpoint: Checkpoint, *, whole: bool = True) -> str | Path:
 # ---- what a network predicts ----
 
 
+def _certain(place: str | Path, checkpoint: Checkpoint) -> bool:
+    """Whether this is the only public config for files of this family, so that no other could be chosen instead."""
+    family = family_of(checkpoint.shapes)
+    return family is not None and family.configs == (str(place),)
+
+
+def _warn_of(seen: str, said: str, path: Path, place: str | Path) -> None:
+    logger.warning(
+        "%s looks like a model of %s, or like one that is not trained, but %s says parameterization: %s; "
+        "if the pictures are noise or flat colours, change that in a config of your own",
+        *(path, seen, place, said),
+    )
+
+
+class _AtFirstStep:
+    """Sees at a network's first call, if that is with little but noise, whether it predicts what its config says.
+
+    That costs one comparison, where a call for the purpose, as `predicts` makes it, reads all weights.
+    """
+
+    def __init__(self, model: LatentDiffusion, path: Path, place: str | Path) -> None:
+        self.early, self.said = 0.9 * model.num_timesteps, model.parameterization
+        self.path, self.place = path, place
+        self.hook = model.model.register_forward_hook(self, with_kwargs=True) if _tells(model) else None
+
+    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        self.hook.remove()
+        x, t = args[:2]
+        if t.min() >= self.early and (seen := _seen(output.detach(), x.detach())) != self.said:
+            _warn_of(seen, self.said, self.path, self.place)
+
+
 def _same_but(parameterization: str, checkpoint: Checkpoint) -> str | None:
     """Another public config for a file of this family, one with this `parameterization`."""
     family = family_of(checkpoint.shapes)
@@ -295,7 +327,7 @@ def predicts(model: LatentDiffusion) -> str | None:
     At the last timestep there is nothing but noise: a network that predicts noise gives its input back, while
     v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans and Ho 2022) hardly depends on it. Untrained networks look like v.
     """
-    if task_of(model) is not TEXT or model.parameterization not in ("eps", "v"):
+    if not _tells(model):
         return None
     try:
         nothing = model.get_learned_conditioning([""])
@@ -309,7 +341,15 @@ def predicts(model: LatentDiffusion) -> str | None:
     precision = torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None)
     with precision, model.ema_scope(), getattr(model, "lodging", contextlib.nullcontext()):
         output = model.apply_model(noise, last, nothing)
-    return "eps" if _correlation(output.float(), noise) > 0.5 else "v"
+    return _seen(output, noise)
+
+
+def _tells(model: LatentDiffusion) -> bool:
+    return task_of(model) is TEXT and model.parameterization in ("eps", "v")
+
+
+def _seen(output: Tensor, noise: Tensor) -> str:
+    return "eps" if _correlation(output.float(), noise.float()) > 0.5 else "v"
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

@@ -64,6 +64,23 @@ def test_of_the_configs_of_a_family_the_network_chooses(tmp_path, monkeypatch, c
     assert "looks like a model of eps" in caplog.text
 
 
+def test_of_a_family_with_one_config_the_first_step_tells(tmp_path, monkeypatch, caplog, oracle):
+    """The network is not asked while it loads; a model of noise under a config of v is said once, when it draws."""
+    path, place = write_tiny(tmp_path), str(tmp_path / "only.yaml")
+    OmegaConf.save({"model": tiny_config(parameterization="v")}, place)
+    (tmp_path / "config.yaml").unlink(missing_ok=True)
+    monkeypatch.setattr(families, "FAMILIES", (families.Family("a family of one", (place,), {"unet": True}),))
+    model = load_model(ckpt=path)
+    assert "looks like" not in caplog.text
+    x, text = torch.randn(1, model.channels, 16, 16), model.get_learned_conditioning(["red"])
+    for _ in range(2):
+        model.apply_model(x, torch.full((1,), model.num_timesteps - 1), text)
+    assert caplog.text.count("looks like a model of eps") == 1 and "only.yaml says parameterization: v" in caplog.text
+    caplog.clear()
+    load_model(ckpt=path).apply_model(x, torch.full((1,), model.num_timesteps // 2), text)  # too late to tell
+    assert "looks like" not in caplog.text
+
+
 def test_asking_leaves_the_random_numbers_alone(tmp_path):
     path = write_tiny(tmp_path)
     state = torch.get_rng_state()
