@@ -74,7 +74,7 @@ def _deferred() -> Iterator[None]:
 
 
 if "pytorch_lightning" not in sys.modules:
-    with suppress(ImportError), _deferred():  # a release that wants more than names is imported as ever, below
+    with suppress(Exception), _deferred():  # a release that wants more than names is imported as ever, below
         importlib.import_module("pytorch_lightning")
 
 import pytorch_lightning as pl  # noqa: E402
