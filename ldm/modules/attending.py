@@ -39,7 +39,8 @@ def attend(
             wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
         return wide.to(v.dtype)
     coarse = coarse and torch.cpu._is_avx512_bf16_supported()
-    if mask is None and not causal and k.shape[-2] >= LONG and q.ndim == 4 and _can_part(q, k):
+    enough = LONG // 2 if coarse else LONG
+    if mask is None and not causal and k.shape[-2] >= enough and q.ndim == 4 and _can_part(q, k):
         return _attend_to_many(q, k, v, torch.bfloat16 if coarse else q.dtype)
     if mask is not None or q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

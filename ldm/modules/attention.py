@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attending import attend
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
+from ldm.modules.layout import LaidOutLinear
 from ldm.modules.token_merging import Merging
 
 MOST_CONTEXTS = 3  # that attention remembers: guidance asks under one condition, under another, and under both
@@ -26,6 +27,9 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, dim_out * 2)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
+        gated = self.proj.gated(x) if isinstance(self.proj, LaidOutLinear) else None
+        if gated is not None:
+            return gated
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 

@@ -7,14 +7,16 @@ dict holds does not change.
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention
-from ldm.modules.layout import PLAIN, Kept, LaidOutConv2d, LaidOutLinear, can_draw
+from ldm.modules.layout import GELU, PLAIN, Kept, LaidOutConv2d, LaidOutLinear, can_draw, halves
 
 KERNELS = ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv2d_pointwise")
 STEPS = 254  # between the least number and the largest; one more is left for rounding
@@ -69,32 +71,72 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def rounded_input(x: Tensor) -> tuple[Tensor, float, int]:
     """(values, step, zero) with x about (values - zero) * step, where values are uint8 in the memory order of x."""
-    low, high = (float(end) for end in torch.aminmax(x))
+    packed = x.movedim(1, -1) if x.is_contiguous(memory_format=torch.channels_last) else x  # quicker to go through
+    low, high = (float(end) for end in torch.aminmax(packed))
     if not math.isfinite(high - low):
         raise ArithmeticError("a layer in int8 was given NaN or infinite numbers: try without int8, or other weights")
     low, high = min(low, 0.0), max(high, 0.0)  # a convolution's padding is 0, and must be one of the steps
     step = max((high - low) / STEPS, torch.finfo(torch.float32).tiny)
     zero = round(-low / step)
-    half = torch.full((), zero + 0.5, device="cpu")  # conversion cuts off
-    return torch.add(half, x, alpha=1 / step).to(torch.uint8), step, zero
+    if not _quantizes():
+        half = torch.full((), zero + 0.5, device="cpu")  # conversion cuts off
+        return torch.add(half, x, alpha=1 / step).to(torch.uint8), step, zero
+    steps = torch.quantize_per_tensor(x, step, zero, torch.quint8)
+    # its memory as it is: `int_repr` would take longer to copy it than all the rest takes
+    values = torch.empty(0, dtype=torch.uint8, device="cpu")
+    return values.set_(steps.untyped_storage(), 0, steps.shape, steps.stride()), step, zero
+
+
+@functools.cache
+def _quantizes() -> bool:
+    """Whether torch still has the one function that rounds in a single pass, which it calls deprecated, once."""
+    if not hasattr(torch, "quantize_per_tensor"):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.quantize_per_tensor(torch.zeros(1, device="cpu"), 1.0, 0, torch.quint8)
+    return True
 
 
 class Int8Linear(LaidOutLinear):
     """A linear layer that `quantize` has seen to."""
 
     _rounded: Kept | None = None
+    _rounded_halves: Kept | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        if x.numel() < FEW * self.in_features or not can_draw(x, self.weight):
+        if not self._pays(x):
             return super().forward(x)
         if self._rounded is None or not self._rounded.is_of(self.weight):
-            values, steps = rounded(self.weight)
-            order = torch.ops.onednn.qlinear_prepack(values, None)
-            self._rounded = Kept(self.weight, Rounded(order, steps, torch.zeros_like(steps, dtype=torch.int32)))
-        inputs, step, zero = rounded_input(x)
-        return torch.ops.onednn.qlinear_pointwise(
-            inputs, step, zero, *self._rounded.value, self.bias, 1.0, 0, torch.float32, *PLAIN
-        )
+            self._rounded = Kept(self.weight, _prepared(self.weight))
+        return _product(rounded_input(x), self._rounded.value, self.bias, PLAIN)
+
+    def gated(self, x: Tensor) -> Tensor | None:  # (..., in_features) -> (..., out_features / 2)
+        """The first half of what comes out, times the GELU of the second."""
+        if not self._pays(x):
+            return super().gated(x)
+        if self._rounded_halves is None or not self._rounded_halves.is_of(self.weight):
+            self._rounded_halves = Kept(self.weight, [_prepared(half) for half in self.weight.chunk(2)])
+        inputs = rounded_input(x)
+        (value, gate), (b, c) = self._rounded_halves.value, halves(self.bias)
+        return _product(inputs, value, b, PLAIN).mul_(_product(inputs, gate, c, GELU))
+
+    def _pays(self, x: Tensor) -> bool:
+        return x.numel() >= FEW * self.in_features and can_draw(x, self.weight)
+
+
+def _prepared(weight: Tensor) -> Rounded:
+    values, steps = rounded(weight)
+    order = torch.ops.onednn.qlinear_prepack(values, None)
+    return Rounded(order, steps, torch.zeros_like(steps, dtype=torch.int32))
+
+
+def _product(
+    inputs: tuple[Tensor, float, int], weight: Rounded, bias: Tensor | None, then: tuple[str, list[Any], str]
+) -> Tensor:
+    """Inputs (..., D) as `rounded_input` gives them times a weight (D', D), and what is done to that: (..., D')."""
+    product: Tensor = torch.ops.onednn.qlinear_pointwise(*inputs, *weight, bias, 1.0, 0, torch.float32, *then)
+    return product
 
 
 class Int8Conv2d(LaidOutConv2d):

@@ -7,6 +7,7 @@ beside the weights themselves: what a state dict holds does not change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ KERNELS = (
     *("_convolution_transpose_pointwise", "_reorder_convolution_transpose_weight"),
 )
 PLAIN = ("none", [], "")  # nothing is done to what comes out
+GELU = ("gelu", [], "none")  # the exact one
 
 
 def lay_out(module: nn.Module) -> None:
@@ -73,6 +75,7 @@ class LaidOutLinear(nn.Linear):
     """A linear layer that `lay_out` has seen to."""
 
     _kept: Kept | None = None
+    _halves: Kept | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if x.ndim < 2 or not can_draw(x, self.weight) or not has_kernels():
@@ -80,6 +83,22 @@ class LaidOutLinear(nn.Linear):
         if self._kept is None or not self._kept.is_of(self.weight):
             self._kept = Kept(self.weight, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()))
         return torch.ops.mkldnn._linear_pointwise(x, self._kept.value, self.bias, *PLAIN)
+
+    def gated(self, x: Tensor) -> Tensor | None:  # (..., in_features) -> (..., out_features / 2)
+        """The first half of what comes out, times the GELU of the second; None where that takes no fewer passes."""
+        if x.ndim < 2 or not can_draw(x, self.weight) or not has_kernels():
+            return None
+        if self._halves is None or not self._halves.is_of(self.weight):
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self._halves = Kept(self.weight, [reorder(half) for half in self.weight.detach().chunk(2)])
+        (value, gate), (b, c) = self._halves.value, halves(self.bias)
+        kernel = torch.ops.mkldnn._linear_pointwise
+        return kernel(x, value, b, *PLAIN).mul_(kernel(x, gate, c, *GELU))
+
+
+def halves(bias: Tensor | None) -> Sequence[Tensor | None]:
+    """A bias (D,) in two halves, or no two biases."""
+    return (None, None) if bias is None else bias.chunk(2)
 
 
 class LaidOutConv2d(nn.Conv2d):

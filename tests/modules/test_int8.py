@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm.modules import int8
-from ldm.modules.attention import CrossAttention
+from ldm.modules.attention import GEGLU, CrossAttention
 from ldm.modules.int8 import Int8Conv2d, Int8Linear, quantize, rounded, rounded_input
 from ldm.modules.layout import lay_out
 
@@ -70,6 +70,30 @@ def test_layers_do_their_rounded_sums_exactly(offset):
         layer.weight.mul_(2)
         layer.bias.zero_()
         torch.testing.assert_close(layer(x), by_hand(layer, x), rtol=1e-4, atol=1e-4)  # the weight that is there now
+
+
+@needs_int8
+@torch.no_grad()
+def test_gated_halves_share_their_rounded_input():
+    torch.manual_seed(0)
+    layer, x = GEGLU(64, 96), torch.randn(300, 64)
+    exact, (value, gate) = layer(x), by_hand(layer.proj, x).chunk(2, dim=-1)
+    quantize(layer)
+    torch.testing.assert_close(layer(x), value * nn.functional.gelu(gate), rtol=1e-4, atol=1e-4)
+    assert 1e-4 < (layer(x) - exact).norm() / exact.norm() < 0.03
+    few = layer(x[:2])
+    torch.testing.assert_close(few, exact[:2], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rounding_without_the_function_that_torch_means_to_drop(monkeypatch):
+    x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
+    values, *steps = rounded_input(x)
+    monkeypatch.setattr(int8, "_quantizes", lambda: False)
+    others, *same = rounded_input(x)
+    assert same == steps
+    assert (values.int() - others.int()).abs().max() <= 1
+    assert others.is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_int8

@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.modules import attending, layout
 from ldm.modules.attending import attend
+from ldm.modules.attention import GEGLU
 from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules import openaimodel
 from ldm.modules.layout import LaidOutConv2d, LaidOutLinear, lay_out
@@ -36,6 +37,24 @@ def test_linear(shape, bias):
     torch.testing.assert_close(layer(x), wanted, **CLOSE)
     torch.testing.assert_close(layer(x.transpose(0, -2)), wanted.transpose(0, -2), **CLOSE)  # strided
     assert used(layer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_halves(bias):
+    torch.manual_seed(0)
+    layer, x = GEGLU(24, 40), 3 * torch.randn(2, 5, 24)
+    layer.proj = nn.Linear(24, 80, bias=bias)
+    value, gate = copy.deepcopy(layer.proj).double()(x.double()).chunk(2, dim=-1)
+    wanted = (value * F.gelu(gate)).float()
+    lay_out(layer)
+    torch.testing.assert_close(layer(x), wanted, **CLOSE)
+    assert layer.proj._halves.is_of(layer.proj.weight)
+    layer.proj.weight.zero_()
+    assert not torch.allclose(layer(x), wanted)
+    with torch.enable_grad():
+        layer(x).sum().backward()
+    assert layer.proj.weight.grad is not None
 
 
 @torch.no_grad()
