@@ -34,7 +34,7 @@ class FakeInference(ModuleType):
     def named(self, *names: str) -> list[dict]:
         return [arguments for name, arguments in self.calls if name in names]
 
-    def load_model(self, config, ckpt, *, device, precision, overrides, tasks, verify=False):
+    def load_model(self, config, ckpt, *, device, precision, overrides, tasks, lowvram=False, verify=False):
         self.calls.append(("load_model", {"config": config, "ckpt": ckpt, "device": device, "precision": precision}))
         path = Path(ckpt or "models/ldm/shapes64/model.ckpt")
         return SimpleNamespace(channels=4, latent_size=lambda h, w: (h // 8, w // 8), checkpoint_path=path)

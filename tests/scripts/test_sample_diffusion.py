@@ -117,7 +117,8 @@ def test_vanilla_sampling(tmp_path):
     told = settings(folder / "img/sample_000000.png")
     assert told["sampler"] == "ancestral" and told["steps"] == 15 and "eta" not in told
     (by_hand,) = inference.noise2img(toy("nothing", timesteps=15), 1, sampler="ancestral", seed=42, progress=False)
-    assert np.array_equal(images(folder)[0], by_hand)
+    # a model that is loaded has other kernels than one by hand: a level may round the other way
+    assert np.abs(images(folder)[0].astype(int) - np.asarray(by_hand, dtype=int)).max() <= 1
 
 
 def test_classes(toys, tmp_path):

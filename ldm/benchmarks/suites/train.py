@@ -6,6 +6,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,6 @@ def rows(bench: Bench) -> Iterator[Row]:
     settings = bench.settings
     options = {**DEFAULTS, **settings.train}
     model = options["model"] or ("v1" if settings.on_gpu else "bundled")
-    for name in ("pytorch_lightning", "ldm.training"):  # which tell of a run's settings and its end
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     sizes = (512,) if settings.on_gpu else (256,)
     for scan in settings.scans(sizes, BATCHES[settings.on_gpu], only_size=64 if model == "bundled" else None):
         if scan.precision not in PRECISIONS:
@@ -52,7 +50,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         more = {"items": scan.batch, "unit": "images"}
         found = {who: row_of("train", what, who, settings.device, scan, **more) for who in (PLAIN, RUN)}
         try:
-            with tempfile.TemporaryDirectory() as folder, torch.enable_grad(), Peak(settings.device) as peak:
+            with _quiet(), tempfile.TemporaryDirectory() as folder, torch.enable_grad(), Peak(settings.device) as peak:
                 pairs = measure(model, options, scan, settings.device, Path(folder))
         except (RuntimeError, MemoryError) as error:
             found[RUN].error = explain(error)
@@ -63,6 +61,22 @@ def rows(bench: Bench) -> Iterator[Row]:
         runs, plains = zip(*pairs)
         yield from finished(found, {RUN: runs, PLAIN: plains})
         release(settings)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it nothing is told of a run's settings and its end."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "ldm.training")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            yield
+    finally:
+        for each, level in zip(loggers, levels):
+            each.setLevel(level)
 
 
 class RandomLatents:
