@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
-_LARGEST = 2**25  # bytes of a block that is kept; glibc takes no more, and larger ones would leave large holes
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD
 _KEPT = 2**30  # bytes at the end of the heap that are not given back
 
 
@@ -14,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Have freed blocks stay with this process, for the next ones of their size; whether that could be arranged.
 
     glibc gives large blocks back at once, and a network's results are such blocks: every layer's would have to be
-    cleared by the system, page by page, before it is written. It is for programs to call, before they compute; a
-    library leaves its user's allocator alone.
+    cleared by the system, page by page, before it is written. The price is holes between blocks that are in use. It is
+    for programs to call, before they draw; a library leaves its user's allocator alone.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -23,4 +22,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, _KEPT))
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _KEPT))

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works
 from ldm import cli
 from ldm.benchmarks.suites import SUITES
 from ldm.devices import DEVICES
+from ldm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +113,7 @@ def chosen_precisions(wanted: Sequence[str], device: torch.device) -> tuple[str,
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    keep_freed_memory()  # as the scripts that draw do
     args = parser().parse_args(argv)
     suites = chosen_suites(args)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.cli.speed import take
+from ldm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from ldm.inference.tasks import Task
@@ -22,6 +23,7 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
     """
     from ldm import inference
 
+    keep_freed_memory()
     tile = getattr(args, "first_stage_tile", 0)
     if tile and getattr(args, "tiling", None):
         raise ValueError("--tile cuts pictures where --tiling joins them: leave one of the two out")
