@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from ldm.modules.workers import can_part, side_by_side
 
 SHORT = 128  # keys up to which the CPU's fused kernel loses in bfloat16
 LONG = 2048  # keys from which on oneDNN's products and a softmax in the cache are quicker than the CPU's fused kernel
+LN2 = math.log(2)
+LEAST, MOST = 2.0**-60, 2.0**90  # sums of powers of two in which neither shares nor their products with values are lost
 CACHED = 2**19  # scores that a thread makes at a time: two megabytes
 EXACT = ("cpu", "cuda")  # devices on which torch's own attention keeps scores in float32 whatever its inputs are
 
@@ -57,22 +60,41 @@ def _can_part(q: Tensor, k: Tensor) -> bool:
 
 
 def _attend_to_many(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """`attend`, in `dtype`, of q (B, H, N, d) to k, v (B, H, M, d') on a CPU: each head by a thread of its own."""
-    (batch, heads, queries, _), width = q.shape, v.shape[-1]
-    out = q.new_empty(batch, queries, heads, width).transpose(1, 2)  # as a CrossAttention goes on with it
-    q, k = q.to(dtype).contiguous(), (k * q.shape[-1] ** -0.5).to(dtype).contiguous()
+    """`attend`, in `dtype`, of q (B, H, N, d) to k, v (B, H, M, d') on a CPU: each head, or part of one, by a thread
+    of its own."""
+    (batch, heads, length, _), width = q.shape, v.shape[-1]
+    out = q.new_empty(batch, length, heads, width).transpose(1, 2)  # as a CrossAttention goes on with it
+    scale = q.shape[-1] ** -0.5 / LN2
+    q, k = q.to(dtype).contiguous(), (k * scale).to(dtype).contiguous()
     v = F.pad(v.to(dtype), (0, -width % 16)).transpose(2, 3).contiguous()  # (B, H, d', M); kernels make 16 at a time
-    side_by_side(_attend_head, zip(*(x.flatten(0, 1) for x in (q, k, v)), (head for item in out for head in item)))
+    pieces = math.ceil(torch.get_num_threads() / (batch * heads))  # of a head, where there are fewer than threads
+    calls = []
+    for head, keys, values, results in zip(*(x.flatten(0, 1) for x in (q, k, v)), chain(*out)):
+        parts = zip(head.chunk(pieces), results.chunk(pieces))
+        calls += [(some, keys, values, result) for some, result in parts]
+    side_by_side(_attend_head, calls)
     return out
 
 
 def _attend_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """softmax(q k^T) v^T of q (N, d), k (M, d), v (d', M) into `out` (N, d or less), so many rows as a cache holds."""
+    """The shares 2^(q k^T) of q (N, d), k (M, d), times v^T of v (d', M), into `out` (N, d' or less).
+
+    So many rows at a time as a cache holds. A power of two is quicker than a softmax, which first looks for each row's
+    largest score; where scores are so large or so small that this is needed, a softmax it is.
+    """
     product, laid_out = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
     to_scores, to_values = laid_out(k), laid_out(v)
     rows = max(CACHED // len(k), 16)
-    shares = q.new_empty(rows, len(k))
+    steep = False  # whether powers have gone beyond what numbers hold
     for some, result in zip(q.split(rows), out.split(rows)):
-        scores = product(some, to_scores, None, *PLAIN)  # (rows, M)
-        torch.softmax(scores, dim=-1, out=shares[: len(some)])
-        result.copy_(product(shares[: len(some)], to_values, None, *PLAIN)[:, : out.shape[1]])
+        shares = product(some, to_scores, None, *PLAIN)  # (rows, M)
+        if not steep:
+            sums = shares.exp2_().sum(-1, keepdim=True).float()
+            low, high = torch.aminmax(sums)
+            steep = not (low.item() > LEAST and high.item() < MOST)  # as NaN is, too
+            if not steep:
+                torch.div(product(shares, to_values, None, *PLAIN)[:, : out.shape[1]], sums, out=result)
+                continue
+            shares = product(some, to_scores, None, *PLAIN)
+        shares = shares.mul_(LN2).softmax(-1)
+        result.copy_(product(shares, to_values, None, *PLAIN)[:, : out.shape[1]])

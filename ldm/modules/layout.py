@@ -19,6 +19,7 @@ KERNELS = (
     *("_convolution_transpose_pointwise", "_reorder_convolution_transpose_weight"),
 )
 PLAIN = ("none", [], "")  # nothing is done to what comes out
+PLAIN_3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1)  # kernel, padding, stride, dilation, groups
 GELU = ("gelu", [], "none")  # the exact one
 
 
@@ -110,7 +111,18 @@ class LaidOutConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W'), in channels-last order
         if x.ndim != 4 or not self.is_plain() or not can_draw(x, self.weight) or not has_kernels():
             return super().forward(x)
-        how = (self.padding, self.stride, self.dilation, self.groups)
+        return self._convolve(x, self.padding)
+
+    def takes_strips(self) -> bool:
+        """Whether this is a plain 3x3 convolution, which keeps the size and can do so some rows at a time."""
+        return self.is_plain() and self._how() == PLAIN_3X3 and has_kernels()
+
+    def strip(self, x: Tensor) -> Tensor:  # (B, C, H + 2, W) -> (B, C', H, W)
+        """Rows of what a large map becomes, of those rows and one above and below; where it `takes_strips`."""
+        return self._convolve(x, (0, 1))
+
+    def _convolve(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+        how = (padding, self.stride, self.dilation, self.groups)
         if self._kept is None or not self._kept.is_of(self.weight):
             # the size of an input is a hint: another one costs at most what it cost before
             order = torch.ops.mkldnn._reorder_convolution_weight(self.weight.detach(), *how, list(x.shape))
@@ -118,16 +130,16 @@ class LaidOutConv2d(nn.Conv2d):
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise(x, self._kept.value, self.bias, *how, *PLAIN)
 
+    def _how(self) -> tuple[object, ...]:
+        return self.kernel_size, self.padding, self.stride, self.dilation, self.groups
+
     def after_doubling(self, x: Tensor) -> Tensor | None:
         """What this 3x3 convolution makes of x (B, C, H, W) at twice its size, by nearest neighbour: (B, C', 2H, 2W).
 
         Both are one transposed convolution by a 4x4 kernel, which has 4/9 of the products, and no large map comes in
         between. Its weight is sums of this one, so results agree up to rounding. None where that is not for this layer.
         """
-        how = (self.kernel_size, self.padding, self.stride, self.dilation, self.groups)
-        if how != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or not self.is_plain() or not can_draw(x, self.weight):
-            return None
-        if not has_kernels():
+        if not self.takes_strips() or not can_draw(x, self.weight):
             return None
         options = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, output_padding, stride, dilation, groups
         if self._spread is None or not self._spread.is_of(self.weight):

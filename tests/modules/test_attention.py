@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.modules import attending
+from ldm.modules import attending, attention
 from ldm.modules.attending import attend
-from ldm.modules.attention import CrossAttention
+from ldm.modules.attention import CrossAttention, FeedForward
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock
 
 
@@ -130,3 +130,65 @@ def test_no_other_module_computes_attention():
     others = [path for path in own.parents[1].rglob("*.py") if path != own]
     assert len(others) > 50
     assert not [path.name for path in others if "scaled_dot_product_attention" in path.read_text()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 300.0])
+@pytest.mark.parametrize("offset", [0.0, 400.0, -400.0])  # of all scores: it makes no difference
+@pytest.mark.parametrize("coarse", [False, True])
+def test_many_keys_whatever_the_size_of_scores(monkeypatch, size, offset, coarse):
+    """Beyond what powers of two hold, too; rows are taken a few at a time, and not all of them are steep."""
+    if not attending.has_kernels():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(attending, "LONG", 64)
+    monkeypatch.setattr(attending, "CACHED", 64 * 16)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 3, 64, 16) for _ in range(3))
+    q[:, :, 40:] *= size
+    q[..., 0], k[..., 0] = 4.0, offset  # a score of q0 k0 / 4
+    wanted = (q.double() @ k.double().mT / 4).softmax(-1) @ v.double()
+    found = attending.attend(q, k, v, coarse=coarse)
+    assert found.isfinite().all()
+    if coarse and attending._can_part(q, k):
+        if size <= 1 and not offset:  # else eight bits of mantissa cannot tell
+            assert (found - wanted).norm() < 0.01 * wanted.norm()
+    else:
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-3 if size > 1 or offset else 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_many_keys_hide_no_fault(monkeypatch, bad):
+    monkeypatch.setattr(attending, "LONG", 64)
+    q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
+    k[0, 1, 5, 3] = bad
+    found = attending.attend(q, k, v)
+    assert found[0, 0].isfinite().all() and found[0, 1].isnan().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("queries", [1, 3, 64])
+def test_one_head_is_shared_by_threads(monkeypatch, queries):
+    monkeypatch.setattr(attending, "LONG", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 1, queries, 16), torch.randn(1, 1, 64, 16), torch.randn(1, 1, 64, 24)
+    wanted = (q.double() @ k.double().mT / 4).softmax(-1) @ v.double()
+    torch.testing.assert_close(attending.attend(q, k, v).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("glu", [False, True])
+def test_feed_forward_some_tokens_at_a_time(monkeypatch, glu):
+    torch.manual_seed(0)
+    layer, x = FeedForward(16, dim_out=8, glu=glu), torch.randn(2, 30, 16)
+    wanted = layer(x)
+    monkeypatch.setattr(attention, "AT_ONCE", 128 * 7)
+    calls: list[torch.Size] = []
+    layer.net[-1].register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-6)
+    assert len(calls) == (9 if glu else 5)  # 60 tokens, 7 or 14 at a time
+    with torch.enable_grad():
+        calls.clear()
+        layer(x)
+    assert len(calls) == 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attending import attend
 from ldm.modules.layout import can_draw, doubled
+from ldm.modules.strips import convolve
 
 
 def Normalize(channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -90,9 +91,11 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, Cin, H, W) -> (B, Cout, H, W)
-        h = self.conv1(activate(self.norm1(x)))
-        h = self.conv2(self.dropout(activate(self.norm2(h))))
-        return add(h, self.nin_shortcut(x))
+        h = convolve(x, self.norm1, self.conv1)
+        if self.training and self.dropout.p:
+            h = self.conv2(self.dropout(activate(self.norm2(h))))
+            return add(h, self.nin_shortcut(x))
+        return convolve(h, self.norm2, self.conv2, (x, self.nin_shortcut))
 
 
 class AttnBlock(nn.Module):
@@ -236,7 +239,7 @@ class Encoder(nn.Module):
         for level in self.down:
             for stage in level.stages():
                 h = stage(h)
-        return self.conv_out(activate(self.norm_out(self.mid(h)))).contiguous()
+        return convolve(self.mid(h), self.norm_out, self.conv_out).contiguous()
 
 
 class Decoder(nn.Module):
@@ -288,5 +291,5 @@ class Decoder(nn.Module):
                 h = stage(h)
         if self.give_pre_end:
             return h
-        h = self.conv_out(activate(self.norm_out(h))).contiguous()
+        h = convolve(h, self.norm_out, self.conv_out).contiguous()
         return torch.tanh(h) if self.tanh_out else h

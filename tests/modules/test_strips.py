@@ -1,0 +1,92 @@
+"""Large maps some rows at a time: what whole maps give, in less memory, and only where that is for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.modules import layout, strips
+from ldm.modules.diffusionmodules.model import Decoder, Encoder, Normalize, ResnetBlock
+from ldm.modules.layout import lay_out
+
+pytestmark = pytest.mark.skipif(not layout.has_kernels(), reason="this build of torch has no oneDNN")
+CONFIG = {"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3}
+CONFIG |= {"resolution": 16, "z_channels": 4}
+
+
+@pytest.fixture
+def many(monkeypatch) -> list[torch.Size]:
+    """Strips for all maps, of a few rows each; the list is of the maps that went by them."""
+    seen: list[torch.Size] = []
+    convolve = strips._convolve_in_strips
+
+    def watched(x: torch.Tensor, *args: object) -> torch.Tensor:
+        seen.append(x.shape)
+        return convolve(x, *args)
+
+    monkeypatch.setattr(strips, "LARGE", 1)
+    monkeypatch.setattr(strips, "STRIP", 32 * 20 * 3)
+    monkeypatch.setattr(strips, "_convolve_in_strips", watched)
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("out_channels", [32, 64])  # without and with a shortcut
+@pytest.mark.parametrize("size", [(1, 20), (2, 20), (3, 20), (10, 20), (7, 90)])  # one strip, several, of one row
+def test_block(many, size, out_channels):
+    torch.manual_seed(0)
+    block = ResnetBlock(32, out_channels).eval()
+    for norm in (block.norm1, block.norm2):
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = 3 * torch.randn(2, 32, *size) + torch.randn(32, 1, 1) + torch.arange(size[0])[:, None]  # strips differ
+    before, exact = x.clone(), copy.deepcopy(block).double()(x.double()).float()
+    lay_out(block)
+    found = block(x)
+    assert len(many) == 2 and torch.equal(x, before)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, shape", [(Encoder, (2, 3, 16, 16)), (Decoder, (2, 4, 8, 8))])
+def test_networks(many, kind, shape):
+    torch.manual_seed(0)
+    network, x = kind(**CONFIG).eval(), torch.randn(shape)
+    exact = copy.deepcopy(network).double()(x.double()).float()
+    lay_out(network)
+    torch.testing.assert_close(network(x), exact, rtol=1e-5, atol=1e-5)
+    assert many
+
+
+def test_only_while_drawing(many):
+    block, x = ResnetBlock(32, 32), torch.randn(1, 32, 8, 8)
+    lay_out(block)
+    block(x).sum().backward()
+    assert block.conv1.weight.grad is not None
+    with torch.no_grad():
+        block.double()(x.double())
+        ResnetBlock(32, 32)(x)  # not laid out
+    assert not many
+
+
+@torch.no_grad()
+def test_dropout_is_not_forgotten(many):
+    """A module in training mode drops, gradients or not."""
+    block, x = ResnetBlock(32, 32, dropout=0.5).train(), torch.randn(1, 32, 8, 8)
+    lay_out(block)
+    assert not torch.equal(block(x), block(x))
+
+
+@torch.no_grad()
+def test_variance_far_from_zero(many):
+    """A mean much larger than the deviations does not swallow them."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 32, 40, 20) + 30 * torch.rand(32, 1, 1)
+    norm = Normalize(32)
+    mean, variance = strips._moments(x.contiguous(memory_format=torch.channels_last), norm)
+    exact = torch.var_mean(x[0].double().flatten(1), dim=1, correction=0)
+    torch.testing.assert_close(variance.double(), exact[0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=0)
