@@ -16,7 +16,7 @@ kept = len(sys.argv) > 1 and keep_freed_memory()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
     for _ in range(20):
-        x = torch.ones(7_000_000)  # 28 MB: 6,800 pages
+        x = [torch.ones(7_000_000) for _ in range(4)]  # 28 MB each: 6,800 pages
         del x
 work()
 before = faults()
