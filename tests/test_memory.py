@@ -9,15 +9,18 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys
+import ctypes, resource, sys
 from ldm.memory import keep_freed_memory
-import torch
 kept = len(sys.argv) > 1 and keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
-    for _ in range(20):
-        x = [torch.ones(7_000_000) for _ in range(4)]  # 28 MB each: 6,800 pages
-        del x
+    for _ in range(5):
+        blocks = [libc.malloc(25_000_000) for _ in range(8)]
+        for block in blocks: libc.memset(block, 1, 25_000_000)  # 6,100 pages
+        for block in blocks: libc.free(block)
 work()
 before = faults()
 work()
