@@ -10,7 +10,7 @@ import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +175,13 @@ class DDPM(DiffusionPictures, DiffusionTraining):
         return self(self.get_input(batch, self.first_stage_key))
 
 
+class Shortcuts(Protocol):
+    """What `ldm.inference.Shortcuts` is to a model."""
+
+    def taken(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Within it `network` takes them."""
+
+
 class LatentDiffusion(LatentPictures, DDPM):
     """Diffusion in the latents of `first_stage_config`, conditioned by what `cond_stage_config` encodes.
 
@@ -190,13 +197,16 @@ class LatentDiffusion(LatentPictures, DDPM):
     (B, C, h, w), neither scaled, and `context` (B, L, D) beside or instead of what it encodes.
     """
 
-    # set by `ldm.inference.loading` on models to draw with
+    # set on models to draw with: by `ldm.inference.loading`, the last three where that is asked for
     checkpoint_path: str
     global_step_of_file: int | None
     family: str
     autocast_dtype: torch.dtype | None
     one_scale: bool
     sampling: dict[str, Any]
+    lodging: AbstractContextManager[object]
+    one_by_one: bool
+    shortcuts: Shortcuts
 
     cond_ids: Tensor
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -233,7 +234,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_channels, H, W) -> (B, z, H/f, W/f)
         h = self.conv_in(channels_last(x, self.conv_in.weight))
-        for level in self.down:
+        for level in cast(Iterable[Level], self.down):
             for stage in level.stages():
                 h = stage(h)
         return self.conv_out(activate(self.norm_out(self.mid(h)))).contiguous()
@@ -283,7 +284,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:  # (B, z_channels, h, w) -> (B, out_ch, f h, f w)
         h = self.mid(self.conv_in(channels_last(z, self.conv_in.weight)))
-        for level in reversed(self.up):
+        for level in reversed(cast(Sequence[Level], self.up)):
             for stage in level.stages():
                 h = stage(h)
         if self.give_pre_end:

@@ -349,8 +349,8 @@ class UNetModel(nn.Module):
 
     def outermost_transformers(self) -> list[SpatialTransformer]:
         """The transformers at the largest of the sizes that have any."""
-        inward = (layer for block in self.input_blocks for layer in block)
-        outward = (layer for block in reversed(self.output_blocks) for layer in reversed(block))
+        inward = (layer for block in self.input_blocks for layer in block.children())
+        outward = (layer for block in reversed(self.output_blocks) for layer in reversed(list(block.children())))
         return [layer for layers in (inward, outward) for layer in _before_resampling(layers)]
 
     def _label_input(self, y: Tensor, dtype: torch.dtype) -> Tensor:
