@@ -149,6 +149,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all of it."""
         return self.count * int(getattr(torch, self.dtype).itemsize)
 
 
@@ -208,6 +209,7 @@ class _Machine:
         self.result: Any = None
 
     def step(self, opcode: str, argument: Any) -> None:
+        """One instruction, with what it is given; BadPickle for one that `torch.save` does not use."""
         if opcode in _PUSHES:
             self.stack.append(argument)
         elif opcode in _MAKES:

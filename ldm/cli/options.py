@@ -23,6 +23,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # argparse's overloads say the same
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
+        """argparse's, after every option is spelt as it was declared."""
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._spelling(arg) for arg in args], namespace)
 
@@ -32,6 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return known.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else arg
 
     def error(self, message: str) -> NoReturn:
+        """Leave with `message` and exit code 2, without the usage, which may be pages long."""
         self.exit(2, f"error: {message} (see --help)\n")
 
 

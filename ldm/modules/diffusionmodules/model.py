@@ -163,7 +163,7 @@ class Level(nn.Module):
         for name in self._resample:
             yield getattr(self, name)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, Cin, H, W) -> (B, Cout, H', W')
         for stage in self.stages():
             x = stage(x)
         return x

@@ -160,6 +160,7 @@ class TimestepEmbedSequential(nn.Sequential):
     def forward(  # type: ignore[override]  # nn.Sequential's takes x alone
         self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: Size | None = None
     ) -> Tensor:
+        """x (B, C, H, W), emb (B, emb_channels), context (B, M, D), size: (H', W') -> (B, C', H', W')."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb, size)
@@ -245,9 +246,11 @@ class UNetModel(nn.Module):
         limits = per_level(num_attention_blocks or 2**30, levels, "num_attention_blocks")
 
         def res(channels: int, out: int, **resample: bool) -> ResBlock:
+            """A residual block from one width to another."""
             return ResBlock(channels, time_dim, dropout, out, dims, use_checkpoint, use_scale_shift_norm, **resample)
 
         def attention(channels: int, level: int | None) -> nn.Module:
+            """What attends at a level, or in the middle (None)."""
             heads, width = split_heads(channels, num_heads, num_head_channels)
             if not use_spatial_transformer:
                 return AttentionBlock(channels, heads, -1, use_checkpoint, use_new_attention_order)
@@ -263,6 +266,7 @@ class UNetModel(nn.Module):
             )
 
         def resample(channels: int, up: bool) -> nn.Module:
+            """What stands between two levels."""
             if resblock_updown:
                 return res(channels, channels, up=up, down=not up)
             return (Upsample if up else Downsample)(channels, conv_resample, dims)
