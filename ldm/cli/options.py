@@ -170,6 +170,11 @@ def add_sampler(
         help=f"where the steps lie: {', '.join(sampling.SCHEDULES)}, or timesteps such as 999,850,700 (the "
         "model's own, else the sampler's)",
     )
+    _add_guidance(parser, scale)
+    parser.set_defaults(public_scale=scale, public_steps=steps, public_eta=eta)
+
+
+def _add_guidance(parser: ArgumentParser, scale: float) -> None:
     group = parser.add_argument_group("guidance")
     group.add_argument(
         "--scale", type=number(float), help=f"guidance scale, 1 for no guidance (the model's own, else {scale:g})"
@@ -196,7 +201,6 @@ def add_sampler(
         help="guide only where there is so much noise, in sigma",
     )
     group.add_argument("--cfg_pp", action="store_true", help="CFG++: --scale is from 0 to 1 (0.6)")
-    parser.set_defaults(public_scale=scale, public_steps=steps, public_eta=eta)
 
 
 def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if present, else the bundled model") -> None:

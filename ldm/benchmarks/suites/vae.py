@@ -79,7 +79,7 @@ def contenders(
         return partial(decode_ours if kind == "decode" else encode_ours, build_ours(weights, way, settings.device), x)
 
     def theirs(way: str) -> Callable[[], Tensor]:
-        """As the guide says it of the UNet, which says nothing of first stages."""
+        """Theirs, made ready as `peers` makes the UNet."""
         network = in_channels_last(peers.vae(settings.model_config, weights))
         decode, encode = network.decode, network.encode
         if way == "compiled":
