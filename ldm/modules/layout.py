@@ -18,8 +18,8 @@ KERNELS = (
     *("_convolution_pointwise", "_reorder_convolution_weight"),
     *("_convolution_transpose_pointwise", "_reorder_convolution_transpose_weight"),
 )
-PLAIN = ("none", [], "")  # nothing is done to what comes out
-GELU = ("gelu", [], "none")  # the exact one
+PLAIN: tuple[str, list[Any], str] = ("none", [], "")  # nothing is done to what comes out
+GELU: tuple[str, list[Any], str] = ("gelu", [], "none")  # the exact one
 
 
 def lay_out(module: nn.Module) -> None:
