@@ -30,6 +30,7 @@ def in_fresh_process(function: str, **arguments: Any) -> dict[str, Any]:
 
 
 def main(function: str, arguments: str) -> None:
+    """What is run in the fresh process: the last line that it prints is the answer."""
     module, _, name = function.partition(":")
     print(json.dumps(getattr(import_module(f"ldm.benchmarks.{module}"), name)(**json.loads(arguments))))
 

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ldm.benchmarks.networks import in_channels_last
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ModelMixin
+
+    from ldm.modules.encoders.clip_text import CLIPTextModel as OurCLIPTextModel
+
 Config = Mapping[str, Any]  # {"model": {"params": {...}}}
-COMPILED = {"mode": "max-autotune", "fullgraph": True}  # the guide's; CUDA graphs are part of it
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def available() -> bool:
@@ -32,7 +40,7 @@ def unet(config: Config, network: nn.Module) -> nn.Module:
     return _filled(UNet2DConditionModel, theirs, conversion.convert_ldm_unet_checkpoint(state, config=theirs))
 
 
-def vae(config: Config, network: nn.Module) -> nn.Module:
+def vae(config: Config, network: nn.Module) -> AutoencoderKL:
     """AutoencoderKL with the weights of our first stage."""
     from diffusers import AutoencoderKL
     from diffusers.loaders import single_file_utils as conversion
@@ -42,15 +50,17 @@ def vae(config: Config, network: nn.Module) -> nn.Module:
     return _filled(AutoencoderKL, theirs, conversion.convert_ldm_vae_checkpoint(state, config=theirs))
 
 
-def text(network: nn.Module) -> nn.Module:
+def text(network: OurCLIPTextModel) -> nn.Module:
     """transformers' CLIPTextModel with the weights of our text tower."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ours = network.config
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-    sizes = {name: getattr(ours, name) for name in (*names, "max_position_embeddings", "layer_norm_eps")}
-    ends = {"bos_token_id": ours.eos_token_id - 1, "eos_token_id": ours.eos_token_id, "pad_token_id": ours.eos_token_id}
-    model = CLIPTextModel(CLIPTextConfig(**sizes, **ends))
+    sizes: dict[str, Any] = {
+        name: getattr(ours, name) for name in (*names, "max_position_embeddings", "layer_norm_eps")
+    }
+    end = ours.eos_token_id
+    model: nn.Module = CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end))
     weights = {name: value for name, value in network.state_dict().items() if "position_ids" not in name}
     if not any(name.startswith("text_model.") for name in model.state_dict()):  # transformers 5
         weights = {name.removeprefix("text_model."): value for name, value in weights.items()}
@@ -74,6 +84,7 @@ def pipeline(config: Config, network: nn.Module) -> Callable[..., Tensor]:
     pipe.set_progress_bar_config(disable=True)
 
     def draw(x: Tensor, context: Tensor, nothing: Tensor, steps: int, scale: float) -> Tensor:
+        """Latents (B, C, h, w) from noise of that shape, under contexts (B, L, D)."""
         return pipe(
             prompt_embeds=context,
             negative_prompt_embeds=nothing,
@@ -90,10 +101,15 @@ def pipeline(config: Config, network: nn.Module) -> Callable[..., Tensor]:
 
 def made_ready(network: nn.Module, way: str) -> nn.Module:
     """A network of theirs for a way of `peer_ways`, as the guide says."""
-    network = network.to(memory_format=torch.channels_last)
+    network = in_channels_last(network)
     if way == "compiled":
-        network.forward = torch.compile(network.forward, **COMPILED)
+        network.forward = compiled(network.forward)
     return network
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function compiled as the guide says; CUDA graphs are part of it."""
+    return torch.compile(function, mode="max-autotune", fullgraph=True)
 
 
 def peer_ways(device: torch.device) -> tuple[str, ...]:
@@ -105,7 +121,7 @@ def _named(prefix: str, network: nn.Module) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in network.state_dict().items()}
 
 
-def _filled(kind: type[nn.Module], config: Config, weights: dict[str, Tensor]) -> nn.Module:
+def _filled(kind: type[ModelMixin], config: Config, weights: dict[str, Tensor]) -> ModelMixin:
     with torch.device("meta"):
         model = kind.from_config(config)
     model.load_state_dict(weights, strict=True, assign=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ldm.benchmarks.machine import in_words
 
 if TYPE_CHECKING:
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
     from ldm.benchmarks.rows import Row
 
 Record = Mapping[str, Any]  # of a row
-HEADS = ("what", "who", "precision", "batch", "size", "median", "spread", "first", "rate", "of peak", "memory", "time")
-HEADS = (*HEADS, "PSNR", "note")
+HEADS = (
+    *("what", "who", "precision", "batch", "size", "median", "spread", "first", "rate", "of peak", "memory", "time"),
+    *("PSNR", "note"),
+)
 
 
 class Report:
@@ -101,13 +105,13 @@ def amount(size: float) -> str:
 
 def plot(rows: Sequence[Record], path: Path) -> None:
     """Time and memory against resolution and batch, a line for everything that was done by somebody."""
-    from matplotlib import colormaps
+    from matplotlib import color_sequences
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(2, 2)
     for panel in axes.flat:
-        panel.set_prop_cycle(color=colormaps["tab20"].colors)
+        panel.set_prop_cycle(color=color_sequences["tab20"])
     for across, column, other in ((0, "size", "batch"), (1, "batch", "size")):
         for down, value, unit, scale in ((0, "median", "seconds", 1), (1, "memory", "memory (GB)", 1e9)):
             _panel(axes[down][across], rows, column, other, value, scale)
@@ -131,6 +135,6 @@ def _panel(axes: Axes, rows: Sequence[Record], column: str, other: str, value: s
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row[column] for line in lines.values() for row in line}))
     axes.xaxis.set_major_formatter("{x:g}")
-    if any(len(line.get_xdata()) for line in axes.lines):  # nothing has no logarithm
+    if any(np.size(line.get_xdata()) for line in axes.lines):  # nothing has no logarithm
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

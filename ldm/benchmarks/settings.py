@@ -62,7 +62,8 @@ class Settings:
 
         from ldm.inference import read_config
 
-        return OmegaConf.to_container(read_config(self.config), resolve=True)
+        plain: Any = OmegaConf.to_container(read_config(self.config), resolve=True)
+        return plain
 
     @property
     def own_size(self) -> int:

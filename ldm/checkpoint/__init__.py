@@ -2,7 +2,7 @@
 
 reading    a file becomes a `Checkpoint`: tensors under their published names, memory-mapped
 containers the layouts of pickled files: zip archives, and what came before them
-pickles    what a pickled file may ask for, and what it gets (nothing that can act)
+pickles    what a pickled file gets (nothing that can act), by the names that it may ask for (names)
 storages   where the bytes of tensors come from: ranges of a file, mapped or read
 verifying  checksums, and values that are no numbers
 families   what a file looks like, by its keys and shapes: which config, or why none

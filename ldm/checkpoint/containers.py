@@ -122,6 +122,7 @@ def read_zip(archive: zipfile.ZipFile, ranges: Ranges) -> tuple[Any, Fetch]:
         raise BadFile(OTHER_ORDER, damaged=False)
 
     def fetch(stored: Stored) -> UntypedStorage:
+        """The entry of its key, which must be as long as it says; unpacked, should somebody have packed it."""
         entry = entries.get(f"{root}data/{stored.key}")
         if entry is None or entry.file_size != stored.nbytes:
             raise BadFile(f"there are {entry.file_size if entry else 'no'} bytes where {stored.nbytes} should be")
@@ -206,6 +207,7 @@ def read_legacy(file: BinaryIO, ranges: Ranges) -> tuple[Any, Fetch]:
         position += 8 + storages[key].nbytes
 
     def fetch(stored: Stored) -> UntypedStorage:
+        """The bytes behind its count, whose place the loop above has found."""
         if stored.key not in starts:
             raise BadFile("a tensor has no storage")
         return ranges.storage(starts[stored.key], stored.nbytes)
@@ -220,9 +222,11 @@ class _Limited:
         self._file, self._left = file, MAX_PICKLE
 
     def read(self, count: int) -> bytes:
+        """`count` bytes; BadPickle if that is too many."""
         return self._counted(self._file.read(count) if count <= self._left else None)
 
     def readline(self) -> bytes:
+        """A line; BadPickle if it is too long."""
         return self._counted(self._file.readline(self._left))
 
     def _counted(self, content: bytes | None) -> bytes:

@@ -115,9 +115,11 @@ class Family:
 
     @property
     def loads(self) -> bool:
+        """Whether there is a config to load its files with."""
         return bool(self.configs)
 
     def fits(self, found: Features, shapes: Shapes) -> bool:
+        """Whether a file with these features and these shapes by key is one of this family."""
         if self.part is not None and not any(key.startswith(self.part) for key in shapes):
             return False
         if found.text is not None and any(getattr(found, name) != value for name, value in self.tower.items()):

@@ -337,9 +337,11 @@ def check_unchanged(model: nn.Module) -> None:
 
 
 def few(names: Iterable[str], limit: int = 3) -> str:
+    """The first `limit` names for a message, and dots if there are more."""
     names = list(names)
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def shape_text(shape: Iterable[int]) -> str:
+    """Sizes for a message, as 320x4x3x3."""
     return "x".join(str(size) for size in shape) or "a scalar"

@@ -77,6 +77,7 @@ class Ranges:
 
     @property
     def mapped(self) -> bool:
+        """Whether storages are pages of the file, which must then stay as it is."""
         return self._map is not None
 
     def storage(self, start: int, length: int) -> UntypedStorage:

@@ -23,6 +23,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # argparse's overloads say the same
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
+        """argparse's, after every option is spelt as it was declared."""
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._spelling(arg) for arg in args], namespace)
 
@@ -32,6 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return known.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else arg
 
     def error(self, message: str) -> NoReturn:
+        """Leave with `message` and exit code 2, without the usage, which may be pages long."""
         self.exit(2, f"error: {message} (see --help)\n")
 
 
@@ -168,6 +170,11 @@ def add_sampler(
         help=f"where the steps lie: {', '.join(sampling.SCHEDULES)}, or timesteps such as 999,850,700 (the "
         "model's own, else the sampler's)",
     )
+    _add_guidance(parser, scale)
+    parser.set_defaults(public_scale=scale, public_steps=steps, public_eta=eta)
+
+
+def _add_guidance(parser: ArgumentParser, scale: float) -> None:
     group = parser.add_argument_group("guidance")
     group.add_argument(
         "--scale", type=number(float), help=f"guidance scale, 1 for no guidance (the model's own, else {scale:g})"
@@ -194,7 +201,6 @@ def add_sampler(
         help="guide only where there is so much noise, in sigma",
     )
     group.add_argument("--cfg_pp", action="store_true", help="CFG++: --scale is from 0 to 1 (0.6)")
-    parser.set_defaults(public_scale=scale, public_steps=steps, public_eta=eta)
 
 
 def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if present, else the bundled model") -> None:

@@ -58,6 +58,7 @@ class Batch:
 
     @property
     def prompts(self) -> list[str]:
+        """Of every line."""
         return [line.prompt for line in self.lines]
 
     @property

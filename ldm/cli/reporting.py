@@ -20,6 +20,7 @@ class _Console(logging.Handler):
     """Messages as plain lines on stdout, as the public scripts print them; warnings and errors on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """logging's hook."""
         warning = record.levelno >= logging.WARNING
         prefix = f"{record.levelname.lower()}: " if warning else ""
         say(f"{prefix}{record.getMessage()}", sys.stderr if warning else sys.stdout)

@@ -49,10 +49,12 @@ class LayoutTokens:
 
     @property
     def max_objects(self) -> int:
+        """Objects that a layout has room for."""
         return (self.length - 2) // 3
 
     @property
     def none(self) -> int:
+        """The id that stands where there is no object."""
         return self.vocab_size - 1
 
     @property

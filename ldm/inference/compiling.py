@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,7 @@ def compile_network(model: LatentDiffusion, backend: str = "inductor") -> bool:
 class _Compiles:
     """At a network's first call, says what takes so long; goes on without the compiler if that does not work."""
 
-    def __init__(self, network: nn.Module, blocks: list[nn.Module]) -> None:
+    def __init__(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self.network, self.blocks, self.forward = network, blocks, network.forward
         network.forward = self
 
@@ -59,12 +60,13 @@ class _Compiles:
         logger.info("compiling the network, which takes up to some minutes at the first run ...")
         began = time.monotonic()
         try:
-            output = self.forward(*args, **kwargs)
+            output: torch.Tensor = self.forward(*args, **kwargs)
         except TorchDynamoException as error:
             for block in self.blocks:
                 block._compiled_call_impl = None  # as it was before `compile`
             reason = " ".join(str(error).split("\n")[:2])
             logger.warning("cannot compile (%s): going on without", reason)
-            return self.forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
+            return output
         logger.info("compiled, and asked for the first time, in %.0f s", time.monotonic() - began)
         return output

@@ -305,7 +305,8 @@ class _AtFirstStep:
         self.hook = model.model.register_forward_hook(self, with_kwargs=True) if _tells(model) else None
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        self.hook.remove()
+        if self.hook is not None:  # it is what called
+            self.hook.remove()
         x, t = args[:2]
         if t.min() >= self.early and (seen := _seen(output.detach(), x.detach())) != self.said:
             _warn_of(seen, self.said, self.path, self.place)

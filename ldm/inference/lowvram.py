@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,15 @@ class Lodging:
         if part is not self._there:
             self.leave()
             self._enter(part)
-        return tree_map_only(Tensor, lambda x: x.to(self.device), (args, kwargs))
+        moved: tuple[Any, Any] = tree_map_only(Tensor, lambda x: x.to(self.device), (args, kwargs))
+        return moved
 
     def _enter(self, part: nn.Module) -> None:
         self._there = part
         moved: dict[int, Tensor] = {}  # weights that a part uses twice stay one
         for module in part.modules():
-            for tensors in (module._parameters, module._buffers):
+            # which of the two it was is kept below: a parameter's place gets a parameter
+            for tensors in (cast("dict[str, Tensor | None]", module._parameters), module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is None:
                         continue

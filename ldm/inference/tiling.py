@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def tile_first_stage(first_stage: FirstStage | nn.Module, tile: int) -> None:
     encoder, decoder = (getattr(first_stage, name, None) for name in ("encoder", "decoder"))
     if encoder is None or decoder is None:  # pixels are the latents
         return
-    factor = first_stage.downsampling_factor
+    factor = cast("FirstStage", first_stage).downsampling_factor
     if tile and tile < 4 * factor:
         raise ValueError(f"tiles of {tile} pixels are too small: this first stage needs at least {4 * factor}")
     for network, side, multiple in ((encoder, tile, factor), (decoder, tile // factor, 1)):
@@ -72,10 +72,10 @@ class _InTiles:
 
     def __init__(self, network: nn.Module, tile: int, multiple: int) -> None:
         self._whole = MethodType(type(network).forward, network)
-        self._how = {"tile": tile, "multiple": multiple}
+        self._tile, self._multiple = tile, multiple
 
     def __call__(self, x: Tensor) -> Tensor:
-        return tiled(self._whole, x, **self._how)
+        return tiled(self._whole, x, self._tile, multiple=self._multiple)
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

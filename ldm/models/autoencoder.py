@@ -248,6 +248,7 @@ class IdentityFirstStage(nn.Module):
         return (x, None, [None, None, None]) if self.vq_interface else x
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`x` itself."""
         return x
 
 

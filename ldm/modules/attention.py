@@ -201,6 +201,8 @@ class BasicTransformerBlock(SelfAttending):
             return self.attn1(h, context)
         if not self.merged_share:
             return self.attn1(h)
+        if size is None:
+            raise ValueError("merging tokens needs the size of the map that they are of: give `size`")
         merging = Merging(h, size, self.merged_share)
         return merging.unmerge(self.attn1(merging.merge(h)))
 

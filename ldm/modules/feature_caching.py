@@ -6,11 +6,14 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from ldm.modules.attention import SelfAttending
+
+if TYPE_CHECKING:
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 
 class _Kept(NamedTuple):
@@ -72,8 +75,9 @@ def caching_features(network: nn.Module, every: int) -> Iterator[None]:
     if not hasattr(network, "feature_cache"):
         raise ValueError(f"features can be cached of a UNet, not of {type(network).__name__}")
     attending = [part for part in network.modules() if isinstance(part, SelfAttending)]
-    network.feature_cache = FeatureCache(every, attending) if every > 1 else None
+    unet = cast("UNetModel", network)  # or one like it
+    unet.feature_cache = FeatureCache(every, attending) if every > 1 else None
     try:
         yield
     finally:
-        network.feature_cache = None
+        unet.feature_cache = None

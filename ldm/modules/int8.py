@@ -37,7 +37,7 @@ def quantize(module: nn.Module) -> int:
     count = 0
     for part in module.modules():
         kind = QUANTIZED.get(type(part))
-        if kind is not None and min(part.weight.shape[:2]) >= NARROW and getattr(part, "groups", 1) == 1:
+        if kind is not None and _is_wide(part):
             part.__class__ = kind
             count += 1
         elif isinstance(part, CrossAttention):
@@ -45,6 +45,12 @@ def quantize(module: nn.Module) -> int:
     if not count:
         raise ValueError(f"there is no layer of {NARROW} channels and more to quantize")
     return count
+
+
+def _is_wide(part: nn.Module) -> bool:
+    return isinstance(part, (nn.Linear, nn.Conv2d)) and (
+        min(part.weight.shape[:2]) >= NARROW and getattr(part, "groups", 1) == 1
+    )
 
 
 def has_int8() -> bool:

@@ -18,9 +18,9 @@ KERNELS = (
     *("_convolution_pointwise", "_reorder_convolution_weight"),
     *("_convolution_transpose_pointwise", "_reorder_convolution_transpose_weight"),
 )
-PLAIN = ("none", [], "")  # nothing is done to what comes out
+PLAIN: tuple[str, list[Any], str] = ("none", [], "")  # nothing is done to what comes out
+GELU: tuple[str, list[Any], str] = ("gelu", [], "none")  # the exact one
 PLAIN_3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1)  # kernel, padding, stride, dilation, groups
-GELU = ("gelu", [], "none")  # the exact one
 
 
 def lay_out(module: nn.Module) -> None:
@@ -121,7 +121,7 @@ class LaidOutConv2d(nn.Conv2d):
         """Rows of what a large map becomes, of those rows and one above and below; where it `takes_strips`."""
         return self._convolve(x, (0, 1))
 
-    def _convolve(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    def _convolve(self, x: Tensor, padding: str | tuple[int, ...]) -> Tensor:
         how = (padding, self.stride, self.dilation, self.groups)
         if self._kept is None or not self._kept.is_of(self.weight):
             # the size of an input is a hint: another one costs at most what it cost before

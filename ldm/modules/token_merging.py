@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 
 LIMIT = 0.75  # of four neighbours one stays
 
@@ -65,8 +69,10 @@ def merging_tokens(network: nn.Module, share: float) -> Iterator[None]:
     """
     if not 0 <= share <= LIMIT:
         raise ValueError(f"the share of tokens to merge is from 0 to {LIMIT}, not {share}")
-    transformers = network.outermost_transformers() if hasattr(network, "outermost_transformers") else []
-    found = [block for part in transformers for block in part.transformer_blocks if block.attends_to_itself]
+    outermost: Callable[[], list[SpatialTransformer]] | None = getattr(network, "outermost_transformers", None)
+    transformers = [] if outermost is None else outermost()
+    blocks = (cast("Iterable[BasicTransformerBlock]", part.transformer_blocks) for part in transformers)
+    found = [block for part in blocks for block in part if block.attends_to_itself]
     if not found:
         raise ValueError("merging tokens needs a UNet whose transformers attend to themselves: this network has none")
     try:

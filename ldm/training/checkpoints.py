@@ -139,6 +139,7 @@ class Checkpoints(Checkpoint):
 
     @property
     def state_key(self) -> str:
+        """Lightning's hook: what this callback's state is called in a checkpoint."""
         return self._generate_state_key(every_n_train_steps=self.every_n_train_steps, folder=self.dirpath.name)
 
     def state_dict(self) -> dict[str, Any]:

@@ -69,10 +69,12 @@ class Settings:
 
     @property
     def trainer(self) -> dict[str, Any]:
+        """Lightning's Trainer's options."""
         return self.lightning["trainer"]
 
     @property
     def seed(self) -> int:
+        """Where the run's random numbers start."""
         return self.lightning["seed"]
 
 

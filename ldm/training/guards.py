@@ -135,10 +135,12 @@ class _Fetching(PassThroughProfiler):
     _start = 0.0
 
     def start(self, action_name: str) -> None:
+        """Lightning's hook."""
         if action_name.endswith(".train_dataloader_next"):
             self._start = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
+        """Lightning's hook."""
         if action_name.endswith(".train_dataloader_next"):
             self.seconds += time.perf_counter() - self._start
 

@@ -36,6 +36,7 @@ class _Writer(ExperimentWriter):
         """Lightning would delete what an earlier start of the run wrote."""
 
     def save(self) -> None:
+        """Lightning's hook: write what was logged since; a failure is said once."""
         try:
             super().save()
         except OSError as error:

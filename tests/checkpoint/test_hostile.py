@@ -16,6 +16,7 @@ from torch import nn
 
 from ldm import cli
 from ldm.checkpoint import Checkpoint, CheckpointError, containers, fill_model, pickles, read_checkpoint, reading
+from ldm.checkpoint.names import DTYPES
 from scripts import prune_checkpoint
 from tests.checkpoint import hostile
 
@@ -117,7 +118,7 @@ def test_expanded_and_shared_tensors_stay_as_they_are(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_every_dtype(tmp_path):
-    state = {name: torch.zeros(3, 2).to(getattr(torch, name)) for name in pickles.DTYPES}
+    state = {name: torch.zeros(3, 2).to(getattr(torch, name)) for name in DTYPES}
     for zipped in (True, False):
         torch.save(state, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
         found = read_checkpoint(tmp_path / "a.ckpt").state

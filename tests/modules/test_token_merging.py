@@ -66,6 +66,15 @@ def test_equal_tokens_lose_nothing(block, size, across, share):
     torch.testing.assert_close(merged, plain)
 
 
+def test_merging_needs_to_know_the_map(block):
+    block.merged_share = 0.5
+    try:
+        with pytest.raises(ValueError, match="needs the size of the map"):
+            block(tensor("x", 2, 24, 24).transpose(1, 2))
+    finally:
+        block.merged_share = 0.0
+
+
 @pytest.fixture(scope="module")
 def network():
     return filled(UNetModel(**golden_configs("unet_pub")["v1_tiny"]["config"]))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from ldm.benchmarks.comparing import Bench
@@ -24,9 +25,10 @@ def rows(bench: Bench) -> Iterator[Row]:
     for precision in settings.precisions:
         options = ["--ckpt", str(ckpt), "--device", str(settings.device), "--precision", PRECISIONS[precision]]
         row = Row("e2e", SCRIPT, "ours", str(settings.device), precision, unit="runs")
+        call = partial(timed, partial(draw, options))
         for _ in range(settings.warm_up):
-            row.first = row.first or timed(lambda options=options: draw(options))
-        row.seconds = in_turns({"ours": lambda options=options: timed(lambda: draw(options))}, settings.repeats)["ours"]
+            row.first = row.first or call()
+        row.seconds = in_turns({"ours": call}, settings.repeats)["ours"]
         yield row
 
 

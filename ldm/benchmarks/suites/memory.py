@@ -42,10 +42,10 @@ def first_call(config: str, device: str, kind: str, who: str, scan: dict[str, An
     """The job: seconds and bytes on top of the weights that a first call takes."""
     from ldm.benchmarks.networks import on_meta, with_weights
 
-    settings, scan = Settings(torch.device(device), config=config), Scan(**scan)
+    settings, point = Settings(torch.device(device), config=config), Scan(**scan)
     meta = on_meta(settings.model_config["model"]).first_stage_model
-    weights = with_weights(meta, settings.device, scan.dtype)
-    call = dict(vae.contenders(settings, weights, kind, scan))[who]()
+    weights = with_weights(meta, settings.device, point.dtype)
+    call = dict(vae.contenders(settings, weights, kind, point))[who]()
     with Peak(settings.device) as peak:
         seconds = timed(call, clock_of(settings.device))
     return {"seconds": seconds, "memory": peak.extra}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         weights = with_weights(meta, settings.device, scan.dtype)
         shape = (scan.batch, length)
         tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(1)).to(settings.device)
-        operations = count(lambda shape=shape: meta(torch.zeros(shape, dtype=torch.long, device="meta")))
+        operations = count(partial(meta, torch.zeros(shape, dtype=torch.long, device="meta")))
 
         def ours(weights=weights, tokens=tokens) -> Callable[[], Tensor]:
             network = build_ours(weights, "eager", settings.device)

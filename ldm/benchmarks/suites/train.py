@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ldm.benchmarks.comparing import Bench, explain, finished, release
 from ldm.benchmarks.memory import Peak
 from ldm.benchmarks.rows import Row, row_of
-from ldm.benchmarks.settings import V1, Scan
+from ldm.benchmarks.settings import V1, Scan, Settings
 from ldm.benchmarks.timing import clock_of
 
 if TYPE_CHECKING:
@@ -101,11 +101,7 @@ def model_and_latents(name: str, size: int = 256, recompute: bool = True) -> tup
 
     recompute: as v1's config has it, what the backward pass needs is computed again, to save memory.
     """
-    from omegaconf import OmegaConf
-
-    from ldm.util import public_path
-
-    model = OmegaConf.to_container(OmegaConf.load(public_path(CONFIGS[name])).model, resolve=True)
+    model: dict[str, Any] = Settings(config=CONFIGS[name]).model_config["model"]
     model["base_learning_rate"] = 1e-6
     if name == "bundled":
         model["params"]["use_ema"] = True
@@ -157,9 +153,12 @@ def measure(
     now = clock_of(device)
 
     class InTurns(pl.Callback):
+        """Takes a plain step after each of the run, and the time of both."""
+
         resumed: float | None = None
 
         def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, index: int) -> None:
+            """Lightning's hook."""
             stopped = now()
             plain_step(model, trainer.optimizers[0], batch, scan.precision == "bf16")
             resumed = now()
@@ -172,7 +171,8 @@ def measure(
     trainer = build_trainer(settings, model, folder, now="benchmark")
     set_learning_rate(model, settings, data.batch_size, 1)
     unwanted = (pl.callbacks.Checkpoint, Signals)  # Ctrl-C has nothing to save
-    trainer.callbacks = [*(c for c in trainer.callbacks if not isinstance(c, unwanted)), InTurns()]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning declares it nowhere
+    callbacks[:] = [*(c for c in callbacks if not isinstance(c, unwanted)), InTurns()]
     trainer.fit(model, datamodule=data)
     return pairs
 

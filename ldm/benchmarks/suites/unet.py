@@ -131,7 +131,7 @@ def our_loop(
     guided = Guided(context, nothing, Guidance(SCALE))
 
     # the places of diffusers' steps: of the published ones there is one more where the number does not divide 1000
-    how = {"steps": steps, "sampler": "ddim", "schedule": "leading", "x_T": x, "progress": False}
+    how: dict[str, Any] = {"steps": steps, "sampler": "ddim", "schedule": "leading", "x_T": x, "progress": False}
 
     def loop() -> Tensor:
         with drawing(model):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.benchmarks import peers
 from ldm.benchmarks.comparing import Bench, Contender
-from ldm.benchmarks.networks import build_ours, decode_ours, encode_ours, on_meta, with_weights
+from ldm.benchmarks.networks import build_ours, decode_ours, encode_ours, in_channels_last, on_meta, with_weights
 from ldm.benchmarks.roofline import count
 from ldm.benchmarks.rows import Row, row_of
 from ldm.benchmarks.settings import Scan, Settings
+
+if TYPE_CHECKING:
+    from ldm.models.autoencoder import AutoencoderKL
 
 WAYS = ("eager",)  # of the first stage
 KINDS = ("decode", "encode")
@@ -23,7 +27,7 @@ def rows(bench: Bench) -> Iterator[Row]:
     """Both directions, of every scan."""
     settings = bench.settings
     meta = on_meta(settings.model_config["model"]).first_stage_model
-    weights: tuple[torch.dtype, nn.Module] | None = None
+    weights: tuple[torch.dtype, AutoencoderKL] | None = None
     for scan in settings.scans():
         if weights is None or weights[0] != scan.dtype:
             weights = scan.dtype, with_weights(meta, settings.device, scan.dtype)
@@ -50,7 +54,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             )
 
 
-def flops(settings: Settings, meta: nn.Module, kind: str, scan: Scan) -> int:
+def flops(settings: Settings, meta: AutoencoderKL, kind: str, scan: Scan) -> int:
     """Operations of a call, without tiles."""
     x = torch.empty(shape(settings, kind, scan), device="meta")
     return count(lambda: meta.decode(x) if kind == "decode" else meta.encode(x))
@@ -64,7 +68,7 @@ def shape(settings: Settings, kind: str, scan: Scan) -> tuple[int, int, int, int
 
 
 def contenders(
-    settings: Settings, weights: nn.Module, kind: str, scan: Scan
+    settings: Settings, weights: AutoencoderKL, kind: str, scan: Scan
 ) -> Iterator[tuple[str, Callable[[], Callable[[], Tensor]]]]:
     """(who, how to make it ready) of everybody."""
     generator = torch.Generator().manual_seed(1)
@@ -75,13 +79,14 @@ def contenders(
         return partial(decode_ours if kind == "decode" else encode_ours, build_ours(weights, way, settings.device), x)
 
     def theirs(way: str) -> Callable[[], Tensor]:
-        network = peers.vae(settings.model_config, weights).to(memory_format=torch.channels_last)
+        """Theirs, made ready as `peers` makes the UNet."""
+        network = in_channels_last(peers.vae(settings.model_config, weights))
+        decode, encode = network.decode, network.encode
         if way == "compiled":
-            network.decode = torch.compile(network.decode, **peers.COMPILED)
-            network.encode = torch.compile(network.encode, **peers.COMPILED)
+            decode, encode = peers.compiled(decode), peers.compiled(encode)
         if kind == "decode":
-            return lambda: network.decode(x).sample
-        return lambda: network.encode(x).latent_dist.mean
+            return lambda: decode(x).sample
+        return lambda: encode(x).latent_dist.mean
 
     for way in WAYS:
         yield f"ours {way}", partial(ours, way)

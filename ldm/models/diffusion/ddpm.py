@@ -20,14 +20,15 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.dropout import CONTEXT, ConditionDropout
 from ldm.models.diffusion.gaussian import Condition, square
+from ldm.models.diffusion.loaded import Loaded
 from ldm.models.diffusion.pictures import DiffusionPictures, LatentPictures
-from ldm.models.diffusion.stages import images_of
+from ldm.models.diffusion.stages import freeze, images_of
 from ldm.models.diffusion.training import DiffusionTraining
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.attention import seeing_themselves_alone
 from ldm.modules.diffusionmodules.schedule import min_snr_weights
 from ldm.modules.ema import LitEma
-from ldm.util import FIRST_STAGE, UNCONDITIONAL, instantiate_from_config
+from ldm.util import UNCONDITIONAL, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class DDPM(DiffusionPictures, DiffusionTraining):
         return self(self.get_input(batch, self.first_stage_key))
 
 
-class LatentDiffusion(LatentPictures, DDPM):
+class LatentDiffusion(Loaded, LatentPictures, DDPM):
     """Diffusion in the latents of `first_stage_config`, conditioned by what `cond_stage_config` encodes.
 
     cond_stage_config: a config, or one of the markers `__is_first_stage__`, `__is_unconditional__`.
@@ -189,14 +190,6 @@ class LatentDiffusion(LatentPictures, DDPM):
     A batch may hold, instead of images, a first stage's answers, `moments` (B, 2C, h, w) of a KL posterior or `latents`
     (B, C, h, w), neither scaled, and `context` (B, L, D) beside or instead of what it encodes.
     """
-
-    # set by `ldm.inference.loading` on models to draw with
-    checkpoint_path: str
-    global_step_of_file: int | None
-    family: str
-    autocast_dtype: torch.dtype | None
-    one_scale: bool
-    sampling: dict[str, Any]
 
     cond_ids: Tensor
 
@@ -250,18 +243,6 @@ class LatentDiffusion(LatentPictures, DDPM):
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
         if train_only is not None:
             self.train_only(train_only)
-
-    def _make_cond_stage(self, config: Mapping[str, Any] | str) -> None:
-        if config == FIRST_STAGE:
-            self.cond_stage_model = self.first_stage_model
-            return
-        self.cond_stage_model = instantiate_from_config(config)
-        if self.cond_stage_model is not None and not self.cond_stage_trainable:
-            freeze(self.cond_stage_model)
-        elif self.cond_stage_model is not None:
-            self.cond_stage_model.requires_grad_(True)  # encoders that freeze themselves would not be trained
-            for name in getattr(self.cond_stage_model, "spare_weights", ()):  # several processes would wait for these
-                self.cond_stage_model.get_parameter(name).requires_grad_(False)
 
     def make_cond_schedule(self) -> None:
         """The noise level of the condition at every timestep, `cond_ids` (T,)."""
@@ -392,11 +373,6 @@ class LatentDiffusion(LatentPictures, DDPM):
             return self.sample(cond, batch_size, return_intermediates=True, **kwargs)
         shape = (self.channels, *square(self.image_size))
         return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, eta=eta, verbose=False, **kwargs)
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """`module` in evaluation mode, without gradients."""
-    return module.eval().requires_grad_(False)
 
 
 # Public names of classes that have files of their own, and build on those here.

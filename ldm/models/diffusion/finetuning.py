@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.models.diffusion.ddpm import LatentDiffusion, freeze
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.gaussian import Condition
-from ldm.models.diffusion.stages import images_of
+from ldm.models.diffusion.stages import freeze, images_of
 from ldm.util import instantiate_from_config
 
 FIRST_CONVOLUTION = (

@@ -35,6 +35,8 @@ class GaussianDiffusion(pl.LightningModule):
     channels: int
     log_every_t: int
     clip_denoised: bool
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
     first_stage_model: Any  # of those that have one
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Condition = None) -> Tensor:

@@ -65,8 +65,10 @@ def slerp(a: Tensor, b: Tensor, weight: float | Sequence[float]) -> Tensor:
     """
     where = a.device if a.device.type == "cuda" else torch.device("cpu")  # not every device has float64
     x, y = (part.flatten(1).to(where, torch.float64) for part in (a, b))
-    w: float | Tensor = weight
-    if not isinstance(weight, (int, float)):
+    w: float | Tensor
+    if isinstance(weight, (int, float)):
+        w = weight
+    else:
         w = _moved(torch.as_tensor(weight, dtype=torch.float64, device="cpu").reshape(-1, 1), where)  # (B, 1)
     angle = torch.nn.functional.cosine_similarity(x, y, dim=1).clamp(-1, 1).arccos()[:, None]  # (B, 1)
     straight = angle.sin() < 1e-6

@@ -237,6 +237,7 @@ class Sampler:
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
 
         def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
+            """What comes after every step: callbacks, and an intermediate every `log_every_t` steps."""
             if callback:
                 callback(i)
             if img_callback:
@@ -313,6 +314,7 @@ class Sampler:
         run = self._run(schedule, cond, unconditional_conditioning, guidance, keep=keep, noise=noise)
 
         def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
+            """What comes after every step: callbacks."""
             if callback:
                 callback(i)
             if img_callback:

@@ -12,6 +12,7 @@ from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.dropout import CONTEXT, ConditionDropout
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import FIRST_STAGE, instantiate_from_config
 
 TEXT_KEYS = ("txt", "caption")
 PLAIN_KEYS = (*TEXT_KEYS, "coordinates_bbox")  # conditions that a batch holds as they are, not as images
@@ -35,6 +36,11 @@ def images_of(batch: Mapping[str, Any], key: str, device: torch.device) -> Tenso
     return x.movedim(-1, 1).to(device, memory_format=torch.contiguous_format).float()
 
 
+def freeze(module: nn.Module) -> nn.Module:
+    """`module` in evaluation mode, without gradients."""
+    return module.eval().requires_grad_(False)
+
+
 class LatentStages:
     """What `LatentDiffusion`, which makes them, does with its first stage and its condition's encoder."""
 
@@ -47,6 +53,18 @@ class LatentStages:
     condition_dropout: ConditionDropout
     device: torch.device
     _empty_contexts: dict[Any, Tensor]
+
+    def _make_cond_stage(self, config: Mapping[str, Any] | str) -> None:
+        if config == FIRST_STAGE:
+            self.cond_stage_model = self.first_stage_model
+            return
+        self.cond_stage_model = instantiate_from_config(config)
+        if self.cond_stage_model is not None and not self.cond_stage_trainable:
+            freeze(self.cond_stage_model)
+        elif self.cond_stage_model is not None:
+            self.cond_stage_model.requires_grad_(True)  # encoders that freeze themselves would not be trained
+            for name in getattr(self.cond_stage_model, "spare_weights", ()):  # several processes would wait for these
+                self.cond_stage_model.get_parameter(name).requires_grad_(False)
 
     # ---- first stage ----
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.ddpm import LatentDiffusion, freeze
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.gaussian import Condition
-from ldm.models.diffusion.stages import images_of
+from ldm.models.diffusion.stages import freeze, images_of
 from ldm.models.diffusion.upscaling import augmented
 from ldm.util import instantiate_from_config
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +166,7 @@ class Level(nn.Module):
         for name in self._resample:
             yield getattr(self, name)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, Cin, H, W) -> (B, Cout, H', W')
         for stage in self.stages():
             x = stage(x)
         return x
@@ -236,7 +237,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_channels, H, W) -> (B, z, H/f, W/f)
         h = self.conv_in(channels_last(x, self.conv_in.weight))
-        for level in self.down:
+        for level in cast(Iterable[Level], self.down):
             for stage in level.stages():
                 h = stage(h)
         return convolve(self.mid(h), self.norm_out, self.conv_out).contiguous()
@@ -286,7 +287,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:  # (B, z_channels, h, w) -> (B, out_ch, f h, f w)
         h = self.mid(self.conv_in(channels_last(z, self.conv_in.weight)))
-        for level in reversed(self.up):
+        for level in reversed(cast(Sequence[Level], self.up)):
             for stage in level.stages():
                 h = stage(h)
         if self.give_pre_end:

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 
 from ldm.modules.attending import attend
 from ldm.modules.attention import SelfAttending, SpatialTransformer
+from ldm.modules.diffusionmodules.options import (
+    check_context,
+    check_heads,
+    divide,
+    make_label_embedding,
+    per_level,
+    split_heads,
+)
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
@@ -160,6 +168,7 @@ class TimestepEmbedSequential(nn.Sequential):
     def forward(  # type: ignore[override]  # nn.Sequential's takes x alone
         self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: Size | None = None
     ) -> Tensor:
+        """x (B, C, H, W), emb (B, emb_channels), context (B, M, D), size: (H', W') -> (B, C', H', W')."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb, size)
@@ -221,14 +230,8 @@ class UNetModel(nn.Module):
         adm_in_channels: int | None = None,
     ) -> None:
         super().__init__()
-        if use_spatial_transformer and context_dim is None:
-            raise ValueError("use_spatial_transformer needs context_dim, the width of the context to attend on")
-        if context_dim is not None and not use_spatial_transformer:
-            raise ValueError(f"context_dim={context_dim} has no effect without use_spatial_transformer: true")
-        if num_heads == -1 and num_head_channels == -1:
-            raise ValueError("give num_heads or num_head_channels")
-        if num_heads_upsample not in (-1, num_heads):
-            raise ValueError(f"num_heads_upsample={num_heads_upsample} must be left out, or be num_heads={num_heads}")
+        check_context(use_spatial_transformer, context_dim)
+        check_heads(num_heads, num_head_channels, num_heads_upsample)
         self.image_size = image_size
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -245,9 +248,11 @@ class UNetModel(nn.Module):
         limits = per_level(num_attention_blocks or 2**30, levels, "num_attention_blocks")
 
         def res(channels: int, out: int, **resample: bool) -> ResBlock:
+            """A residual block from one width to another."""
             return ResBlock(channels, time_dim, dropout, out, dims, use_checkpoint, use_scale_shift_norm, **resample)
 
         def attention(channels: int, level: int | None) -> nn.Module:
+            """What attends at a level, or in the middle (None)."""
             heads, width = split_heads(channels, num_heads, num_head_channels)
             if not use_spatial_transformer:
                 return AttentionBlock(channels, heads, -1, use_checkpoint, use_new_attention_order)
@@ -263,6 +268,7 @@ class UNetModel(nn.Module):
             )
 
         def resample(channels: int, up: bool) -> nn.Module:
+            """What stands between two levels."""
             if resblock_updown:
                 return res(channels, channels, up=up, down=not up)
             return (Upsample if up else Downsample)(channels, conv_resample, dims)
@@ -349,8 +355,8 @@ class UNetModel(nn.Module):
 
     def outermost_transformers(self) -> list[SpatialTransformer]:
         """The transformers at the largest of the sizes that have any."""
-        inward = (layer for block in self.input_blocks for layer in block)
-        outward = (layer for block in reversed(self.output_blocks) for layer in reversed(block))
+        inward = (layer for block in self.input_blocks for layer in block.children())
+        outward = (layer for block in reversed(self.output_blocks) for layer in reversed(list(block.children())))
         return [layer for layers in (inward, outward) for layer in _before_resampling(layers)]
 
     def _label_input(self, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -368,40 +374,3 @@ def _before_resampling(layers: Iterable[nn.Module]) -> list[SpatialTransformer]:
         elif found and (isinstance(layer, (Upsample, Downsample)) or getattr(layer, "resample", None) is not None):
             break
     return found
-
-
-def make_label_embedding(num_classes: int | str, time_dim: int, adm_in_channels: int | None) -> nn.Module:
-    """The module that turns a label into something to add to the timestep embedding."""
-    if isinstance(num_classes, int):
-        return nn.Embedding(num_classes, time_dim)
-    if num_classes == "continuous":
-        return nn.Linear(1, time_dim)
-    if num_classes == "sequential":
-        if adm_in_channels is None:
-            raise ValueError('num_classes="sequential" needs adm_in_channels, the width of the vectors')
-        layers = nn.Sequential(nn.Linear(adm_in_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        return nn.Sequential(layers)  # published nested: label_emb.0.0.weight
-    raise ValueError(f'num_classes must be an int, "continuous" or "sequential", not {num_classes!r}')
-
-
-def per_level(value: int | bool | Sequence[int], levels: int, name: str) -> list[int]:
-    """`value` once a level, if it is a single one; else as a list of the right length."""
-    if isinstance(value, int):
-        return [value] * levels
-    if len(value) != levels:
-        raise ValueError(f"{name} has {len(value)} entries for the {levels} levels of channel_mult")
-    return list(value)
-
-
-def split_heads(channels: int, num_heads: int, num_head_channels: int) -> tuple[int, int]:
-    """(heads, their width) of an attention over `channels`, given one of the two; -1 for the other."""
-    if num_head_channels == -1:
-        return num_heads, divide(channels, num_heads, "channels", "num_heads")
-    return divide(channels, num_head_channels, "channels", "num_head_channels"), num_head_channels
-
-
-def divide(number: int, by: int, name: str, by_name: str) -> int:
-    """`number // by`, where they must divide."""
-    if by < 1 or number % by:
-        raise ValueError(f"{name}={number} is not divisible by {by_name}={by}")
-    return number // by

@@ -41,7 +41,7 @@ class GroupNorm32(nn.GroupNorm):
 
     _kept: tuple[Kept, ...] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, ...) -> same
         if x.dtype == torch.float32:
             return super().forward(x)
         weight, bias = self._in_float32()

@@ -101,7 +101,7 @@ class _TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         _initialise(self, config)
 
-    def forward(self, input_ids: Tensor) -> CLIPTextOutput:
+    def forward(self, input_ids: Tensor) -> CLIPTextOutput:  # ids (B, L)
         states = [self.embeddings(input_ids)]  # (B, L, D)
         for layer in self.encoder.layers:
             states.append(layer(states[-1]))
@@ -119,7 +119,7 @@ class _Embeddings(nn.Module):
         self.position_ids: Tensor
         self.register_buffer("position_ids", _position_ids(config))  # (1, L), read by other tools only
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
         length, limit = input_ids.shape[-1], self.position_embedding.num_embeddings
         if length > limit:
             raise ValueError(f"{length} tokens, but the text tower reads at most {limit}")
@@ -142,7 +142,7 @@ class _Layer(nn.Module):
         self.mlp = _MLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> same
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -157,7 +157,7 @@ class _CausalAttention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> same
         q, k, v = (
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, D / heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -174,7 +174,7 @@ class _MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> same
         return self.fc2(self.activation(self.fc1(x)))
 
 

@@ -71,7 +71,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(width, inner)
         self.c_proj = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> same
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
@@ -85,7 +85,7 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width, quick)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, causal: bool) -> Tensor:  # (B, L, D) -> same
         x = x + self.attn(self.ln_1(x), causal)
         return x + self.mlp(self.ln_2(x))
 

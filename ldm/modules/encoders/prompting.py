@@ -42,7 +42,9 @@ class TokenEncoder(Protocol):
     tokenizer: Tokenizer
     max_length: int
 
-    def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor: ...
+    def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
+        """Ids (B, L) to what the network attends to (B, L, D)."""
+        ...
 
 
 class Chunk(NamedTuple):

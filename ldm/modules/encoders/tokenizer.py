@@ -129,6 +129,7 @@ class CLIPTokenizer(Tokenizer):
     _normalise = True
 
     def tokenize(self, text: str) -> Tokens:
+        """The ids of `text`, cleaned, and where each begins in that."""
         text = self._clean(text)
         encoding = _byte_pair_encoder(self.specials, self._normalise).encode(text, add_special_tokens=False)
         return Tokens(text, encoding.ids, [start for start, _ in encoding.offsets])
@@ -186,6 +187,7 @@ class WordTokenizer(Tokenizer):
         self._ids = {word: index for index, word in enumerate(self.words)}
 
     def tokenize(self, text: str) -> Tokens:
+        """The ids of the words of `text`, and where each begins; says once which words it does not know."""
         found = list(self._pattern.finditer(text))
         words = [match[0].lower() for match in found]
         if unknown := [word for word in dict.fromkeys(words) if word not in self._ids]:

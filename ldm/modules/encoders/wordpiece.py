@@ -46,6 +46,7 @@ class BERTTokenizer(Tokenizer):
         return BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
 
     def tokenize(self, text: str) -> Tokens:
+        """The ids of `text` in pieces of words, and where each begins."""
         encoding = self._pieces.encode(text, add_special_tokens=False)
         return Tokens(text, encoding.ids, [start for start, _ in encoding.offsets])
 

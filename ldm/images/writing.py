@@ -1,0 +1,140 @@
+"""Pictures to files: PNG and animations, whole or not there, under names that nobody else has."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+
+def next_free_index(folder: str | Path, pattern: str) -> int:
+    """One more than the highest number among the files of `folder` that `pattern`, such as "{:05}.png", names."""
+    before, after = re.split(r"\{.*?\}", pattern)
+    number = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+    matches = (number.fullmatch(name) for name in os.listdir(folder))
+    return max((int(match[1]) for match in matches if match), default=-1) + 1
+
+
+def save_png(
+    image: Image.Image,
+    folder: str | Path,
+    pattern: str,
+    metadata: Mapping[str, str] | None = None,
+    index: int | None = None,
+    before: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write `image` to `folder` under the next free name of `pattern`, such as "{:05}.png"; returns its path.
+
+    `metadata` goes into PNG text chunks. `index` is the number to use, or the first to try if that is taken; None goes
+    on after the highest there. A file that exists is never replaced, even when several processes write to
+    the folder at once, and no name ever belongs to a half-written file, not even after a power cut. Raises OSError if
+    the folder is not writable. before: called with the whole file, just before that gets its name.
+    """
+    folder = Path(folder)
+    return _save_under_first_free(_png(image, metadata), folder, lambda: _numbered(folder, pattern, index), before)
+
+
+def save_png_named(
+    image: Image.Image, folder: str | Path, name: str, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write `image` to folder/NAME.png, or where that is taken NAME-1.png, NAME-2.png ...; otherwise as `save_png`."""
+    folder = Path(folder)
+
+    def names() -> Iterator[Path]:
+        return itertools.chain([folder / f"{name}.png"], (folder / f"{name}-{n}.png" for n in itertools.count(1)))
+
+    return _save_under_first_free(_png(image, metadata), folder, names)
+
+
+def replace_png(image: Image.Image, path: str | Path) -> None:
+    """Write `image` to `path` in place of what is there, whole at any time: for previews, the one thing that may go."""
+    path = Path(path)
+    with _complete(_png(image), path.parent) as complete:
+        os.replace(complete, path)
+
+
+def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: str, fps: float) -> Path:
+    """Write pictures of one size as one that moves, `fps` of them a second, for ever; returns its path.
+
+    `pattern`, such as "{:04}.gif", says which kind: GIF (256 colours a picture, times in hundredths of a second) or
+    WebP. Its number is the next free one, as in `save_png`. ValueError for no pictures, or another kind.
+    """
+    kind = Path(pattern).suffix.lower()
+    kinds: dict[str, dict[str, Any]] = {
+        ".gif": {"format": "GIF", "disposal": 1},
+        ".webp": {"format": "WEBP", "quality": 90},
+    }
+    if not images or kind not in kinds:
+        raise ValueError(f"an animation is a .gif or .webp of at least one picture, not {kind} of {len(images)}")
+    first, *others = images
+    # the times when pictures change are rounded, not how long one lasts: no error adds up
+    unit = 10 if kind == ".gif" else 1  # in milliseconds
+    changes = [round(1000 * number / fps / unit) * unit for number in range(len(images) + 1)]
+    durations = [after - before for before, after in zip(changes, changes[1:])]
+
+    def write(file: BinaryIO) -> None:
+        first.save(file, save_all=True, append_images=others, duration=durations, loop=0, **kinds[kind])
+
+    folder = Path(folder)
+    return _save_under_first_free(write, folder, lambda: _numbered(folder, pattern, None))
+
+
+def _numbered(folder: Path, pattern: str, index: int | None) -> Iterator[Path]:
+    first = next_free_index(folder, pattern) if index is None else index
+    return (folder / pattern.format(number) for number in itertools.count(first))
+
+
+def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Callable[[BinaryIO], None]:
+    text = PngInfo()
+    for key, value in (metadata or {}).items():
+        text.add_text(key, value.encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
+    return lambda file: image.save(file, format="PNG", pnginfo=text)
+
+
+def _save_under_first_free(
+    write: Callable[[BinaryIO], None],
+    folder: Path,
+    names: Callable[[], Iterator[Path]],
+    before: Callable[[Path], None] | None = None,
+) -> Path:
+    with _complete(write, folder) as complete:
+        if before is not None:
+            before(complete)
+        for path in names():
+            with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
+                _rename_to_new(complete, path)
+                return path
+    raise FileExistsError(f"every name for a file in {folder} is taken")
+
+
+@contextlib.contextmanager
+def _complete(write: Callable[[BinaryIO], None], folder: Path) -> Iterator[Path]:
+    """A file of `folder` with all of what `write` writes, under a name of no meaning, to be given another."""
+    complete = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with open(complete, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        yield complete
+    finally:
+        complete.unlink(missing_ok=True)
+
+
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Give `source` the name `target`, atomically; FileExistsError if that is taken."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: reserve the name, then replace the empty file
+        open(target, "xb").close()
+        os.replace(source, target)
