@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ def clip_text_with_projection(size: Mapping[str, Any], state: State) -> CLIPText
 def clip_vision(size: Mapping[str, Any], state: State) -> CLIPVisionModelWithProjection:
     """The vision tower of a whole CLIP in OpenAI's names; its blocks by diffusers' conversion of those for text."""
     model = CLIPVisionModelWithProjection(CLIPVisionConfig(**_clip_sizes(size)))
-    weights = conversion.convert_open_clip_checkpoint(model, dict(state), prefix="visual.")
+    # the width of its blocks, which diffusers has looked for under either name
+    blocks = SimpleNamespace(config=SimpleNamespace(hidden_size=size["width"], projection_dim=size["width"]))
+    weights = conversion.convert_open_clip_checkpoint(blocks, dict(state), prefix="visual.")
     weights = {key.replace("text_model.", "vision_model."): v for key, v in weights.items() if ".layers." in key}
     names = {"conv1.weight": "embeddings.patch_embedding.weight", "class_embedding": "embeddings.class_embedding"}
     names |= {"positional_embedding": "embeddings.position_embedding.weight"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
 from importlib import import_module
 from typing import Any
 
@@ -36,4 +37,9 @@ def main(function: str, arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Exception:
+        # not left to sys.excepthook, which torchmetrics 1.4.0 replaces with one that breaks the last line
+        traceback.print_exc()
+        sys.exit(1)

@@ -72,14 +72,17 @@ def text(network: OurCLIPTextModel) -> nn.Module:
 
 def pipeline(config: Config, network: nn.Module) -> Callable[..., Tensor]:
     """(latents, context, no context, steps, scale) to latents: StableDiffusionPipeline with DDIM around a UNet."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
     params = config["model"]["params"]
     schedule = {"beta_start": params["linear_start"], "beta_end": params["linear_end"]}
     schedule |= {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    # never run: diffusers 0.30 asks it how much smaller its latents are, by the number of its blocks
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    stage = AutoencoderKL(**blocks, block_out_channels=(1,) * 4, norm_num_groups=1)
     pipe = StableDiffusionPipeline(
-        **parts, unet=network, scheduler=DDIMScheduler(**schedule), requires_safety_checker=False
+        **parts, vae=stage, unet=network, scheduler=DDIMScheduler(**schedule), requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import re
@@ -161,10 +162,16 @@ def build_trainer(
             callbacks=[*_callbacks(settings, model, folder, now, checkpoints, anyway), *checkpoints],
             plugins=[WholeFiles()],
             use_distributed_sampler=False,  # the data module deals the shares
-            enable_autolog_hparams=False,
+            **_without_hyperparameters(),
         )
     except (MisconfigurationException, TypeError) as error:  # TypeError: devices of another kind than the accelerator's
         raise ValueError(f"the Trainer's settings do not fit: {error}") from error
+
+
+def _without_hyperparameters() -> dict[str, Any]:
+    """What keeps Lightning from noting a model's arguments; its older releases note only what a model saves."""
+    known = "enable_autolog_hparams" in inspect.signature(pl.Trainer).parameters
+    return {"enable_autolog_hparams": False} if known else {}
 
 
 def _checkpoints(settings: Settings, model: pl.LightningModule, folder: Path) -> list[Checkpoints]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor
 
 from ldm.cli_train import parse_train
@@ -17,6 +19,7 @@ from ldm.util import get_obj_from_str
 from tests.training.toys import TwoPlayers, config, two_players, write
 
 PUBLIC = json.loads((Path(__file__).parent.parent / "reference/public_configs.json").read_text())
+AUTOLOG = "enable_autolog_hparams"
 
 
 class Drawing(TwoPlayers):
@@ -55,6 +58,25 @@ def test_public_lightning_sections(tmp_path, name):
 )
 def test_public_names(name):
     assert get_obj_from_str(f"main.{name}").__name__ == name
+
+
+def test_a_trainer_of_lightning_2_4(tmp_path, monkeypatch):
+    """Which knows no `enable_autolog_hparams`: hyperparameters are not noted where Lightning would, and it asks."""
+    plain = {name: value for name, value in inspect.signature(pl.Trainer).parameters.items() if name != AUTOLOG}
+    given = {}
+
+    def older(**options):
+        assert set(options) <= set(plain), "an unexpected keyword argument"
+        given.update(options)
+
+    older.__signature__ = inspect.Signature(list(plain.values()))
+    toy = config(two_players())
+    toy["lightning"] = {"trainer": {"accelerator": "cpu"}}
+    _, trainer = built(tmp_path, toy)
+    assert not getattr(trainer, AUTOLOG, False)
+    monkeypatch.setattr(pl, "Trainer", older)
+    built(tmp_path, toy)
+    assert given["accelerator"] == "cpu" and given["callbacks"]
 
 
 def test_hand_made_optimisation_accumulates_itself(tmp_path):

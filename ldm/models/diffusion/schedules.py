@@ -153,7 +153,9 @@ def from_table(levels: Levels, steps: int, table: Sequence[float]) -> Nodes:
         raise ValueError(f"a schedule of one timestep is for one step, not for {steps}")
     sigma = np.log(sigma_of(levels.at(given)))
     places = np.linspace(0, len(given) - 1, steps) if steps > 1 else np.array([len(given) - 1.0])
-    return levels.time_of(np.exp(np.interp(places, np.arange(len(given)), sigma))), 1.0
+    timesteps = levels.time_of(np.exp(np.interp(places, np.arange(len(given)), sigma)))
+    timesteps[-1] = given[-1]  # to the bit: log and exp, there and back, may leave a little less
+    return timesteps, 1.0
 
 
 def lay_out(choice: str | Sequence[float], steps: int, alphas_cumprod: np.ndarray, eta: float = 0.0) -> Schedule:

@@ -99,6 +99,8 @@ def test_agrees_with_transformers(clip, tmp_path):
     (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     witness = transformers.CLIPTokenizerFast.from_pretrained(tmp_path, local_files_only=True)
     prompts = [g["prompt"] for g in GOLDENS] + _fuzz(500)
+    if witness("<|ENDOFTEXT|>").input_ids == witness("<|endoftext|>").input_ids:  # before transformers 5
+        prompts = [prompt for prompt in prompts if "<|ENDOFTEXT|>" not in prompt]
     assert [clip.encode(p) for p in prompts] == [witness(p).input_ids for p in prompts]
     rows = witness(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
     assert torch.equal(clip(prompts, 77), rows)
