@@ -19,7 +19,8 @@ from ldm.training import checkpoints
 from ldm.training.checkpoints import Checkpoints, WholeFiles, read_training_state, remove_partial_files
 from tests.training.toys import assert_same_weights, config, run, start, two_players, weights
 
-STATE = {"state_dict": {"w": torch.ones(3)}, "loops": {}, "place": {}, "optimizer_states": [], "global_step": 7}
+PLACE = {"epoch": 1, "batch": 2, "total": 7, "logged": 7, "batches": 5, "processes": 1}
+STATE = {"state_dict": {"w": torch.ones(3)}, "loops": {}, "place": PLACE, "optimizer_states": [], "global_step": 7}
 
 
 def test_files_hold_plain_values(tmp_path):
