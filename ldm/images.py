@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import textwrap
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from ldm.files import whole_file, write_new
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ def save_png(
     the folder is not writable. before: called with the whole file, just before that gets its name.
     """
     folder = Path(folder)
-    return _save_under_first_free(_png(image, metadata), folder, lambda: _numbered(folder, pattern, index), before)
+    return write_new(folder, _numbered(folder, pattern, index), _png(image, metadata), before)
 
 
 def save_png_named(
@@ -283,18 +284,14 @@ def save_png_named(
 ) -> Path:
     """Write `image` to folder/NAME.png, or where that is taken NAME-1.png, NAME-2.png ...; otherwise as `save_png`."""
     folder = Path(folder)
-
-    def names() -> Iterator[Path]:
-        return itertools.chain([folder / f"{name}.png"], (folder / f"{name}-{n}.png" for n in itertools.count(1)))
-
-    return _save_under_first_free(_png(image, metadata), folder, names)
+    names = (folder / f"{name}{tail}.png" for tail in itertools.chain([""], (f"-{n}" for n in itertools.count(1))))
+    return write_new(folder, names, _png(image, metadata))
 
 
 def replace_png(image: Image.Image, path: str | Path) -> None:
-    """Write `image` to `path` in place of what is there, whole at any time: for previews, the one thing that may go."""
-    path = Path(path)
-    with _complete(_png(image), path.parent) as complete:
-        os.replace(complete, path)
+    """Write `image` to `path` in place of what is there, whole at any time: for previews and reports."""
+    with whole_file(path) as partial, partial.open("wb") as file:
+        _png(image)(file)
 
 
 def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: str, fps: float) -> Path:
@@ -320,12 +317,12 @@ def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: s
         first.save(file, save_all=True, append_images=others, duration=durations, loop=0, **kinds[kind])
 
     folder = Path(folder)
-    return _save_under_first_free(write, folder, lambda: _numbered(folder, pattern, None))
+    return write_new(folder, _numbered(folder, pattern, None), write)
 
 
 def _numbered(folder: Path, pattern: str, index: int | None) -> Iterator[Path]:
-    first = next_free_index(folder, pattern) if index is None else index
-    return (folder / pattern.format(number) for number in itertools.count(first))
+    first = next_free_index(folder, pattern) if index is None else index  # when the first name is asked for
+    yield from (folder / pattern.format(number) for number in itertools.count(first))
 
 
 def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Callable[[BinaryIO], None]:
@@ -333,47 +330,6 @@ def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Calla
     for key, value in (metadata or {}).items():
         text.add_text(key, value.encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
     return lambda file: image.save(file, format="PNG", pnginfo=text)
-
-
-def _save_under_first_free(
-    write: Callable[[BinaryIO], None],
-    folder: Path,
-    names: Callable[[], Iterator[Path]],
-    before: Callable[[Path], None] | None = None,
-) -> Path:
-    with _complete(write, folder) as complete:
-        if before is not None:
-            before(complete)
-        for path in names():
-            with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
-                _rename_to_new(complete, path)
-                return path
-    raise FileExistsError(f"every name for a file in {folder} is taken")
-
-
-@contextlib.contextmanager
-def _complete(write: Callable[[BinaryIO], None], folder: Path) -> Iterator[Path]:
-    """A file of `folder` with all of what `write` writes, under a name of no meaning, to be given another."""
-    complete = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with open(complete, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield complete
-    finally:
-        complete.unlink(missing_ok=True)
-
-
-def _rename_to_new(source: Path, target: Path) -> None:
-    """Give `source` the name `target`, atomically; FileExistsError if that is taken."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: reserve the name, then replace the empty file
-        open(target, "xb").close()
-        os.replace(source, target)
 
 
 # Our names of settings, and what the A1111 web UI calls them. The order is the order of the text.
