@@ -52,7 +52,7 @@ def check_yaml(path: Path) -> None:
             named[anchor] = size
         sizes[-1] += size
         if sizes[-1] > MAX_ENTRIES:
-            raise ValueError(f"config {path} is refused: its aliases (*{event.anchor or anchor}) make it too long")
+            raise ValueError(f"config {path} is refused: its aliases make it too long")
 
 
 def check_growth(config: Any, place: Any) -> None:
@@ -62,8 +62,10 @@ def check_growth(config: Any, place: Any) -> None:
     """
     try:
         _Growth(config).size((), config)
-    except (_TooLong, RecursionError) as error:
-        raise ValueError(f"config {place} is refused: {error or 'its references are too many in a row'}") from None
+    except _TooLong as error:
+        raise ValueError(f"config {place} is refused: {error}") from None
+    except RecursionError:
+        raise ValueError(f"config {place} is refused: it has too many references in a row") from None
 
 
 class _TooLong(Exception):
@@ -115,7 +117,7 @@ class _Growth:
         name = name.strip()
         up = len(name) - len(name.lstrip("."))
         place, value = (), self._config
-        if ":" in name:
+        if ":" in name or not name.strip("."):
             return "", 0
         parts = [*(path[:-up] if up else ()), *re.findall(r"[^.\[\]\s]+", name)]
         for part in parts:

@@ -200,6 +200,7 @@ def _check_sums(path: Path, kind: str, verify: bool) -> None:
 def _read_safetensors(path: Path, mapped: bool) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Tensors and metadata. The library checks the header first: types, sizes, and that the tensors fill the file."""
     try:
+        _check_header(path)
         with safe_open(path, framework="pt", device="cpu") as file, path.open("rb") as stream:
             keys = list(file.keys())
             _check_number(path, len(keys))
@@ -214,6 +215,21 @@ def _read_safetensors(path: Path, mapped: bool) -> tuple[dict[str, Tensor], Mapp
             return state, file.metadata() or {}
     except (SafetensorError, KeyError, TypeError) as error:  # names in escapes that two parsers read differently
         raise cut_short(path, shown(" ".join(str(error).split()))) from error
+
+
+def _check_header(path: Path) -> None:
+    """CheckpointError for a header of so many parts that the library would fill the memory with them.
+
+    Every tensor has a brace of its own, and all numbers but one a comma; texts may have some, too.
+    """
+    with path.open("rb") as file:
+        left = int.from_bytes(file.read(8), "little")
+        braces = commas = 0
+        while left > 0 and (chunk := file.read(min(left, 2**22))):
+            left -= len(chunk)
+            braces, commas = braces + chunk.count(b"{"), commas + chunk.count(b",")
+            if braces > 2 * MAX_TENSORS or commas > 20 * MAX_TENSORS:
+                raise CheckpointError(f"{path} names more in its header than any model has: it is no checkpoint")
 
 
 def _safetensors_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:

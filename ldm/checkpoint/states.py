@@ -246,6 +246,8 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "numpy._core.multiarray._reconstruct": _Exact._array,
     "numpy.dtype": _Exact._kind,
 }
+_BASE = MAX_DEPTH + 2
+_LEAF = _BASE  # one thing, of no depth
 _KEYS = (str, int, float, type(None))
 _LEAVES = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray, set),
@@ -258,29 +260,28 @@ def _check_plain(root: Any) -> None:
 
     Lists that hold themselves have no end, and thirty lists that hold the one before twice have a billion entries.
     """
-    sizes: dict[int, int] = {}  # entries of what has been gone through, by id
-    depths: dict[int, int] = {}
-    begun: set[int] = set()
+    seen: dict[int, int] = {}  # by id, entries of what has been gone through, and below them the depth; 0: not yet done
     todo = [root]
     while todo:
         value = todo[-1]
-        if not _holds(value) or id(value) in sizes:
+        if not _holds(value) or seen.get(id(value)):
             todo.pop()
             continue
         inner = value.values() if isinstance(value, dict) else value
-        if id(value) not in begun:
-            begun.add(id(value))
+        if id(value) not in seen:
+            seen[id(value)] = 0
             _check_keys(value if isinstance(value, dict) else ())
-            new = [entry for entry in inner if _holds(entry) and id(entry) not in sizes]
-            if any(id(entry) in begun for entry in new):
+            new = [entry for entry in inner if _holds(entry) and not seen.get(id(entry))]
+            if any(id(entry) in seen for entry in new):
                 raise BadPickle("it holds a list in itself")
             todo.extend(new)
         else:
             todo.pop()
-            sizes[id(value)] = 1 + sum(sizes.get(id(entry), 1) for entry in inner)
-            depths[id(value)] = 1 + max((depths.get(id(entry), 0) for entry in inner), default=0)
-            if sizes[id(value)] > MAX_STEPS or depths[id(value)] > MAX_DEPTH:
+            found = [divmod(seen.get(id(entry), _LEAF), _BASE) for entry in inner]
+            size, depth = 1 + sum(size for size, _ in found), 1 + max(depth for _, depth in found)
+            if size > MAX_STEPS or depth > MAX_DEPTH:
                 raise BadPickle("it holds too many things, or too many in each other")
+            seen[id(value)] = size * _BASE + depth
 
 
 def _holds(value: Any) -> bool:
@@ -290,7 +291,7 @@ def _holds(value: Any) -> bool:
     if isinstance(value, _LEAVES):
         return False
     if isinstance(value, (dict, list, tuple)):
-        return True
+        return len(value) > 0
     raise BadPickle(f"it holds {shown(value)}, which is no plain value")
 
 
