@@ -150,6 +150,8 @@ class Checkpoints(Checkpoint):
         self.every_n_epochs = every_n_epochs or 1
         self.save_weights_only, self.verbose = save_weights_only, verbose
         self.kept: dict[str, float | None] = {}  # name of a file -> its score, oldest first
+        # While a file is written: what follows, the name it gets beside `last.ckpt` and the file that leaves for it.
+        self._next: dict[str, Any] = {}
         self._saved_step = 0
         self._due = False
 
@@ -159,11 +161,23 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's hook."""
-        return {"kept": dict(self.kept)}
+        return {"kept": dict(self.kept), "next": self._next}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: what a kill left undone after this file was written is done now."""
+        following = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("next")
+        if not following or not trainer.is_global_zero:
+            return
+        name, leaving = following["name"], following["leaving"]
+        if _is_ours(name) and trainer.ckpt_path and not (self.dirpath / name).exists():
+            _same_file(Path(trainer.ckpt_path), self.dirpath / name)
+        if leaving and _is_ours(leaving[0]) and _what(self.dirpath / leaving[0]) == leaving:  # no newer one
+            (self.dirpath / leaving[0]).unlink()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Lightning's hook."""
-        self.kept = {name: score for name, score in state["kept"].items() if (self.dirpath / name).is_file()}
+        kept = {name: score for name, score in state["kept"].items() if _is_ours(name)}
+        self.kept = {name: score for name, score in kept.items() if (self.dirpath / name).is_file()}
 
     # ---- when ----
 
@@ -232,12 +246,15 @@ class Checkpoints(Checkpoint):
             return
         self.kept[path.name] = score
         if leaving:
-            del self.kept[leaving]
-        trainer.save_checkpoint(path, weights_only=self.save_weights_only)
+            self.kept.pop(leaving, None)
+        self._next = {"name": path.name, "leaving": _what(self.dirpath / leaving) if leaving else None}
+        # `last.ckpt` first: it says what is yet to be done, should the process be killed now
+        trainer.save_checkpoint(self.dirpath / LAST if self.save_last else path, weights_only=self.save_weights_only)
+        self._next = {}
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             if self.save_last:
-                _same_file(path, self.dirpath / LAST)
+                _same_file(self.dirpath / LAST, path)
             if leaving:
                 (self.dirpath / leaving).unlink(missing_ok=True)
         if self.verbose:
@@ -276,6 +293,20 @@ class Checkpoints(Checkpoint):
             number += 1
             path = self.dirpath / f"{name}-{trainer.global_step:09}-{number}.ckpt"
         return path
+
+
+def _is_ours(name: Any) -> bool:
+    """Whether a name that a file tells can be one of a checkpoint in the folder: it may be made, and deleted."""
+    return isinstance(name, str) and name == Path(name).name and name.endswith(".ckpt") and name != LAST
+
+
+def _what(path: Path) -> list[Any] | None:
+    """A file's name, size and time: another file of that name has others. None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [path.name, found.st_size, found.st_mtime_ns]
 
 
 def _same_file(path: Path, link: Path) -> None:

@@ -193,7 +193,7 @@ READER = """
 import json, resource, sys
 from pathlib import Path
 from ldm.training.checkpoints import read_training_state
-size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 600 * 2**20
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
@@ -213,7 +213,7 @@ def said(tmp_path_factory) -> dict[str, str]:
     for index, (value, _) in enumerate(HOSTILE.values()):
         (folder / f"{index:03}").write_bytes(beside(value))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", READER, str(folder)]
+    command = [sys.executable, "-c", READER, str(folder), str(600 * 2**20)]
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(here.iterdir()), "something ran"
