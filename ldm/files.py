@@ -72,12 +72,15 @@ def numbered(path: Path, joint: str = "-", first: int = 2) -> Iterator[Path]:
 def _give_new_name(partial: Path, path: Path) -> None:
     """Give a file another name, atomically; FileExistsError if that is taken."""
     try:
-        os.link(partial, path)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links: reserve the name, then replace the empty file
+            path.open("xb").close()
+            os.replace(partial, path)
     except FileExistsError:
         raise FileExistsError(f"{path} exists already: choose another name") from None
-    except OSError:  # a file system without hard links: reserve the name, then replace the empty file
-        path.open("xb").close()
-        os.replace(partial, path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
