@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works
 
 from ldm import cli
 from ldm.devices import DEVICES
+from ldm.files import write_text
 
 CACHED = "ldm.data.cache.CachedDataset"
 SECTIONS = ("train", "validation")
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.data.params.update(sections)
     path = out / "config.yaml"
     if not path.exists():
-        OmegaConf.save(config, path)
+        write_text(path, OmegaConf.to_yaml(config))
     cli.say("What to put into the config in place of the sections of the same name:\n", sys.stdout)
     cli.say(OmegaConf.to_yaml({"data": {"params": sections}}), sys.stdout)
     cli.say(f"{path} is the whole config with them: scripts/train.py --base {path} -t", sys.stdout)

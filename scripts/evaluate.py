@@ -97,7 +97,7 @@ def load(args: argparse.Namespace) -> LatentDiffusion:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score the kinds one by one; what is done is on disk, whatever happens to the rest."""
-    from ldm import inference
+    from ldm import images, inference
     from ldm.evaluation import report, scores
 
     model = load(args)
@@ -110,14 +110,15 @@ def evaluate(args: argparse.Namespace) -> None:
     first, originals, back = scores.score_first_stage(model, args.prompts, args.batch, args.seed)
     pairs = [picture for pair in zip(originals, back) for picture in pair]
     wrong = [2 * entry["index"] + 1 for entry in first["wrong"]]
-    report.sheet(pairs, wrong).save(folder / "reconstructions.png")
+    images.replace_png(report.sheet(pairs, wrong), folder / "reconstructions.png")
     results = {"settings": run | sampling, "first stage": first, "kinds": {}}
     for kind in args.kinds:
         prompts = scores.prompts_of(kind, args.prompts, args.seed)
         pictures = scores.draw_all(model, prompts, args.batch, args.seed, title=kind, **sampling)
         found = scores.summary(prompts, scores.judge_all(pictures, prompts))
         results["kinds"][kind] = found
-        report.sheet(pictures, [entry["index"] for entry in found["wrong"]]).save(folder / f"{kind}.png")
+        sheet = report.sheet(pictures, [entry["index"] for entry in found["wrong"]])
+        images.replace_png(sheet, folder / f"{kind}.png")
         report.write(folder, results)
     cli.say(f"{report.markdown(results)}\nTable, numbers and pictures: {folder}", sys.stdout)
 

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Redraw a picture as a text says, with a latent diffusion model."""
+"""Redraw a picture as a text says, with a latent diffusion model.
+
+torchrun --nproc_per_node N scripts/img2img.py ... shares the batches among N GPUs or processes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
+from ldm.processes import joined_processes
 
 logger = logging.getLogger("ldm.img2img")
 
@@ -58,46 +62,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm import inference
     from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH
 
-    model = cli.load_model(args, TEXT, TEXT_AND_DEPTH)
-    with_depth = inference.needs_depth(model)
-    if args.depth and not with_depth:
-        raise ValueError(f"{args.ckpt or 'the model'} draws from text alone: leave --depth out")
-    settings = {"strength": args.strength, "init_image": Path(args.init_img).name, **reading}
-    settings |= {"depth": Path(args.depth).name} if args.depth else {}
-    settings |= {"tiling": args.tiling} if args.tiling else {}
-    watch = cli.Watch(args, model, len(batches))
-    with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer, watch:
-        inference.seed_everything(args.seed)
-        seeding, first = cli.seeding(args), 0
-        with inference.seamless(model, args.tiling):
-            latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
-        if with_depth:
-            depth = inference.depth_map(model, init_image, depth, size=latents.shape[2:])
-        if args.resume:
-            files = {name: Path(path) for name in ("init_img", "depth") if (path := getattr(args, name))}
-            size = {"latents": list(latents.shape[2:])}
-            writer.resume(cli.descriptions(args, model, batches, seeding, **files, **size))
-        for batch in batches:
-            count = len(batch.prompts)
-            options = {"strength": args.strength, "depth": depth, **cli.sampling_options(args)}
-            options |= batch.options(args.negative_prompt)
-            init = latents[:count]
-            if batch.seeded or seeding.per_image:  # their seeds draw the latents too
-                init, options = init_image, {**options, "height": args.H, "width": args.W}
-            if reading:
-                options["reading"] = inference.Reading(**reading)
-            options["noise"] = seeding.noise(first, count, options.pop("seed", None))
-            if writer.holds(count):
-                if not (batch.seeded or seeding.per_image):
-                    inference.skip_img2img(model, batch.prompts, init, **options)
-                writer.keep(count)
-                watch.skip()
-            else:
-                options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
-                images = inference.img2img(model, batch.prompts, init, **options)
-                writer.save(images, batch.prompts, settings=cli.settings_of(seeding, first, batch))
-            first += count
-    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
+    with joined_processes() as processes:
+        model = cli.load_model(args, TEXT, TEXT_AND_DEPTH)
+        with_depth = inference.needs_depth(model)
+        if args.depth and not with_depth:
+            raise ValueError(f"{args.ckpt or 'the model'} draws from text alone: leave --depth out")
+        settings = {"model": cli.model_name(model), "strength": args.strength}
+        settings |= {"init_image": Path(args.init_img).name, **reading}
+        settings |= {"depth": Path(args.depth).name} if args.depth else {}
+        settings |= {"tiling": args.tiling} if args.tiling else {}
+        watch = cli.Watch(args, model, len(batches[processes.rank :: processes.world]), shown=processes.rank == 0)
+        with cli.SampleWriter(args, processes, **settings) as writer, watch:
+            inference.seed_everything(args.seed)
+            seeding, first = cli.seeding(args), 0
+            with inference.seamless(model, args.tiling):
+                latents = inference.encode_image(model, init_image, args.n_samples, args.H, args.W)
+            if with_depth:
+                depth = inference.depth_map(model, init_image, depth, size=latents.shape[2:])
+            if args.resume:
+                files = {name: Path(path) for name in ("init_img", "depth") if (path := getattr(args, name))}
+                size = {"latents": list(latents.shape[2:])}
+                writer.resume(cli.descriptions(args, model, batches, seeding, **files, **size))
+            for number, batch in enumerate(batches):
+                count = len(batch.prompts)
+                options = {"strength": args.strength, "depth": depth, **cli.sampling_options(args)}
+                options |= batch.options(args.negative_prompt)
+                init = latents[:count]
+                if batch.seeded or seeding.per_image:  # their seeds draw the latents too
+                    init, options = init_image, {**options, "height": args.H, "width": args.W}
+                if reading:
+                    options["reading"] = inference.Reading(**reading)
+                options["noise"] = seeding.noise(first, count, options.pop("seed", None))
+                mine = number % processes.world == processes.rank
+                if mine and not writer.holds(count):
+                    options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
+                    images = inference.img2img(model, batch.prompts, init, **options)
+                    writer.save(images, batch.prompts, settings=cli.settings_of(seeding, first, batch))
+                else:
+                    if not (batch.seeded or seeding.per_image):
+                        inference.skip_img2img(model, batch.prompts, init, **options)
+                    if mine:
+                        writer.keep(count)
+                        watch.skip()
+                    else:
+                        writer.skip(count)
+                first += count
+    if processes.rank == 0:
+        cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm.files import whole_file
+from ldm import files
+from ldm.files import numbered, whole_file, write_new
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_name_is_given_last(tmp_path):
@@ -57,3 +60,94 @@ def test_a_process_that_is_killed(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.bin"], cwd=root)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "a.bin").read_text() == "old"
+
+
+# ---- names that are taken ----
+
+
+@pytest.fixture(params=["links", "no links"])
+def links(request, monkeypatch) -> str:
+    """With hard links, and on a file system that has none."""
+    if request.param == "no links":
+
+        def refuse(*_):
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", refuse)
+    return request.param
+
+
+def test_a_new_file_takes_nobody_s_name(tmp_path, links):
+    path = tmp_path / "a.bin"
+    with pytest.raises(FileExistsError, match="a.bin exists already: choose another name"):  # noqa: SIM117
+        with whole_file(path, new=True) as partial:
+            partial.write_text("ours")
+            path.write_text("theirs")  # another process was faster
+    assert path.read_text() == "theirs" and os.listdir(tmp_path) == ["a.bin"]
+    with whole_file(tmp_path / "b.bin", new=True) as partial:
+        partial.write_text("ours")
+    assert (tmp_path / "b.bin").read_text() == "ours" and len(os.listdir(tmp_path)) == 2
+
+
+def test_the_first_free_name(tmp_path, links):
+    (tmp_path / "a.bin").write_text("theirs")
+
+    def write(file):
+        (tmp_path / "a-2.bin").write_text("theirs, too")  # while ours is written
+        file.write(b"ours")
+
+    seen = []
+    path = write_new(tmp_path, numbered(tmp_path / "a.bin"), write, lambda whole: seen.append(whole.read_bytes()))
+    assert path == tmp_path / "a-3.bin" and path.read_bytes() == b"ours" and seen == [b"ours"]
+    assert sorted(os.listdir(tmp_path)) == ["a-2.bin", "a-3.bin", "a.bin"]
+    with pytest.raises(FileExistsError, match="every name for a file in .* is taken"):
+        write_new(tmp_path, [path], lambda file: None)
+    assert sorted(os.listdir(tmp_path)) == ["a-2.bin", "a-3.bin", "a.bin"]
+
+
+def test_an_error_leaves_no_new_file(tmp_path):
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_new(tmp_path, [tmp_path / "a.bin"], full)
+    assert os.listdir(tmp_path) == []
+
+
+def test_new_files_are_brought_to_the_disk(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(os, "fsync", lambda fd: order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).suffix))
+    monkeypatch.setattr(files, "_give_new_name", lambda *paths: order.append("named"))
+    write_new(tmp_path, [tmp_path / "a.bin"], lambda file: file.write(b"x"))
+    assert order == [".partial", "named", ""]
+
+
+HAMMER = """
+import sys
+from pathlib import Path
+from ldm.files import numbered, whole_file, write_new
+folder, who = Path(sys.argv[1]), sys.argv[2].encode()
+for i in range(60):
+    write_new(folder, numbered(folder / "a.bin"), lambda file: file.write(who * 1000))
+won = 0
+for i in range(60):
+    try:
+        with whole_file(folder / f"one-{i}", new=True) as partial:
+            partial.write_bytes(who * 1000)
+        won += 1
+    except FileExistsError:
+        pass
+print(won)
+"""
+
+
+def test_two_processes_and_their_names(tmp_path):
+    command = [sys.executable, "-c", HAMMER, str(tmp_path)]
+    both = [subprocess.Popen([*command, who], cwd=ROOT, stdout=subprocess.PIPE, text=True) for who in "xy"]
+    won = [int(process.communicate(timeout=240)[0]) for process in both]
+    assert [process.returncode for process in both] == [0, 0] and sum(won) == 60
+    found = [path.read_bytes() for path in tmp_path.glob("a*.bin")]
+    assert sorted(found) == [b"x" * 1000] * 60 + [b"y" * 1000] * 60
+    assert {path.read_bytes() for path in tmp_path.glob("one-*")} <= {b"x" * 1000, b"y" * 1000}
+    assert not list(tmp_path.glob(".*"))

@@ -6,15 +6,18 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from ldm import cli, devices
-from ldm.processes import ALONE, environment
-from scripts import txt2img
+from ldm.cli.writing import SampleWriter
+from ldm.processes import ALONE, Processes, environment
+from scripts import img2img, txt2img
 from tests.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +35,7 @@ def arguments(ckpt: Path, outdir: str) -> list[str]:
     return [*options.split(), str(ckpt.parent / "p.txt"), "--outdir", str(ckpt.parent / outdir), "--ckpt", str(ckpt)]
 
 
-def start(commands: list[list[str]]) -> list[subprocess.Popen]:
+def start(commands: list[list[str]], script: str = "txt2img") -> list[subprocess.Popen]:
     """A process for each command line, ranks in order, as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,7 +44,7 @@ def start(commands: list[list[str]]) -> list[subprocess.Popen]:
     place |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in the same order as here
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts/txt2img.py"), *command],
+            [sys.executable, str(ROOT / f"scripts/{script}.py"), *command],
             env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -66,6 +69,87 @@ def test_two_processes_write_what_one_writes(ckpt: Path) -> None:
     for name in ["grid-0000.png", *(f"samples/{number:05}.png" for number in range(5, 15))]:
         one, two = (Image.open(ckpt.parent / outdir / name) for outdir in ("one", "two"))
         assert one.tobytes() == two.tobytes() and one.text == two.text, name
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+@pytest.mark.parametrize("mode", ["batch", "image"])
+def test_two_processes_go_on_where_two_were_killed(ckpt: Path, mode: str) -> None:
+    """Either of them at some moment; then with two again, with a launcher, and alone: as if nothing had happened."""
+    options = [*arguments(ckpt, "out"), "--seed_mode", mode]
+    assert cli.run(txt2img.main, [*options, "--outdir", str(ckpt.parent / "whole")]) == 0
+    expected, out = pictures(ckpt.parent / "whole"), ckpt.parent / "out"
+    for victim, wanted in ((0, 2), (1, 5)):
+        together = start([[*options, "--resume"]] * 2)
+        end = time.monotonic() + 240
+        while len(list(out.glob("samples/*.png"))) < wanted and time.monotonic() < end:
+            if all(process.poll() is not None for process in together):
+                break
+            time.sleep(0.005)
+        together[victim].kill()
+        errors = [process.communicate(timeout=240)[1] for process in together]
+        assert "Traceback" not in errors[1 - victim], errors
+        assert pictures(out).items() <= expected.items(), "a picture that differs, or has another name"
+    together = start([[*options, "--resume"]] * 2)
+    outputs = [process.communicate(timeout=240) for process in together]
+    assert [process.returncode for process in together] == [0, 0], outputs
+    assert "pictures: going on with the others" in outputs[0][0] and outputs[1] == ("", "")
+    assert pictures(out) == expected
+
+    for number in (0, 3, 9):
+        (out / f"samples/{number:05}.png").unlink()
+    (out / "grid-0000.png").unlink()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "scripts/txt2img.py"), *options, "--resume"],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "holds 7 of 10 pictures" in done.stdout and pictures(out) == expected
+    assert cli.run(txt2img.main, [*options, "--resume"]) == 0
+    assert pictures(out) == expected
+
+
+def test_every_process_calls_a_picture_the_same(ckpt: Path) -> None:
+    """Whichever GPU it draws with, and whenever its copy of the model was made."""
+    args = cli.parse(txt2img.parser(), [*arguments(ckpt, "out"), "--resume"])
+    batches, seeding = cli.batches(args), cli.seeding(args)
+    models = [SimpleNamespace(checkpoint_path=ckpt, device=torch.device("cuda", number)) for number in (0, 1)]
+    one, other = (cli.descriptions(args, model, batches, seeding, height=32, width=32) for model in models)
+    assert one == other
+
+    class Second(Processes):
+        def agree(self, value):
+            return one if isinstance(value, list) and value and isinstance(value[0], dict) else value
+
+    writer = SampleWriter(args, Second(1, 2))
+    writer.resume([{**description, "model": ["model.ckpt", 1, 2]} for description in one])
+    assert writer._wanted == one
+
+
+@pytest.mark.parametrize("mode", ["batch", "image"])
+def test_two_processes_redraw_what_one_redraws(ckpt: Path, mode: str) -> None:
+    Image.effect_noise((32, 32), 90).save(ckpt.parent / "init.png")
+    more = ["--init-img", str(ckpt.parent / "init.png"), "--strength", "0.9", "--seed_mode", mode]
+    together = start([[*arguments(ckpt, "two"), *more, "--resume"]] * 2, "img2img")
+    assert cli.run(img2img.main, [*arguments(ckpt, "one"), *more]) == 0
+    outputs = [process.communicate(timeout=240) for process in together]
+    assert [process.returncode for process in together] == [0, 0], outputs
+    assert outputs[1] == ("", "")
+    expected = pictures(ckpt.parent / "one")
+    assert pictures(ckpt.parent / "two") == expected and len(expected) == 11
+    for number in (1, 4, 7):
+        (ckpt.parent / f"two/samples/{number:05}.png").unlink()
+    (ckpt.parent / "two/grid-0000.png").unlink()
+    together = start([[*arguments(ckpt, "two"), *more, "--resume"]] * 2, "img2img")
+    outputs = [process.communicate(timeout=240) for process in together]
+    assert "holds 7 of 10 pictures" in outputs[0][0], outputs
+    assert pictures(ckpt.parent / "two") == expected
 
 
 def test_when_one_process_fails_none_waits(ckpt: Path) -> None:

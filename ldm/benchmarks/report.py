@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm.benchmarks.machine import in_words
+from ldm.files import whole_file, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +45,7 @@ class Report:
     def write(self) -> None:
         """Put what there is on disk; a file is whole at any time."""
         for name, text in (("results.json", json.dumps(self.results, indent=1)), ("results.md", table(self.results))):
-            part = self.folder / f".{name}.part"
-            part.write_text(text + "\n", encoding="utf-8")
-            os.replace(part, self.folder / name)
+            write_text(self.folder / name, text + "\n")
 
 
 def table(results: Record) -> str:
@@ -119,7 +117,8 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, fontsize="small", loc="outside right upper")
-    figure.savefig(path, format="png", dpi=110)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 def _panel(axes: Axes, rows: Sequence[Record], column: str, other: str, value: str, scale: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from torch import UntypedStorage
 
-from ldm.checkpoint.pickles import BadPickle, Stored, read_pickle
+from ldm.checkpoint.pickles import BadPickle, Machine, Stored, read_pickle
 from ldm.checkpoint.storages import Ranges, storage_of
 
 # Numbers that no checkpoint comes near, and that keep hostile files from filling the memory.
@@ -100,10 +100,13 @@ def _directory_size(file: BinaryIO) -> int:
     return int.from_bytes(tail[end + 12 : end + 16], "little")
 
 
-def read_zip(archive: zipfile.ZipFile, ranges: Ranges) -> tuple[Any, Fetch]:
+def read_zip(
+    archive: zipfile.ZipFile, ranges: Ranges, machine: Callable[[Fetch], Machine] | None = None
+) -> tuple[Any, Fetch]:
     """What a checkpoint's zip file has pickled, and a way to the storages. Raises BadFile, and what `read_pickle` does.
 
-    Entries that are not compressed are taken from `ranges` where they lie, the others are unpacked.
+    Entries that are not compressed are taken from `ranges` where they lie, the others are unpacked. machine: gets the
+    way to the storages, and gives what reads the pickle.
     """
     entries = {entry.filename: entry for entry in archive.infolist()}
     pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
@@ -130,7 +133,8 @@ def read_zip(archive: zipfile.ZipFile, ranges: Ranges) -> tuple[Any, Fetch]:
             return ranges.storage(starts[entry.filename], entry.file_size)
         return storage_of(_unpacked(archive, entry))
 
-    return read_pickle(bytes(_unpacked(archive, entries[pickles[0]]))), fetch
+    content = bytes(_unpacked(archive, entries[pickles[0]]))
+    return read_pickle(content, machine=machine(fetch) if machine else None), fetch
 
 
 def _starts(archive: zipfile.ZipFile, ranges: Ranges) -> dict[str, int]:

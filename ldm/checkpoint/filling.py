@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ldm.checkpoint.families import describe, detect_config, ema_name, family_of, not_a_model
 from ldm.checkpoint.reading import Checkpoint, CheckpointError
 from ldm.checkpoint.storages import stamp
+from ldm.limits import building
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def build_on_meta(model_config: Any) -> nn.Module:
 
     What a model computes from its config (schedules, position ids) it makes on the CPU and holds already.
     """
-    with torch.device("meta"), _Uninitialised():
+    with torch.device("meta"), _Uninitialised(), building():
         model: nn.Module = instantiate_from_config(model_config)
     return model
 

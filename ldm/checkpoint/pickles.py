@@ -92,15 +92,18 @@ class OtherTensor:
     kind: str
 
 
-def read_pickle(file: BinaryIO | bytes | Any, storages: dict[str, Stored] | None = None) -> Any:
+def read_pickle(
+    file: BinaryIO | bytes | Any, storages: dict[str, Stored] | None = None, machine: Machine | None = None
+) -> Any:
     """The value that one pickle describes, made of dict, list, tuple, text, numbers and the classes above.
 
-    Of a stream, nothing after the pickle is read. storages: gets all storages that it mentions, by their keys.
+    Of a stream, nothing after the pickle is read. storages: gets all storages that it mentions, by their keys. machine:
+    one that makes other values of it, and has its own place for storages.
 
     Raises UnsafePickle, with all of them, if it asks for names that are not known to be harmless, and BadPickle if it
     is damaged, too large, or uses what `torch.save` does not.
     """
-    machine = _Machine({} if storages is None else storages)
+    machine = machine or Machine({} if storages is None else storages)
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if step == MAX_STEPS:
@@ -117,8 +120,10 @@ def read_pickle(file: BinaryIO | bytes | Any, storages: dict[str, Stored] | None
     return machine.result
 
 
-class _Machine:
+class Machine:
     """A pickle's stack and memo. Values are plain, so that no step runs code of a file's choice."""
+
+    known = KNOWN_NAMES
 
     def __init__(self, storages: dict[str, Stored]) -> None:
         self.storages = storages
@@ -146,12 +151,12 @@ class _Machine:
         elif opcode != "PROTO":
             raise BadPickle(f"it uses the instruction {opcode}")
 
-    def _name(self, argument: str) -> Name:
+    def _name(self, argument: str) -> Any:
         path = argument.replace(" ", ".")
         if path.startswith("__builtin__."):  # as Python 2 called it, which the protocol of torch goes by
             plain = path.removeprefix("__builtin__.")
             path = "builtins." + {"long": "int", "unicode": "str"}.get(plain, plain)
-        if path not in KNOWN_NAMES:
+        if path not in self.known:
             self.unknown.add(ascii(path.removeprefix("builtins."))[1:-1][:80])
         return Name(path)
 
@@ -227,7 +232,7 @@ class _Machine:
             raise BadPickle("it calls what is no function")
         path = function.path
         if path in TENSOR_NAMES:
-            return _tensor(path, arguments)
+            return stored_tensor(path, arguments)
         if path in PARAMETER_NAMES:
             return arguments[0] if arguments else OPAQUE
         if path == SUBCLASS_NAME:
@@ -274,7 +279,8 @@ class _Machine:
         self.result = self.stack.pop()
 
 
-def _tensor(path: str, arguments: tuple[Any, ...]) -> Any:
+def stored_tensor(path: str, arguments: tuple[Any, ...]) -> Any:
+    """The `StoredTensor` that a call of one of `TENSOR_NAMES` stands for; OPAQUE for one that is refused already."""
     storage, offset, size, stride = arguments[:4]
     if storage is OPAQUE:  # of a class that was refused already, or that is quantized
         return OPAQUE
@@ -282,7 +288,7 @@ def _tensor(path: str, arguments: tuple[Any, ...]) -> Any:
         raise BadPickle("it has a tensor without a storage")
     dtype = storage.dtype
     if path.endswith("_v3"):
-        dtype = arguments[6].path.removeprefix("torch.")
+        dtype = str(getattr(arguments[6], "path", arguments[6])).removeprefix("torch.")
         if dtype not in DTYPES:
             raise BadPickle("it has a tensor of no dtype")
     for numbers in (size, stride, (offset,)):
@@ -306,18 +312,18 @@ _MAKES: dict[str, Callable[[], Any]] = {
 _GETS = frozenset(("BINGET", "LONG_BINGET"))
 _PUTS = frozenset(("BINPUT", "LONG_BINPUT"))
 _STEPS = {
-    "MARK": _Machine._mark,
-    "TUPLE": _Machine._tuple,
+    "MARK": Machine._mark,
+    "TUPLE": Machine._tuple,
     "TUPLE1": lambda machine: machine._last(1),
     "TUPLE2": lambda machine: machine._last(2),
     "TUPLE3": lambda machine: machine._last(3),
-    "APPEND": _Machine._append,
+    "APPEND": Machine._append,
     "APPENDS": lambda machine: machine._extend(machine._since_mark()),
-    "SETITEM": _Machine._set_item,
+    "SETITEM": Machine._set_item,
     "SETITEMS": lambda machine: machine._set_items(machine._since_mark()),
-    "REDUCE": _Machine._reduce,
-    "NEWOBJ": _Machine._reduce,
-    "BUILD": _Machine._build,
-    "BINPERSID": _Machine._storage,
-    "STOP": _Machine._stop,
+    "REDUCE": Machine._reduce,
+    "NEWOBJ": Machine._reduce,
+    "BUILD": lambda machine: machine._build(),
+    "BINPERSID": Machine._storage,
+    "STOP": Machine._stop,
 }

@@ -18,7 +18,7 @@ from torch import Tensor, UntypedStorage
 
 from ldm.checkpoint.containers import BadFile, Fetch, damaged_entry, has_sums, open_zip, read_legacy, read_zip
 from ldm.checkpoint.pickles import BadPickle, Name, OtherTensor, StoredTensor, UnsafePickle
-from ldm.checkpoint.storages import Ranges, Stamp, may_map, stamp, tensor_of
+from ldm.checkpoint.storages import Ranges, Stamp, may_map, note_mapped, stamp, tensor_of
 from ldm.checkpoint.verifying import ALWAYS, SHA256, compare_with_record, data_sum, not_a_number
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,10 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Ch
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no file"
         raise CheckpointError(f"{path} is {what}: a checkpoint is one file, such as model.ckpt or model.safetensors")
-    kind = _kind_of_file(path)
+    kind = kind_of_file(path)
     before, mapped = stamp(path), kind != "pickle" and may_map(path)
+    if mapped:
+        note_mapped(path)
     _check_sums(path, kind, verify)
     extra: Mapping[str, Any]
     if kind == "safetensors":
@@ -126,7 +128,7 @@ def _counter(extra: Mapping[str, Any], key: str) -> int | None:
 # --- what kind of file ----------------------------------------------------------------------------
 
 
-def _kind_of_file(path: Path) -> str:
+def kind_of_file(path: Path) -> str:
     """The layout by the first bytes, "zip", "pickle" or "safetensors"; CheckpointError for everything else."""
     size = path.stat().st_size
     if size == 0:
@@ -139,7 +141,7 @@ def _kind_of_file(path: Path) -> str:
         return "pickle"
     if head[8:9] == b"{" and (length := int.from_bytes(head[:8], "little")) <= MAX_SAFETENSORS_HEADER:
         if length + 8 > size:
-            raise _cut_short(path, f"its header alone takes {length + 8} bytes")
+            raise cut_short(path, f"its header alone takes {length + 8} bytes")
         return "safetensors"
     raise CheckpointError(f"{path} is {_stranger(head, size)}")
 
@@ -163,7 +165,7 @@ def _stranger(head: bytes, size: int) -> str:
     return f"neither a .ckpt nor a .safetensors file, or cut short ({size} bytes): download or copy it again"
 
 
-def _cut_short(path: Path, why: str) -> CheckpointError:
+def cut_short(path: Path, why: str) -> CheckpointError:
     size = path.stat().st_size
     return CheckpointError(f"{path} is cut short or damaged ({size} bytes; {why}): download or copy it again")
 
@@ -198,6 +200,7 @@ def _check_sums(path: Path, kind: str, verify: bool) -> None:
 def _read_safetensors(path: Path, mapped: bool) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Tensors and metadata. The library checks the header first: types, sizes, and that the tensors fill the file."""
     try:
+        _check_header(path)
         with safe_open(path, framework="pt", device="cpu") as file, path.open("rb") as stream:
             keys = list(file.keys())
             _check_number(path, len(keys))
@@ -211,7 +214,22 @@ def _read_safetensors(path: Path, mapped: bool) -> tuple[dict[str, Tensor], Mapp
                     state[key] = torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)  # type: ignore[call-overload]  # torch's stubs lack it
             return state, file.metadata() or {}
     except (SafetensorError, KeyError, TypeError) as error:  # names in escapes that two parsers read differently
-        raise _cut_short(path, shown(" ".join(str(error).split()))) from error
+        raise cut_short(path, shown(" ".join(str(error).split()))) from error
+
+
+def _check_header(path: Path) -> None:
+    """CheckpointError for a header of so many parts that the library would fill the memory with them.
+
+    Every tensor has a brace of its own, and all numbers but one a comma; texts may have some, too.
+    """
+    with path.open("rb") as file:
+        left = int.from_bytes(file.read(8), "little")
+        braces = commas = 0
+        while left > 0 and (chunk := file.read(min(left, 2**22))):
+            left -= len(chunk)
+            braces, commas = braces + chunk.count(b"{"), commas + chunk.count(b",")
+            if braces > 2 * MAX_TENSORS or commas > 20 * MAX_TENSORS:
+                raise CheckpointError(f"{path} names more in its header than any model has: it is no checkpoint")
 
 
 def _safetensors_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
@@ -258,7 +276,7 @@ def _in_words(path: Path) -> Iterator[None]:
         ) from error
     except BadFile as error:
         if error.damaged:
-            raise _cut_short(path, str(error)) from error
+            raise cut_short(path, str(error)) from error
         raise CheckpointError(f"{path} is refused: {error}") from error
 
 
@@ -289,7 +307,7 @@ def _find_state(path: Path, data: Any, fetch: Fetch) -> tuple[dict[str, Tensor],
                 storages[value.storage.key] = fetch(value.storage)
             tensors[key] = tensor_of(value, storages[value.storage.key])
         except ValueError as error:
-            raise _cut_short(path, f"its tensor {shown(key)}: {error}") from error
+            raise cut_short(path, f"its tensor {shown(key)}: {error}") from error
     return tensors, data
 
 

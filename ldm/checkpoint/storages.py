@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import mmap
@@ -43,6 +44,25 @@ def stamp(path: Path) -> Stamp:
     """The file's `Stamp` of now. Raises OSError."""
     found = path.stat()
     return Stamp(path, (found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns)
+
+
+_mapped: dict[Path, Stamp] = {}  # the files that were mapped, as they were then
+
+
+def note_mapped(path: Path) -> None:
+    """Remember a file whose bytes are mapped, for `shrunk`. Raises OSError."""
+    _mapped[path] = stamp(path)
+
+
+def shrunk() -> list[Path]:
+    """Those files that were cut short in place since they were mapped."""
+    found = []
+    for path, before in list(_mapped.items()):
+        with contextlib.suppress(OSError):
+            now = stamp(path)
+            if now.place == before.place and now.size < before.size:
+                found.append(path)
+    return found
 
 
 def may_map(path: Path, mounts: str | None = None) -> bool:

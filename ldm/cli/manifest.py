@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.options import ArgumentParser
 from ldm.cli.pictures import settings_of
 from ldm.cli.prompts import Batch
+from ldm.files import PARTIAL
 
 if TYPE_CHECKING:
     from ldm.inference import Seeding
@@ -52,7 +54,8 @@ def descriptions(
     before theirs.
     """
     options = {name: value for name, value in vars(args).items() if name not in _OF_NO_EFFECT}
-    options |= {"model": _stamp(model.checkpoint_path), "config": _stamp(args.config), "device": str(model.device)}
+    kind = str(model.device).partition(":")[0]  # not which of several: every process has another
+    options |= {"model": _stamp(model.checkpoint_path), "config": _stamp(args.config), "device": kind}
     options |= {name: _stamp(value) if isinstance(value, Path) else value for name, value in more.items()}
     before, first, found = hashlib.sha256(), 0, []
     for batch in batches:
@@ -104,9 +107,10 @@ class Manifest:
         return [held[key].pop(0) if held.get(key) else None for key in map(key_of, wanted)]
 
     def _clear(self) -> None:
-        for path in self._folder.glob(".*.tmp"):
-            if time.time() - path.stat().st_mtime > _DEAD:
-                path.unlink(missing_ok=True)
+        for path in self._folder.glob(PARTIAL.format(name="*", pid="*")):
+            with contextlib.suppress(FileNotFoundError):  # another process was done with it just now
+                if time.time() - path.stat().st_mtime > _DEAD:
+                    path.unlink()
 
     def _lines(self) -> list[dict[str, str]]:
         """The lines that are whole; what is added goes on a line of its own."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
+from ldm.cli.lost_files import end_in_words
 from ldm.processes import environment
 
 LESS_MEMORY = "--n_samples 1, --tile 512, a smaller --H and --W, or (on a GPU) --lowvram and --precision fp16"
@@ -53,6 +54,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     0: all well. 2: the user can mend it (files, options). 1: it failed while running (memory). 130: Ctrl-C.
     Other exceptions are bugs and keep their traceback; `python -X dev` shows it for every error.
     """
+    if argv is None:  # the process is this command's
+        end_in_words()
     library = logging.getLogger("ldm")
     console = _Console()
     library.addHandler(console)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
 from ldm.cli.writing import Interrupted, make_folder
-from ldm.files import whole_file
+from ldm.files import whole_file, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,7 +87,7 @@ class RunWriter:
         public = {"ddim_eta": "eta", "ddim_steps": "custom_steps"}
         options = {name: value for name, value in vars(self._args).items() if not name.startswith("public_")}
         named = {public.get(name, name): value for name, value in options.items()}
-        self._config.write_text(yaml.safe_dump(named, default_flow_style=False))
+        write_text(self._config, yaml.safe_dump(named, default_flow_style=False))
 
     def _finish(self) -> None:
         from ldm.images import make_grid, save_png

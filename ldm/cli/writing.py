@@ -92,6 +92,7 @@ class SampleWriter:
 
     def resume(self, wanted: Sequence[Mapping[str, Any]]) -> None:
         """Go on with a run of these pictures (see `manifest.descriptions`): `holds` tells what is there already."""
+        wanted = self._processes.agree(wanted)  # of several machines each may have a copy of the model's file
         self._wanted, self._manifest = wanted, Manifest(self.outdir / MANIFEST, self.samples)
         here = self._manifest.find(wanted) if self._processes.rank == 0 else []
         self._held = self._processes.agree(here)

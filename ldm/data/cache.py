@@ -11,10 +11,11 @@ import bisect
 import inspect
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldm.checkpoint import fingerprint
+from ldm.checkpoint.storages import may_map, note_mapped
 from ldm.data.cache_building import NOT_ENCODING, build_cache
 from ldm.data.cache_files import CacheError, check_same_dataset, check_shards, describe, is_finished, read_index
 from ldm.util import get_obj_from_str, instantiate_from_config
@@ -126,12 +128,42 @@ class CachedDataset:
 
 
 class _Shard:
-    """One file, memory-mapped, and the texts in its header."""
+    """One file, memory-mapped where that is safe, and the texts in its header."""
+
+    tensors: Mapping[str, Tensor | _Rows]
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            mapped = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.texts: dict[str, list[list[str]]] = json.loads(file.metadata()["texts"])
+        if may_map(path):
+            self.tensors = mapped
+            note_mapped(path)
+            return
+        stream = path.open("rb")
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))  # of which the library has made sure
+        self.tensors = {
+            key: _Rows(stream, 8 + length + header[key]["data_offsets"][0], like) for key, like in mapped.items()
+        }
+
+
+class _Rows:
+    """A tensor in a file, of which rows are read when they are asked for."""
+
+    def __init__(self, file: BinaryIO, start: int, like: Tensor) -> None:
+        self._file, self._start, self._dtype, self._shape = file, start, like.dtype, like.shape
+
+    def __getitem__(self, index: int | tuple[int, ...]) -> Tensor:
+        place, index = 0, index if isinstance(index, tuple) else (index,)
+        for size, i in zip(self._shape, index):
+            place = place * size + i
+        left = self._shape[len(index) :]
+        length = math.prod(left) * self._dtype.itemsize
+        content = bytearray(os.pread(self._file.fileno(), length, self._start + place * length))
+        if len(content) < length:
+            raise CacheError(f"{self._file.name} was cut short while it was in use: make the cache again")
+        return torch.frombuffer(content, dtype=self._dtype).view(left)
 
 
 def _float_copy(tensor: Tensor) -> Tensor:

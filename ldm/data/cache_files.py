@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.files import whole_file
+from ldm.files import sync_folder, whole_file
 
 FORMAT = "ldm-latent-cache"
 VERSION = 1
@@ -145,6 +145,7 @@ def resume(folder: Path, plan: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
 def finish(folder: Path) -> None:
     """Make an unfinished cache whose shards are all there a finished one."""
     os.replace(folder / UNFINISHED, folder / INDEX)
+    sync_folder(folder)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.data.shapes import draw
 from ldm.evaluation.distances import first_stage_features, kernel_distance
 from ldm.evaluation.scores import draw_all, judge_all, prompts_of, scenes_of, summary
-from ldm.files import write_text
+from ldm.files import whole_file, write_text
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -162,7 +162,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     apart.set(yscale="log")
     figure.legend(*shares.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=100)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
 
 
 def write(folder: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from ldm.files import whole_file, write_new
 
 
 def next_free_index(folder: str | Path, pattern: str) -> int:
@@ -39,7 +39,7 @@ def save_png(
     the folder is not writable. before: called with the whole file, just before that gets its name.
     """
     folder = Path(folder)
-    return _save_under_first_free(_png(image, metadata), folder, lambda: _numbered(folder, pattern, index), before)
+    return write_new(folder, _numbered(folder, pattern, index), _png(image, metadata), before)
 
 
 def save_png_named(
@@ -47,18 +47,14 @@ def save_png_named(
 ) -> Path:
     """Write `image` to folder/NAME.png, or where that is taken NAME-1.png, NAME-2.png ...; otherwise as `save_png`."""
     folder = Path(folder)
-
-    def names() -> Iterator[Path]:
-        return itertools.chain([folder / f"{name}.png"], (folder / f"{name}-{n}.png" for n in itertools.count(1)))
-
-    return _save_under_first_free(_png(image, metadata), folder, names)
+    names = (folder / f"{name}{tail}.png" for tail in itertools.chain([""], (f"-{n}" for n in itertools.count(1))))
+    return write_new(folder, names, _png(image, metadata))
 
 
 def replace_png(image: Image.Image, path: str | Path) -> None:
-    """Write `image` to `path` in place of what is there, whole at any time: for previews, the one thing that may go."""
-    path = Path(path)
-    with _complete(_png(image), path.parent) as complete:
-        os.replace(complete, path)
+    """Write `image` to `path` in place of what is there, whole at any time: for previews and reports."""
+    with whole_file(path) as partial, partial.open("wb") as file:
+        _png(image)(file)
 
 
 def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: str, fps: float) -> Path:
@@ -84,12 +80,12 @@ def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: s
         first.save(file, save_all=True, append_images=others, duration=durations, loop=0, **kinds[kind])
 
     folder = Path(folder)
-    return _save_under_first_free(write, folder, lambda: _numbered(folder, pattern, None))
+    return write_new(folder, _numbered(folder, pattern, None), write)
 
 
 def _numbered(folder: Path, pattern: str, index: int | None) -> Iterator[Path]:
-    first = next_free_index(folder, pattern) if index is None else index
-    return (folder / pattern.format(number) for number in itertools.count(first))
+    first = next_free_index(folder, pattern) if index is None else index  # when the first name is asked for
+    yield from (folder / pattern.format(number) for number in itertools.count(first))
 
 
 def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Callable[[BinaryIO], None]:
@@ -97,44 +93,3 @@ def _png(image: Image.Image, metadata: Mapping[str, str] | None = None) -> Calla
     for key, value in (metadata or {}).items():
         text.add_text(key, value.encode("utf-8", "backslashreplace").decode())  # of names that are no UTF-8
     return lambda file: image.save(file, format="PNG", pnginfo=text)
-
-
-def _save_under_first_free(
-    write: Callable[[BinaryIO], None],
-    folder: Path,
-    names: Callable[[], Iterator[Path]],
-    before: Callable[[Path], None] | None = None,
-) -> Path:
-    with _complete(write, folder) as complete:
-        if before is not None:
-            before(complete)
-        for path in names():
-            with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
-                _rename_to_new(complete, path)
-                return path
-    raise FileExistsError(f"every name for a file in {folder} is taken")
-
-
-@contextlib.contextmanager
-def _complete(write: Callable[[BinaryIO], None], folder: Path) -> Iterator[Path]:
-    """A file of `folder` with all of what `write` writes, under a name of no meaning, to be given another."""
-    complete = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with open(complete, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield complete
-    finally:
-        complete.unlink(missing_ok=True)
-
-
-def _rename_to_new(source: Path, target: Path) -> None:
-    """Give `source` the name `target`, atomically; FileExistsError if that is taken."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: reserve the name, then replace the empty file
-        open(target, "xb").close()
-        os.replace(source, target)

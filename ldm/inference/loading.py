@@ -20,6 +20,7 @@ from ldm.checkpoint.families import describe, family_of
 from ldm.devices import choose_device, choose_precision
 from ldm.inference.lowvram import lodge
 from ldm.inference.tasks import TEXT, Task, require, task_of
+from ldm.limits import check_growth, check_yaml
 from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
@@ -147,7 +148,7 @@ def _built(settings: DictConfig) -> nn.Module:
     """The model of a config, without weights; ValueError for values of a type that it cannot take."""
     try:
         return build_on_meta(settings["model"])
-    except (TypeError, LookupError, AttributeError) as error:  # what constructors raise, by the dozen
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:  # of constructors
         raise ValueError(f"the config describes no model ({type(error).__name__}: {error}): fix its values") from error
 
 
@@ -160,16 +161,17 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     if place is None:
         raise FileNotFoundError(f"config {path}: there is no such file")
     try:
+        check_yaml(place)
         config = OmegaConf.load(place)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig) or "model" not in config:
         raise ValueError(f"config {path} has no `model:` section, so it does not describe a model")
     check_references(OmegaConf.to_container(config), path)
-    return _laid_over(config, overrides)
+    return _laid_over(config, path, overrides)
 
 
-def _laid_over(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def _laid_over(config: DictConfig, path: str | Path, overrides: Sequence[str]) -> DictConfig:
     try:
         over = OmegaConf.from_dotlist(list(overrides))
         if unknown := [name for name in over if name not in config]:
@@ -178,6 +180,7 @@ def _laid_over(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"cannot use the settings {' '.join(overrides)}: {error}") from error
     assert isinstance(merged, DictConfig)  # as config is
+    check_growth(OmegaConf.to_container(merged), path)
     return merged
 
 

@@ -126,6 +126,7 @@ def drawing(model: LatentDiffusion) -> Iterator[None]:
         remembering_contexts(network),
     ):
         yield
+    check_unchanged(model)  # what was drawn with half of a new file is not shown
 
 
 def text_condition(

@@ -44,6 +44,7 @@ def reconstruct(
     )
     back = back[:, :, : image.height, : image.width].float().cpu()
     check_finite(back, "the picture")
+    check_unchanged(first_stage)
     (reconstruction,) = tensor_to_images(back)
     return reconstruction, psnr(back, x).item()
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.checkpoint.storages import may_map, note_mapped
 from ldm.data.folder import scan
 from ldm.files import whole_file
 from ldm.images import load_image
@@ -147,8 +148,11 @@ def _database_files(place: str) -> list[Path]:
 def _read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """The embeddings of a file, and its pictures' names if it holds them."""
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)  # .npz files are read as a whole all the same
+        mapped = may_map(path)
+        found = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)  # .npz files are read all the same
         if isinstance(found, np.ndarray):
+            if mapped:
+                note_mapped(path)
             return found, None
         with found:
             name = next((name for name in EMBEDDINGS if name in found.files), None)
@@ -165,7 +169,7 @@ def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name")
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with whole_file(path, new=True) as partial, partial.open("wb") as file:
         np.savez(file, embeddings=embeddings, paths=np.array(names))
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.limits import check_number
 from ldm.modules.attending import attend
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
 from ldm.modules.layout import LaidOutLinear, can_draw
@@ -228,7 +229,11 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         inner = n_heads * d_head
-        contexts = list(context_dim) if isinstance(context_dim, Iterable) else [context_dim] * depth
+        contexts = (
+            list(context_dim)
+            if isinstance(context_dim, Iterable)
+            else [context_dim] * check_number(depth, "transformer_depth")
+        )
         if len(contexts) != depth:
             raise ValueError(f"context_dim gives {len(contexts)} widths for {depth} transformer blocks")
         self.use_linear = use_linear

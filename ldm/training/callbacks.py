@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
+
+from ldm.files import numbered, write_new
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +50,9 @@ class SetupCallback(pl.Callback):
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
         for name, config in self.configs.items():
-            text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
-            with _free(self.folders[-1], f"{self.now}-{name}").open("x", encoding="utf-8") as file:
-                file.write(text)
+            content = OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
+            names = numbered(self.folders[-1] / f"{self.now}-{name}.yaml")
+            write_new(self.folders[-1], names, partial(_write, content))
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Lightning's hook. The model has its weights by now, also those of the run that it goes on with."""
@@ -57,18 +60,14 @@ class SetupCallback(pl.Callback):
             _check_caches(trainer, module)
 
 
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
+
+
 def _check_caches(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for dataset in trainer.datamodule.datasets.values():  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         if hasattr(dataset, "check"):
             dataset.check(module)
-
-
-def _free(folder: Path, name: str) -> Path:
-    path, number = folder / f"{name}.yaml", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{name}-{number}.yaml"
-    return path
 
 
 class ProgressBar(TQDMProgressBar):

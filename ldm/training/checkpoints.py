@@ -18,6 +18,8 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm.checkpoint import read_checkpoint
+from ldm.checkpoint.reading import kind_of_file
+from ldm.checkpoint.states import read_state
 from ldm.files import PARTIAL, whole_file
 from ldm.training.continuing import between_steps
 from ldm.training.folders import LAST
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 class WholeFiles(CheckpointIO):
     """Lightning's reading and writing of checkpoints, by way of a second file that takes the name when it is complete.
 
-    What is written holds tensors and plain values only, so that it can be read back with `weights_only`.
+    What is written holds tensors and plain values only, for nothing else is read back.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
@@ -53,22 +55,36 @@ class WholeFiles(CheckpointIO):
 
 
 def read_training_state(path: str | os.PathLike) -> dict[str, Any]:
-    """All that a checkpoint of a run holds, tensors memory-mapped on the CPU.
+    """All that a checkpoint of a run holds, tensors memory-mapped on the CPU (see `ldm.checkpoint.states`).
 
     Raises FileNotFoundError, or ValueError saying what it is instead, if a run cannot go on from the file.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        read_checkpoint(path)  # says what is wrong with the file
-        raise
+    path = Path(path)
+    if not path.is_file() or kind_of_file(path) != "zip":
+        read_checkpoint(path)  # says what is wrong with the file, if it is not just weights
+        raise ValueError(_WEIGHTS_ONLY.format(path, ""))
+    checkpoint = read_state(path)
     missing = [key for key in ("place", "loops", "optimizer_states") if key not in checkpoint]
     if missing:
-        raise ValueError(
-            f"{path} holds weights, but not the state of a run ({', '.join(missing)}): resume from last.ckpt, or start "
-            f"a new run from its weights with model.params.ckpt_path={path}"
-        )
+        raise ValueError(_WEIGHTS_ONLY.format(path, f" ({', '.join(missing)})"))
+    for key, kind in _KINDS.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise ValueError(f"{path} cannot be gone on from: its {key} is of type {type(checkpoint[key]).__name__}")
+    place = checkpoint["place"]
+    if not all(isinstance(place.get(key), int) and 0 <= place[key] < 2**53 for key in _PLACE):
+        raise ValueError(f"{path} cannot be gone on from: it says of its place in the run {str(place)[:200]}")
     return checkpoint
+
+
+_WEIGHTS_ONLY = (
+    "{0} holds weights, but not the state of a run{1}: resume from last.ckpt, or start a new run from its weights with "
+    "model.params.ckpt_path={0}"
+)
+_KINDS: dict[str, Any] = {
+    **{"state_dict": dict, "place": dict, "loops": dict, "callbacks": dict},
+    **{"optimizer_states": list, "lr_schedulers": list, "global_step": int, "epoch": int},
+}
+_PLACE = ("epoch", "batch", "total", "logged", "processes")
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -86,7 +102,7 @@ def _cannot_save(path: Path, error: Exception) -> OSError:
 
 
 def _plain(value: Any) -> Any:
-    """`value` made of nothing that `torch.load(weights_only=True)` refuses, as far as that is possible."""
+    """`value` made of nothing that `read_state` refuses, as far as that is possible."""
     if isinstance(value, Mapping):
         return {_plain(key): _plain(entry) for key, entry in value.items()}
     if type(value) in (list, tuple):
@@ -134,6 +150,8 @@ class Checkpoints(Checkpoint):
         self.every_n_epochs = every_n_epochs or 1
         self.save_weights_only, self.verbose = save_weights_only, verbose
         self.kept: dict[str, float | None] = {}  # name of a file -> its score, oldest first
+        # While a file is written: what follows, the name it gets beside `last.ckpt` and the file that leaves for it.
+        self._next: dict[str, Any] = {}
         self._saved_step = 0
         self._due = False
 
@@ -144,11 +162,23 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's hook."""
-        return {"kept": dict(self.kept)}
+        return {"kept": dict(self.kept), "next": self._next}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: what a kill left undone after this file was written is done now."""
+        following = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("next")
+        if not following or not trainer.is_global_zero:
+            return
+        name, leaving = following["name"], following["leaving"]
+        if _is_ours(name) and trainer.ckpt_path and not (self.dirpath / name).exists():
+            _same_file(Path(trainer.ckpt_path), self.dirpath / name)
+        if leaving and _is_ours(leaving[0]) and _what(self.dirpath / leaving[0]) == leaving:  # no newer one
+            (self.dirpath / leaving[0]).unlink()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Lightning's hook."""
-        self.kept = {name: score for name, score in state["kept"].items() if (self.dirpath / name).is_file()}
+        kept = {name: score for name, score in state["kept"].items() if _is_ours(name)}
+        self.kept = {name: score for name, score in kept.items() if (self.dirpath / name).is_file()}
 
     # ---- when ----
 
@@ -217,12 +247,15 @@ class Checkpoints(Checkpoint):
             return
         self.kept[path.name] = score
         if leaving:
-            del self.kept[leaving]
-        trainer.save_checkpoint(path, weights_only=self.save_weights_only)
+            self.kept.pop(leaving, None)
+        self._next = {"name": path.name, "leaving": _what(self.dirpath / leaving) if leaving else None}
+        # `last.ckpt` first: it says what is yet to be done, should the process be killed now
+        trainer.save_checkpoint(self.dirpath / LAST if self.save_last else path, weights_only=self.save_weights_only)
+        self._next = {}
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             if self.save_last:
-                _same_file(path, self.dirpath / LAST)
+                _same_file(self.dirpath / LAST, path)
             if leaving:
                 (self.dirpath / leaving).unlink(missing_ok=True)
         if self.verbose:
@@ -261,6 +294,20 @@ class Checkpoints(Checkpoint):
             number += 1
             path = self.dirpath / f"{name}-{trainer.global_step:09}-{number}.ckpt"
         return path
+
+
+def _is_ours(name: Any) -> bool:
+    """Whether a name that a file tells can be one of a checkpoint in the folder: it may be made, and deleted."""
+    return isinstance(name, str) and name == Path(name).name and name.endswith(".ckpt") and name != LAST
+
+
+def _what(path: Path) -> list[Any] | None:
+    """A file's name, size and time: another file of that name has others. None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [path.name, found.st_size, found.st_mtime_ns]
 
 
 def _same_file(path: Path, link: Path) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from ldm.limits import check_growth, check_yaml
 from ldm.training.folders import find_run, stored_configs
 from ldm.training.trainer_settings import translate_trainer
 from ldm.trust import check_references
@@ -110,6 +111,7 @@ def read_yaml(path: str | Path) -> DictConfig:
     if place is None:
         raise FileNotFoundError(f"config {path}: there is no such file")
     try:
+        check_yaml(place)
         config = OmegaConf.load(place)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {path} is not valid YAML: {error}") from error
@@ -162,7 +164,9 @@ def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
     if not configs:
         return {}
     try:
-        merged: Any = OmegaConf.to_container(OmegaConf.merge(*configs), resolve=True, throw_on_missing=True)
+        together = OmegaConf.merge(*configs)
+        check_growth(OmegaConf.to_container(together), "of this run")
+        merged: Any = OmegaConf.to_container(together, resolve=True, throw_on_missing=True)
         return merged
     except MissingMandatoryValue as error:
         key = error.full_key

@@ -56,6 +56,7 @@ class ContinueExactly(pl.Callback):
 
     def __init__(self, anyway: bool = False) -> None:
         self.anyway = anyway
+        self.taken_up = False  # whether all of a checkpoint has been given to whom it belongs
         self._fresh_epoch = False
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -79,17 +80,20 @@ class ContinueExactly(pl.Callback):
         """Lightning's hook."""
         place = checkpoint["place"]
         self._check("processes", place["processes"], trainer.world_size)
-        self._batches = place["batches"]
+        _check_counters(checkpoint)
+        self._batches, self._optimizers = place["batches"], len(checkpoint["optimizer_states"])
         self._fresh_epoch = place["batch"] == 0
         trainer.datamodule.start_at(place["epoch"], place["batch"])  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         logger.info("Going on after %d batches of epoch %d", place["batch"], place["epoch"])
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Lightning's hook, after the loops have taken up their counters."""
+        self.taken_up = True
         if self._fresh_epoch:
             trainer.fit_loop.epoch_loop.restarting = False  # an epoch that starts is not one that restarts
         if getattr(self, "_batches", None) is not None:
             self._check("batches in an epoch", self._batches, trainer.num_training_batches)
+            self._check("optimizers", self._optimizers, len(trainer.optimizers))
             self._batches = None
 
     def _check(self, what: str, before: Any, now: Any) -> None:
@@ -99,6 +103,15 @@ class ContinueExactly(pl.Callback):
         if not self.anyway:
             raise ValueError(f"{message}: it would not go on as it was; mend that, or add --resume_anyway")
         logger.warning("%s: it goes on from its weights, but not with the batches that would have followed", message)
+
+
+def _check_counters(checkpoint: dict[str, Any]) -> None:
+    """ValueError unless Lightning's counters are those that were written for the place."""
+    place = checkpoint["place"]
+    expected = _counters(Place(place["epoch"], place["batch"], place["total"]), place["logged"])
+    found = checkpoint["loops"]["fit_loop"]
+    if not all(found.get(key) == value for key, value in expected.items()):
+        raise ValueError(f"the checkpoint's counters say another place than {place}: resume from another checkpoint")
 
 
 def _steps_logged(trainer: pl.Trainer, place: Place) -> int:

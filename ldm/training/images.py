@@ -17,6 +17,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from ldm import files
 from ldm.images import make_grid, tensor_to_images
 from ldm.models.diffusion.draws import seeded
 
@@ -168,13 +169,5 @@ def _save_dir(trainer: pl.Trainer) -> Path:
 def write_new(image: Image.Image, folder: Path, stem: str) -> Path:
     """Write `folder`/`stem`.png, or `stem`_2.png if that is taken, and so on; an incomplete file does not stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / f"{stem}.png", 1
-    while path.exists():
-        number += 1
-        path = folder / f"{stem}_{number}.png"
-    try:
-        image.save(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
+    names = files.numbered(folder / f"{stem}.png", "_")
+    return files.write_new(folder, names, lambda file: image.save(file, format="PNG"))

@@ -6,7 +6,8 @@ import csv
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
+from ldm.files import whole_file
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -29,11 +31,20 @@ class _Writer(ExperimentWriter):
         self._warned = False
         path = Path(self.metrics_file_path)
         if path.is_file():
+            _end_lines(path)
+        if path.is_file():
             with path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
 
     def _check_log_dir_exists(self) -> None:
         """Lightning would delete what an earlier start of the run wrote."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Lightning would write over the file, and a kill would cost all of it."""
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _write(path, fieldnames, rows)
 
     def save(self) -> None:
         """Lightning's hook: write what was logged since; a failure is said once."""
@@ -71,11 +82,27 @@ def forget_after(folder: Path, step: int, now: str) -> None:
     kept = [row for row in rows if float(row.get("step") or 0) < step]
     if len(kept) == len(rows):
         return
-    os.replace(path, path.with_name(f"metrics-until-{now}.csv"))
-    with path.open("w", newline="") as file:
+    with whole_file(path.with_name(f"metrics-until-{now}.csv")) as partial:
+        shutil.copyfile(path, partial)
+    _write(path, names, kept)
+
+
+def _write(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(rows)
+
+
+def _end_lines(path: Path) -> None:
+    """Take away the last line of a file if it was cut short, as a process leaves it that is killed; or the file."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole:
+        path.unlink()
+    elif len(whole) < len(data):
+        with whole_file(path) as partial:
+            partial.write_bytes(whole)
 
 
 def build_loggers(config: Mapping[str, Any] | None, folder: Path) -> list[Logger]:

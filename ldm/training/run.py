@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.data.cache import ensure_caches
 from ldm.devices import choose_device
+from ldm.limits import building
 from ldm.training import folders
 from ldm.training.callbacks import CUDACallback, ProgressBar, SetupCallback
 from ldm.training.checkpoints import Checkpoints, WholeFiles, read_training_state, remove_partial_files
@@ -105,7 +106,8 @@ def build_data(settings: Settings) -> Any:
 
 def build_model(settings: Settings) -> pl.LightningModule:
     """The model of the config; one that optimises by hand is told the Trainer's settings that are its own business."""
-    model = instantiate_from_config(settings.project["model"])
+    with building():
+        model = instantiate_from_config(settings.project["model"])
     if not isinstance(model, pl.LightningModule):
         raise ValueError(f"{settings.project['model'].get('target')} is not a model that can be trained")
     if not model.automatic_optimization:
@@ -265,6 +267,11 @@ def _fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, settings: Se
         raise KeyboardInterrupt("interrupted before the first step; nothing written") from error
     except BaseException as error:
         _end_other_processes(trainer)
+        if settings.ckpt and not _taken_up(trainer) and isinstance(error, _OF_STRANGE_STATES):
+            raise ValueError(
+                f"{settings.ckpt} is not the state of such a run, or damaged ({type(error).__name__}: {error}): resume "
+                "from another checkpoint"
+            ) from error
         readable = _readable(error, _kept(checkpoints))
         if readable is None:
             raise
@@ -291,6 +298,15 @@ def _make_room(settings: Settings, checkpoints: Path, now: str) -> int:
         os.replace(last, kept)
         logger.info("%s does not go on from %s, which is kept as %s", settings.ckpt, last, kept.name)
     return state["global_step"]
+
+
+# What optimisers, schedules and callbacks raise when they are given a state that is not theirs.
+_OF_STRANGE_STATES = (TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
+def _taken_up(trainer: pl.Trainer) -> bool:
+    """Whether training began, and thus all of the checkpoint that a run goes on from was made use of."""
+    return any(callback.taken_up for callback in trainer.callbacks if isinstance(callback, ContinueExactly))  # type: ignore[attr-defined]  # Lightning sets it elsewhere
 
 
 def _end_other_processes(trainer: pl.Trainer) -> None:

@@ -1,7 +1,8 @@
 """Files made to harm whoever reads them: what each does, and what is said of it.
 
 `python -m tests.checkpoint.hostile FOLDER` reads all files of a folder with little memory to spare, and prints for each
-a line of JSON: how it ended. It is a process of its own, for what it reads may end it.
+a line of JSON: how it ended. A number after FOLDER says how many bytes. It is a process of its own, for files may
+end it.
 """
 
 from __future__ import annotations
@@ -353,13 +354,13 @@ def corpus() -> dict[str, tuple[bytes, str]]:
 # ---- reading them ----
 
 
-def read_all(folder: Path) -> None:
+def read_all(folder: Path, room: int = ROOM) -> None:
     import resource
 
     from ldm.checkpoint import CheckpointError, read_checkpoint
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
+    resource.setrlimit(resource.RLIMIT_AS, (size + room, size + room))
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("it took too long"))
     for path in sorted(folder.iterdir()):
         print(json.dumps([path.name, "ended the process"]), flush=True)
@@ -378,4 +379,4 @@ def read_all(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    read_all(Path(sys.argv[1]))
+    read_all(Path(sys.argv[1]), *map(int, sys.argv[2:]))

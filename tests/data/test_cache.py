@@ -58,6 +58,23 @@ def copy(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "copy")
 
 
+def test_where_mapping_is_not_safe_shards_are_read(copy, monkeypatch) -> None:
+    mapped = CachedDataset(copy)
+    expected = [mapped.get(i, rng(i)) for i in range(len(mapped))]
+    monkeypatch.setattr(cache, "may_map", lambda path: False)
+    read = CachedDataset(copy)
+    for i, item in enumerate(expected):
+        found = read.get(i, rng(i))
+        assert found.keys() == item.keys()
+        for key, value in item.items():
+            same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
+            assert same and type(found[key]) is type(value), key
+    (shard, *_) = sorted(copy.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:4096])
+    with pytest.raises(CacheError, match="was cut short while it was in use"):
+        read.get(1, rng())
+
+
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 

@@ -43,6 +43,20 @@ def test_any_size(v1_tiny, size):
     assert out.shape == (1, 4, *size) and torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("more", [{"conv_resample": False}, {"resblock_updown": True}, {}])
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (4, 5), (7, 11)])
+def test_sides_that_averaging_cannot_halve(more, size):
+    config = {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 64, "num_res_blocks": 1}
+    net = UNetModel(**config, attention_resolutions=[2], channel_mult=[1, 1, 2], num_heads=2, **more).eval()
+    x, t = tensor("x", 1, 3, *size), torch.tensor([5])
+    if min(size) < 4 and more:
+        with pytest.raises(ValueError, match="the picture is too small for this network.*make it larger"):
+            net(x, t)
+        return
+    with torch.no_grad():
+        assert net(x, t).shape == x.shape
+
+
 def test_gradient_checkpointing_changes_nothing():
     config = golden_configs("unet_pub")["depth2_legacy"]["config"]
     gradients = []

@@ -86,6 +86,15 @@ def check(run_folder: Path) -> int:
     return int(read_training_state(last)["place"]["total"]) if last.is_file() else 0
 
 
+def check_kept(checkpoints: Path) -> None:
+    """No file is left over that the run would not delete any more."""
+    (state,) = (
+        value for value in read_training_state(checkpoints / "last.ckpt")["callbacks"].values() if "kept" in value
+    )
+    named = {path.name for path in checkpoints.glob("*.ckpt")} - {"last.ckpt"}
+    assert named == set(state["kept"]) and len(named) <= 2, (named, state["kept"])
+
+
 def killed(folder: Path, kills: int, rng: random.Random) -> Path:
     """A run killed so often, and once more until it has a checkpoint; gives its folder."""
     last: Path | None = None
@@ -115,6 +124,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     end = ("--max_steps", 2 * (check(parts) + AFTER))  # Lightning counts the steps of both optimisers
     assert life(lambda: run("--resume", parts, "-t", *end)) == 0, "the run did not go on"
     assert not list((parts / "checkpoints").glob(".*.partial"))
+    check_kept(parts / "checkpoints")
     assert life(lambda: start(folder / "whole", content(), *end)[0]) == 0
     (whole,) = (folder / "whole/logs").iterdir()
     assert_same_weights(weights(parts), weights(whole))

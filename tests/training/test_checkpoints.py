@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -19,7 +20,8 @@ from ldm.training import checkpoints
 from ldm.training.checkpoints import Checkpoints, WholeFiles, read_training_state, remove_partial_files
 from tests.training.toys import assert_same_weights, config, run, start, two_players, weights
 
-STATE = {"state_dict": {"w": torch.ones(3)}, "loops": {}, "place": {}, "optimizer_states": [], "global_step": 7}
+PLACE = {"epoch": 1, "batch": 2, "total": 7, "logged": 7, "batches": 5, "processes": 1}
+STATE = {"state_dict": {"w": torch.ones(3)}, "loops": {}, "place": PLACE, "optimizer_states": [], "global_step": 7}
 
 
 def test_files_hold_plain_values(tmp_path):
@@ -153,6 +155,88 @@ def test_nothing_is_overwritten(tmp_path, trainer):
     validate(saver, trainer, 0, None)
     assert names(tmp_path) == ["000000-000000005.ckpt", "000000.ckpt", "last.ckpt"]
     assert (tmp_path / "000000.ckpt").read_text() == "another run's"
+
+
+class Killed(BaseException):
+    """What ends a process in the middle."""
+
+
+class StateTrainer(FakeTrainer):
+    """Writes the state of a callback."""
+
+    saver: Checkpoints
+    ckpt_path = None
+
+    def save_checkpoint(self, path, weights_only=False) -> None:
+        state = {"callbacks": {self.saver.state_key: self.saver.state_dict()}, "step": self.global_step}
+        WholeFiles().save_checkpoint(state, path)
+
+
+@pytest.mark.parametrize("moment, last", [("before its name", True), ("before the other goes", True), ("never", False)])
+def test_what_a_kill_leaves_undone_is_done_on_resuming(tmp_path, monkeypatch, moment, last):
+    trainer = StateTrainer()
+    monkeypatch.setattr(checkpoints, "between_steps", lambda trainer: True)
+    trainer.saver = saver = Checkpoints(tmp_path, save_top_k=1, save_last=last)
+    validate(saver, trainer, 0, None)
+
+    def kill(*args, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if moment == "before its name":
+            patch.setattr(checkpoints, "_same_file", kill)
+        elif moment == "before the other goes":
+            same = checkpoints._same_file
+
+            def link_and_die(*paths):
+                same(*paths)
+                kill()
+
+            patch.setattr(checkpoints, "_same_file", link_and_die)
+        with pytest.raises(Killed) if moment != "never" and last else contextlib.nullcontext():
+            validate(saver, trainer, 1, None)
+    trainer.ckpt_path = tmp_path / ("last.ckpt" if last else "000001.ckpt")
+    found = torch.load(trainer.ckpt_path, weights_only=True)
+    assert found["step"] == 15
+    again = Checkpoints(tmp_path, save_top_k=1, save_last=last)
+    again.on_load_checkpoint(trainer, None, found)
+    again.load_state_dict(found["callbacks"][again.state_key])
+    assert names(tmp_path) == ["000001.ckpt"] + ["last.ckpt"] * last and list(again.kept) == ["000001.ckpt"]
+    assert torch.load(tmp_path / "000001.ckpt", weights_only=True)["step"] == 15
+    trainer.saver = again
+    validate(again, trainer, 2, None)
+    assert names(tmp_path) == ["000002.ckpt"] + ["last.ckpt"] * last
+
+
+def test_a_newer_file_of_that_name_stays(tmp_path):
+    (tmp_path / "a.ckpt").write_text("newer")
+    os.utime(tmp_path / "a.ckpt", (1, 1))
+    saver, trainer = Checkpoints(tmp_path), StateTrainer()
+    trainer.ckpt_path = tmp_path / "last.ckpt"
+    (tmp_path / "last.ckpt").write_text("x")
+    for leaving in (["a.ckpt", 5, 0], ["a.ckpt", 4, 10**9], ["b.ckpt", 5, 10**9]):
+        state = {"kept": {}, "next": {"name": "last.ckpt", "leaving": leaving}}
+        saver.on_load_checkpoint(trainer, None, {"callbacks": {saver.state_key: state}})
+    assert names(tmp_path) == ["a.ckpt", "last.ckpt"]
+
+
+def test_no_file_elsewhere_is_made_or_deleted(tmp_path, trainer):
+    """A checkpoint says which files are the run's, and a stranger's could say any."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    other = tmp_path / "mine.ckpt"
+    other.write_text("x")
+    (folder / "text.txt").write_text("x")
+    found = [str(other), 1, other.stat().st_mtime_ns]
+    saver, trainer.ckpt_path = Checkpoints(folder, save_top_k=1), other
+    for name in ("../mine.ckpt", str(other), "text.txt", "last.ckpt", 3, "../new.ckpt"):
+        state = {"kept": {name: 0.0}, "next": {"name": name, "leaving": [name, *found[1:]]}}
+        saver.on_load_checkpoint(trainer, None, {"callbacks": {saver.state_key: state}})
+        saver.load_state_dict(state)
+        assert saver.kept == {}
+    validate(saver, trainer, 0, None)
+    assert other.exists() and names(folder) == ["000000.ckpt", "last.ckpt", "text.txt"]
+    assert names(tmp_path) == ["checkpoints", "mine.ckpt"]
 
 
 def test_mistakes(tmp_path, trainer):

@@ -169,8 +169,8 @@ def test_a_failure_is_one_warning_and_no_half_written_file(tmp_path, caplog, mon
     reason = "Pictures of step 1 cannot be drawn (RuntimeError: CUDA out of memory.): training goes on without"
     assert [record.message for record in caplog.records] == [reason]
 
-    def full(self, path, **_):
-        Path(path).write_bytes(b"half")
+    def full(self, file, **_):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)

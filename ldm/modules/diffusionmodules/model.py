@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.limits import check_number
 from ldm.modules.attending import attend
 from ldm.modules.layout import can_draw, doubled
 from ldm.modules.strips import convolve
@@ -145,7 +146,7 @@ class Level(nn.Module):
         **resample: nn.Module,
     ) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
+        widths = [in_channels] + [out_channels] * check_number(blocks, "num_res_blocks")
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:]))
         self.attn = nn.ModuleList(make_attn(out_channels, attn_type) for _ in range(blocks) if attn_type is not None)
         # Named by the caller ("downsample" or "upsample"): the name is part of the published state dict.

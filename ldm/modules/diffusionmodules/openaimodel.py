@@ -58,8 +58,14 @@ class Downsample(nn.Module):
             self.op = conv_nd(dims, channels, out_channels, 3, stride=2, padding=1)
         else:
             self.op = avg_pool_nd(dims, kernel_size=2, stride=2)
+        self.pools = not use_conv
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:  # (B, C, H, W) -> (B, C', H/2, W/2)
+        if self.pools and min(x.shape[2:]) < 2:
+            raise ValueError(
+                "the picture is too small for this network, which halves its sides by averaging (conv_resample: false "
+                "or resblock_updown: true) and has come to a side of 1: make it larger"
+            )
         return self.op(x)
 
 
@@ -325,6 +331,7 @@ class UNetModel(nn.Module):
         """x (B, in_channels, H, W), timesteps (B,), context (B, M, context_dim), y as `num_classes` says.
 
         Returns (B, out_channels, H, W). Any H and W work: sizes that do not halve evenly are met again on the way up.
+        Raises ValueError for a side that averaging (conv_resample off, resblock_updown) would halve below 1.
         """
         if (y is not None) != (self.num_classes is not None):
             raise ValueError(

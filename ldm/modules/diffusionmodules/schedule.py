@@ -15,6 +15,9 @@ from torch import Tensor
 PARAMETERIZATIONS = ("eps", "x0", "v")
 
 
+MAX_TIMESTEPS = 10**6  # a thousand times the public ones; tables of them are made before anything else
+
+
 def make_beta_schedule(
     schedule: str,
     n_timestep: int,
@@ -30,6 +33,8 @@ def make_beta_schedule(
     if n_timestep < 1 or linear_start <= 0 or linear_end <= 0:
         given = f"{n_timestep}, {linear_start}, {linear_end}"
         raise ValueError(f"a schedule needs timesteps, linear_start and linear_end above 0, not {given}")
+    if n_timestep > MAX_TIMESTEPS:
+        raise ValueError(f"a schedule has at most {MAX_TIMESTEPS} timesteps, not {n_timestep}")
     if schedule == "linear":
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
     if schedule in ("cosine", "squaredcos_cap_v2"):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoint.states import read_tensors
 from ldm.modules.diffusionmodules.schedule import timestep_embedding
 from ldm.modules.diffusionmodules.upscaling import ImageConcatWithNoiseAugmentation
 from ldm.modules.encoders.base import AbstractEncoder, TowerConfig, check_heads
@@ -235,7 +236,7 @@ def _read_stats(path: str) -> tuple[Tensor, Tensor]:
             "noise_aug_config.params.clip_stats_path"
         )
     try:
-        mean, std = torch.load(found, map_location="cpu", weights_only=True)
+        mean, std = read_tensors(found)
         return mean.float().flatten(), std.float().flatten()
-    except Exception as error:  # torch raises a dozen kinds for what is no such file
+    except ValueError as error:
         raise ValueError(f"{found} does not hold two tensors, the mean and spread of embeddings: {error}") from error

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.limits import check_number
 from ldm.modules.attending import attend
 from ldm.modules.encoders.base import TowerConfig, check_heads
 
@@ -89,7 +90,8 @@ def _accept_every_layout(tower: CLIPTextModel, state: dict[str, Any], prefix: st
 
 def _position_ids(config: CLIPTextConfig) -> Tensor:
     # On the CPU even under torch.device("meta"): no checkpoint need bring it.
-    return torch.arange(config.max_position_embeddings, device="cpu")[None]
+    places = check_number(config.max_position_embeddings, "max_position_embeddings", 10**6)
+    return torch.arange(places, device="cpu")[None]
 
 
 class _TextTransformer(nn.Module):

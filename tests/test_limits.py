@@ -1,0 +1,193 @@
+"""Configs that would fill the memory: refused in one sentence before they do."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm import limits
+from ldm.inference.loading import read_config
+from ldm.limits import building, check_growth, check_yaml
+from ldm.training.configs import _merge, read_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(
+    str(path.relative_to(ROOT)) for place in ("configs", "models") for path in (ROOT / place).rglob("*.yaml")
+)
+
+
+def laughs(levels: int, entry: str = "${{{0}}}${{{0}}}") -> dict[str, str]:
+    """A value that is twice the one before, and so on."""
+    return {"a0": "ha", **{f"a{level}": entry.format(f"a{level - 1}") for level in range(1, levels)}}
+
+
+def lists(levels: int) -> dict[str, list[object]]:
+    return {"a0": [0, 1], **{f"a{level}": [f"${{a{level - 1}}}"] * 2 for level in range(1, levels)}}
+
+
+TOO_LONG = {
+    "text": laughs(40),
+    "text by way of sections": {"m": laughs(40, "${{m.{0}}}${{ m.{0} }}")},
+    "text of siblings": {"m": laughs(40, "${{.{0}}}${{.{0}}}")},
+    "lists": lists(40),
+    "one long text, often": {"a": "x" * 50_000, "b": ["${a}${a}${a}"]},
+    "sections": {"a0": {"x": 1}, **{f"a{n}": {"x": f"${{a{n - 1}}}", "y": f"${{a{n - 1}}}"} for n in range(1, 40)}},
+    "in itself": {"a": "${b}", "b": ["${a}"]},
+    "computed": {"n": "a", "a": "x" * 60_000, "b": "${${n}}${${n}}"},
+    "a long row": {f"a{n}": f"${{a{n + 1}}}" for n in range(100_000)} | {"a100000": 1},
+}
+
+
+@pytest.mark.parametrize("key", TOO_LONG)
+def test_references_that_grow(key):
+    with pytest.raises(ValueError, match="config x is refused: .*(too long|itself|in a row)"):
+        check_growth(TOO_LONG[key], "x")
+
+
+FINE = {
+    "used often": {"a": 64, "b": ["${a}"] * 1000, "c": "${a}x${a}"},
+    "relative": {"m": {"size": 3, "n": {"size": "${..size}", "list": [1, "${.0}"]}}},
+    "brackets": {"m": [{"x": 1}], "y": "${m[0].x}", "z": "${m.0.x}"},
+    "a section again": {"a": {"b": {"c": 1}, "d": "${a.b}"}},
+    "nothing": {"a": "${none.of[7].these}", "b": None, "c": "${b.x}"},
+    "of resolvers": {"a": "${oc.env:HOME}"},
+    "no reference": {"a": "$x {y} ${", "b": "${}"},
+}
+
+
+@pytest.mark.parametrize("key", FINE)
+def test_references_that_do_not(key):
+    check_growth(FINE[key], "x")
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_public_configs_are_far_from_every_limit(path, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_ENTRIES", limits.MAX_ENTRIES // 100)
+    monkeypatch.setattr(limits, "MAX_TEXT", limits.MAX_TEXT // 10)
+    check_yaml(ROOT / path)
+    check_growth(OmegaConf.to_container(OmegaConf.load(ROOT / path)), path)
+
+
+def aliases(levels: int, kind: str = "[{0}, {0}]") -> str:
+    return "a0: &a0 [x, y]\n" + "".join(f"a{n}: &a{n} {kind.format(f'*a{n - 1}')}\n" for n in range(1, levels))
+
+
+@pytest.mark.parametrize("read", [read_config, read_yaml])
+@pytest.mark.parametrize("kind", ["[{0}, {0}]", "{{x: {0}, y: {0}}}"])
+def test_aliases_that_grow(tmp_path, read, kind):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {}\n" + aliases(60, kind))
+    with pytest.raises(ValueError, match="x.yaml is refused: its aliases make it too long"):
+        read(path)
+    path.write_text("model: {}\n" + aliases(8, kind))
+    read(path)
+
+
+def test_a_file_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_FILE", 10)
+    (tmp_path / "x.yaml").write_text("model: {}  # and so on")
+    with pytest.raises(ValueError, match="x.yaml is no config: it has 22 bytes"):
+        read_config(tmp_path / "x.yaml")
+
+
+def test_both_readers_refuse_references_that_grow(tmp_path):
+    (tmp_path / "x.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"model": {}, **laughs(40)})))
+    with pytest.raises(ValueError, match="x.yaml is refused"):
+        read_config(tmp_path / "x.yaml")
+    halves = [OmegaConf.create({"a": "${b}${b}"}), OmegaConf.create({"b": "x" * 60_000})]
+    with pytest.raises(ValueError, match="config of this run is refused"):
+        _merge(halves)  # what no file shows alone
+
+
+# ---- numbers ----
+
+
+def test_networks_of_too_many_parts():
+    with pytest.raises(ValueError, match="more than 50000 parts"), building():
+        nn.ModuleList(nn.Identity() for _ in range(10**9))
+    nn.ModuleList(nn.Identity() for _ in range(limits.MAX_MODULES + 1))  # nothing counts any more
+
+
+def test_networks_of_too_much_memory(monkeypatch):
+    monkeypatch.setattr(limits, "_memory", lambda: 2**20)
+    with pytest.raises(ValueError, match=r"more than the 0.000977 GiB .*\(weight alone is 1000x300\)"), building():
+        nn.Linear(300, 1000)
+    with building():
+        nn.Linear(10**6, 10**6, device="meta")
+        nn.Linear(300, 100)
+
+
+BUILD = """
+import json, os, resource, sys
+from omegaconf import OmegaConf
+from ldm.inference.loading import _built, read_config
+print(json.dumps("ready"), flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**30
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+        try:
+            _built(OmegaConf.create(json.loads(line)))
+            said = "built"
+        except ValueError as error:
+            said = f"refused: {error}"
+        except BaseException as error:
+            said = f"raised {type(error).__name__}: {error}"
+        print(json.dumps(said), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(json.dumps("ended the process"), flush=True)
+"""
+
+
+def numbers(value: object, path: tuple = ()) -> list[tuple]:
+    if isinstance(value, dict):
+        return [found for key, entry in value.items() for found in numbers(entry, (*path, key))]
+    if isinstance(value, list):
+        return [found for key, entry in enumerate(value) for found in numbers(entry, (*path, key))]
+    return [path] if type(value) is int else []
+
+
+def changed(config: dict, path: tuple, value: int) -> dict:
+    config = copy.deepcopy(config)
+    place = config
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return config
+
+
+SOME = ["models/ldm/shapes64/config.yaml", "configs/stable-diffusion/v1-inference.yaml"]
+MORE = [f"configs/{name}.yaml" for name in ("stable-diffusion/v2-1-stable-unclip-l-inference",)]
+MORE += ["configs/stable-diffusion/v2-midas-inference.yaml", "configs/latent-diffusion/txt2img-1p4B-eval.yaml"]
+MORE += [f"models/ldm/{name}/config.yaml" for name in ("layout2img-openimages256", "bsr_sr", "semantic_synthesis256")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc and limits of memory")
+@pytest.mark.parametrize("path", [SOME[0], *(pytest.param(path, marks=pytest.mark.slow) for path in [SOME[1], *MORE])])
+def test_huge_numbers(path):
+    """Every number of a config in turn, of the sizes that memory just fails at and far beyond."""
+    base = OmegaConf.to_container(OmegaConf.load(ROOT / path))
+    cases = [(place, value) for place in numbers(base["model"], ("model",)) for value in (3 * 10**9, 10**12)]
+    lines = "".join(json.dumps(changed(base, place, value)) + "\n" for place, value in cases)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD], cwd=ROOT, env=environment, input=lines, capture_output=True, text=True
+    )
+    said = [json.loads(line) for line in done.stdout.splitlines()][1:]
+    assert done.returncode == 0 and len(said) == len(cases), done.stderr[-2000:]
+    wrong = {
+        f"{place}={value}": what for (place, value), what in zip(cases, said) if what.startswith(("raised", "ended"))
+    }
+    assert not wrong
+    assert sum(what.startswith("refused") for what in said) > len(cases) / 10
