@@ -233,7 +233,7 @@ class _Exact(Machine):
             kind,
             turned is True,
             raw,
-        )  # numpy's types want a numpy.bool, which it never writes
+        )  # numpy's types ask for its own bool
         target.__setstate__(state)
 
 
