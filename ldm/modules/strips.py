@@ -19,22 +19,40 @@ LARGE = 2**23  # numbers of a map (32 MB) from which on memory costs more than P
 STRIP = 2**21  # numbers of a strip
 
 
-def convolve(
-    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: tuple[Tensor, nn.Module] | None = None
-) -> Tensor:
-    """conv(SiLU(norm(x))) of x (B, C, H, W): (B, C', H, W). residual: (a map y, a 1x1 convolution) to add that of it.
+def activate(x: Tensor) -> Tensor:
+    """SiLU of what a norm has just made; in its memory, unless gradients need that."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
-    conv: 3x3, or at least one that keeps the size. In strips without gradients on a CPU, where x is large.
+
+def add(h: Tensor, x: Tensor) -> Tensor:
+    """x + h, where h has just been made; in its memory, unless gradients may be asked for."""
+    return x + h if torch.is_grad_enabled() or h.dtype != x.dtype else h.add_(x)
+
+
+def convolve(
+    x: Tensor,
+    norm: nn.GroupNorm,
+    conv: nn.Conv2d,
+    *,
+    dropout: nn.Dropout | None = None,
+    residual: tuple[Tensor, nn.Module] | None = None,
+) -> Tensor:
+    """conv(dropout(SiLU(norm(x)))) of x (B, C, H, W), which keeps its size: (B, C', H, W).
+
+    residual: (a map (B, C", H, W), what makes C' channels of each of its pixels), to be added. In strips where x is
+    large and a laid-out 3x3 convolution draws on a CPU (see `ldm.modules.layout`).
     """
-    if isinstance(conv, LaidOutConv2d) and conv.takes_strips() and x[0].numel() >= LARGE and can_draw(x, conv.weight):
+    drops = dropout is not None and dropout.training and dropout.p > 0
+    if isinstance(conv, LaidOutConv2d) and not drops and _pays(x, conv):
         return _convolve_in_strips(x, norm, conv, residual)
-    training = torch.is_grad_enabled()  # then results are needed once more
-    h = conv(F.silu(norm(x), inplace=not training))
-    if residual is None:
-        return h
-    y, shortcut = residual
-    y = shortcut(y)
-    return y + h if training or h.dtype != y.dtype else h.add_(y)
+    h = activate(norm(x))
+    h = conv(h if dropout is None else dropout(h))
+    return h if residual is None else add(h, residual[1](residual[0]))
+
+
+def _pays(x: Tensor, conv: LaidOutConv2d) -> bool:
+    # the very class: int8 has a way of its own
+    return type(conv) is LaidOutConv2d and conv.takes_strips() and can_draw(x, conv.weight) and x[0].numel() >= LARGE
 
 
 def _convolve_in_strips(

@@ -69,6 +69,9 @@ def test_only_while_drawing(many):
     with torch.no_grad():
         block.double()(x.double())
         ResnetBlock(32, 32)(x)  # not laid out
+        empty = ResnetBlock(32, 32)
+        lay_out(empty)
+        assert empty(x[:0]).shape == (0, 32, 8, 8)
     assert not many
 
 

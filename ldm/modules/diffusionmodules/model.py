@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.limits import check_number
 from ldm.modules.attending import attend
 from ldm.modules.layout import can_draw, doubled
-from ldm.modules.strips import convolve
+from ldm.modules.strips import add, convolve
 
 
 def Normalize(channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -34,16 +34,6 @@ def regroup(module: nn.Module, channels_per_group: int) -> None:
                     f"channels_per_group={channels_per_group} does not divide {name}'s {norm.num_channels}"
                 )
             norm.num_groups = norm.num_channels // channels_per_group
-
-
-def activate(x: Tensor) -> Tensor:
-    """SiLU of what a norm has just made; in its memory, unless gradients need that."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-def add(h: Tensor, x: Tensor) -> Tensor:
-    """x + h, where h has just been made; in its memory, unless gradients may be asked for."""
-    return x + h if torch.is_grad_enabled() or h.dtype != x.dtype else h.add_(x)
 
 
 def channels_last(x: Tensor, weight: Tensor) -> Tensor:
@@ -94,10 +84,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, Cin, H, W) -> (B, Cout, H, W)
         h = convolve(x, self.norm1, self.conv1)
-        if self.training and self.dropout.p:
-            h = self.conv2(self.dropout(activate(self.norm2(h))))
-            return add(h, self.nin_shortcut(x))
-        return convolve(h, self.norm2, self.conv2, (x, self.nin_shortcut))
+        return convolve(h, self.norm2, self.conv2, dropout=self.dropout, residual=(x, self.nin_shortcut))
 
 
 class AttnBlock(nn.Module):
