@@ -22,7 +22,7 @@ def whole_file(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path
     which then stays, whichever process it came from.
     """
     path = Path(path)
-    partial = path.with_name(PARTIAL.format(name=path.name, pid=os.getpid()))
+    partial = path.with_name(PARTIAL.format(name=uuid.uuid4().hex, pid=os.getpid()))
     try:
         yield partial
         sync(partial)
@@ -77,8 +77,12 @@ def _give_new_name(partial: Path, path: Path) -> None:
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links: reserve the name, then replace the empty file
-            path.open("xb").close()
-            os.replace(partial, path)
+            path.open("xb").close()  # which is what a kill just here leaves
+            try:
+                os.replace(partial, path)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise OSError(f"{path} could not be written: {error}") from error
     except FileExistsError:
         raise FileExistsError(f"{path} exists already: choose another name") from None
 

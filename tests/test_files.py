@@ -47,7 +47,7 @@ def test_content_and_name_are_brought_to_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("renamed"), replace(*paths)))
     with whole_file(tmp_path / "a.bin") as partial:
         partial.write_text("x")
-    assert order == [f".a.bin.{os.getpid()}.partial", "renamed", tmp_path.name]
+    assert order == [partial.name, "renamed", tmp_path.name]
 
 
 def test_a_process_that_is_killed(tmp_path):
@@ -151,3 +151,19 @@ def test_two_processes_and_their_names(tmp_path):
     assert sorted(found) == [b"x" * 1000] * 60 + [b"y" * 1000] * 60
     assert {path.read_bytes() for path in tmp_path.glob("one-*")} <= {b"x" * 1000, b"y" * 1000}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_names_as_long_as_a_file_system_takes(tmp_path):
+    with whole_file(tmp_path / ("a" * 255)) as partial:
+        partial.write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a" * 255]
+
+
+def test_a_name_that_could_not_be_given_is_not_kept(tmp_path, monkeypatch):
+    """Without hard links names are reserved first: what then fails leaves no empty file, and is not taken for a name
+    that somebody else has."""
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(FileExistsError(17, "odd file system")))
+    with pytest.raises(OSError, match="could not be written") as found:
+        write_new(tmp_path, numbered(tmp_path / "a.png"), lambda file: file.write(b"x"))
+    assert not isinstance(found.value, FileExistsError) and not list(tmp_path.iterdir())

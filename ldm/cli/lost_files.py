@@ -19,6 +19,7 @@ from typing import Any
 
 CODE = 1  # it failed while running
 _told: list[int] = []
+_kept: list[Any] = []  # the system has nothing but the function's address
 
 
 def end_in_words() -> None:
@@ -29,8 +30,14 @@ def end_in_words() -> None:
         install: Any = ctypes.CDLL(None).signal
     except (OSError, AttributeError):
         return
-    install.argtypes, install.restype = (ctypes.c_int, type(_handler)), ctypes.c_void_p
-    install(signal.SIGBUS, _handler)
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    try:
+        handler = kind(_end)
+    except MemoryError:  # a system that lets no program write functions
+        return
+    _kept.append(handler)
+    install.argtypes, install.restype = (ctypes.c_int, kind), ctypes.c_void_p
+    install(signal.SIGBUS, handler)
 
 
 def _end(number: int) -> None:
@@ -41,9 +48,6 @@ def _end(number: int) -> None:
         os.write(2, f"\nerror: {_sentence()}\n".encode(errors="backslashreplace"))
     finally:
         os._exit(CODE)
-
-
-_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)  # kept, for the system has nothing but its address
 
 
 def _sentence() -> str:

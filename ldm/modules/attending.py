@@ -68,23 +68,34 @@ def _attend_to_many(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tens
     q, k = q.to(dtype).contiguous(), (k * scale).to(dtype).contiguous()
     v = F.pad(v.to(dtype), (0, -width % 16)).transpose(2, 3).contiguous()  # (B, H, d', M); kernels make 16 at a time
     pieces = math.ceil(torch.get_num_threads() / (batch * heads))  # of a head, where there are fewer than threads
-    calls = []
-    for head, keys, values, results in zip(*(x.flatten(0, 1) for x in (q, k, v)), chain(*out)):
-        parts = zip(head.chunk(pieces), results.chunk(pieces))
-        calls += [(some, keys, values, result) for some, result in parts]
-    side_by_side(_attend_head, calls)
+    every = zip(*(x.flatten(0, 1) for x in (q, k, v)), chain(*out))
+    if pieces == 1:
+        side_by_side(_attend_head, every)
+        return out
+    for head, keys, values, results in every:
+        laid_out = _laid_out(keys, values)  # once for all its pieces
+        side_by_side(_attend_rows, ((*part, *laid_out) for part in zip(head.chunk(pieces), results.chunk(pieces))))
     return out
 
 
+def _laid_out(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Keys (M, d) and values (d', M) in oneDNN's order, and M."""
+    lay_out = torch.ops.mkldnn._reorder_linear_weight
+    return lay_out(k), lay_out(v), len(k)
+
+
 def _attend_head(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """The shares 2^(q k^T) of q (N, d), k (M, d), times v^T of v (d', M), into `out` (N, d' or less).
+    _attend_rows(q, out, *_laid_out(k, v))
+
+
+def _attend_rows(q: Tensor, out: Tensor, to_scores: Tensor, to_values: Tensor, keys: int) -> None:
+    """The shares 2^(q k^T) of q (N, d) and so many keys, times v^T, into `out` (N, d' or less); see `_laid_out`.
 
     So many rows at a time as a cache holds. A power of two is quicker than a softmax, which first looks for each row's
     largest score; where scores are so large or so small that this is needed, a softmax it is.
     """
-    product, laid_out = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
-    to_scores, to_values = laid_out(k), laid_out(v)
-    rows = max(CACHED // len(k), 16)
+    product = torch.ops.mkldnn._linear_pointwise
+    rows = max(CACHED // keys, 16)
     steep = False  # whether powers have gone beyond what numbers hold
     for some, result in zip(q.split(rows), out.split(rows)):
         shares = product(some, to_scores, None, *PLAIN)  # (rows, M)

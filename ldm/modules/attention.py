@@ -18,6 +18,7 @@ from ldm.modules.layout import LaidOutLinear, can_draw
 from ldm.modules.token_merging import Merging
 
 AT_ONCE = 2**22  # numbers between its two layers that a feed-forward network makes at a time: 16 MB
+FEWEST = 512  # tokens that it takes at a time, so that products pay, in int8, too
 MOST_CONTEXTS = 3  # that attention remembers: guidance asks under one condition, under another, and under both
 
 
@@ -49,11 +50,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, dim) -> (B, N, dim_out)
         first = next(self.net.parameters())
-        rows = AT_ONCE // first.shape[0]
-        if not can_draw(x, first) or x[..., 0].numel() < 2 * rows:
+        pieces = x[..., 0].numel() // max(AT_ONCE // first.shape[0], FEWEST)
+        if pieces < 2 or not can_draw(x, first):
             return self.net(x)
         # what lies between is four to eight times as wide as x: some tokens at a time, it stays in the cache
-        return torch.cat([self.net(some) for some in x.flatten(0, -2).split(max(rows, 1))]).view(*x.shape[:-1], -1)
+        parts = x.flatten(0, -2).tensor_split(pieces)
+        return torch.cat([self.net(some) for some in parts]).view(*x.shape[:-1], -1)
 
 
 class CrossAttention(nn.Module):
