@@ -245,19 +245,29 @@ class Checkpoints(Checkpoint):
             if self.save_last:
                 self.save_last_now(trainer)
             return
+        before = dict(self.kept)
         self.kept[path.name] = score
         if leaving:
             self.kept.pop(leaving, None)
         self._next = {"name": path.name, "leaving": _what(self.dirpath / leaving) if leaving else None}
-        # `last.ckpt` first: it says what is yet to be done, should the process be killed now
-        trainer.save_checkpoint(self.dirpath / LAST if self.save_last else path, weights_only=self.save_weights_only)
-        self._next = {}
-        self._saved_step = trainer.global_step
-        if trainer.is_global_zero:
-            if self.save_last:
-                _same_file(self.dirpath / LAST, path)
-            if leaving:
-                (self.dirpath / leaving).unlink(missing_ok=True)
+        try:
+            # `last.ckpt` first: it says what is yet to be done, should the process be killed now
+            trainer.save_checkpoint(
+                self.dirpath / LAST if self.save_last else path, weights_only=self.save_weights_only
+            )
+            self._next = {}
+            self._saved_step = trainer.global_step
+            if trainer.is_global_zero:
+                if self.save_last:
+                    _same_file(self.dirpath / LAST, path)
+                if leaving:
+                    (self.dirpath / leaving).unlink(missing_ok=True)
+        except BaseException:  # what is saved hereafter must not speak of a file that is not there
+            if not path.exists():
+                self.kept = before
+            raise
+        finally:
+            self._next = {}
         if self.verbose:
             logger.info("Saved %s", path)
 

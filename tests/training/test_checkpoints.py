@@ -208,6 +208,31 @@ def test_what_a_kill_leaves_undone_is_done_on_resuming(tmp_path, monkeypatch, mo
     assert names(tmp_path) == ["000002.ckpt"] + ["last.ckpt"] * last
 
 
+@pytest.mark.parametrize("failing", ["the file", "its name"])
+def test_a_failed_save_leaves_no_promise(tmp_path, monkeypatch, failing):
+    """`last.ckpt`, saved because of an error, must not name what was to be: on resuming, a good file would go."""
+    trainer = StateTrainer()
+    monkeypatch.setattr(checkpoints, "between_steps", lambda trainer: True)
+    trainer.saver = saver = Checkpoints(tmp_path, save_top_k=1)
+    validate(saver, trainer, 0, None)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((checkpoints.torch, "save") if failing == "the file" else (checkpoints, "_same_file")), full)
+        with pytest.raises(OSError, match="No space left"):
+            validate(saver, trainer, 1, None)
+    saver.save_last_now(trainer)
+    trainer.ckpt_path = tmp_path / "last.ckpt"
+    found = torch.load(trainer.ckpt_path, weights_only=True)
+    assert found["callbacks"][saver.state_key] == {"kept": {"000000.ckpt": None}, "next": {}}
+    again = Checkpoints(tmp_path, save_top_k=1)
+    again.on_load_checkpoint(trainer, None, found)
+    again.load_state_dict(found["callbacks"][again.state_key])
+    assert names(tmp_path) == ["000000.ckpt", "last.ckpt"] and list(again.kept) == ["000000.ckpt"]
+
+
 def test_a_newer_file_of_that_name_stays(tmp_path):
     (tmp_path / "a.ckpt").write_text("newer")
     os.utime(tmp_path / "a.ckpt", (1, 1))
