@@ -56,7 +56,6 @@ class ContinueExactly(pl.Callback):
 
     def __init__(self, anyway: bool = False) -> None:
         self.anyway = anyway
-        self.taken_up = False  # whether all of a checkpoint has been given to whom it belongs
         self._fresh_epoch = False
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -80,7 +79,7 @@ class ContinueExactly(pl.Callback):
         """Lightning's hook."""
         place = checkpoint["place"]
         self._check("processes", place["processes"], trainer.world_size)
-        _check_counters(checkpoint)
+        self._check_counters(checkpoint)
         self._batches, self._optimizers = place["batches"], len(checkpoint["optimizer_states"])
         self._fresh_epoch = place["batch"] == 0
         trainer.datamodule.start_at(place["epoch"], place["batch"])  # type: ignore[attr-defined]  # Lightning sets it elsewhere
@@ -88,7 +87,6 @@ class ContinueExactly(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Lightning's hook, after the loops have taken up their counters."""
-        self.taken_up = True
         if self._fresh_epoch:
             trainer.fit_loop.epoch_loop.restarting = False  # an epoch that starts is not one that restarts
         if getattr(self, "_batches", None) is not None:
@@ -104,14 +102,33 @@ class ContinueExactly(pl.Callback):
             raise ValueError(f"{message}: it would not go on as it was; mend that, or add --resume_anyway")
         logger.warning("%s: it goes on from its weights, but not with the batches that would have followed", message)
 
+    def _check_counters(self, checkpoint: dict[str, Any]) -> None:
+        """Make Lightning's counters those of the place; ones that the file does not know are added.
 
-def _check_counters(checkpoint: dict[str, Any]) -> None:
-    """ValueError unless Lightning's counters are those that were written for the place."""
-    place = checkpoint["place"]
-    expected = _counters(Place(place["epoch"], place["batch"], place["total"]), place["logged"])
-    found = checkpoint["loops"]["fit_loop"]
-    if not all(found.get(key) == value for key, value in expected.items()):
-        raise ValueError(f"the checkpoint's counters say another place than {place}: resume from another checkpoint")
+        ValueError if it has another value of one, unless the run goes on anyway.
+        """
+        place, loop = checkpoint["place"], checkpoint["loops"]["fit_loop"]
+        expected = _counters(Place(place["epoch"], place["batch"], place["total"]), place["logged"])
+        if not loop.keys() >= expected.keys() or not _agree(loop, expected):
+            message = f"the checkpoint's counters say another place than {place}"
+            if not self.anyway:
+                raise ValueError(f"{message}: resume from another checkpoint, or add --resume_anyway")
+            logger.warning("%s: it goes on from there, whatever they say", message)
+        checkpoint["loops"]["fit_loop"] = _with(loop, expected)
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    """Whether two trees of counters have the same values wherever both have one."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return all(_agree(found[key], expected[key]) for key in found.keys() & expected.keys())
+    return found == expected
+
+
+def _with(found: Any, expected: Any) -> Any:
+    """The tree `expected`, and what `found` has beside."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return found | {key: _with(found.get(key), value) for key, value in expected.items()}
+    return expected
 
 
 def _steps_logged(trainer: pl.Trainer, place: Place) -> int:

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -267,7 +268,7 @@ def _fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, settings: Se
         raise KeyboardInterrupt("interrupted before the first step; nothing written") from error
     except BaseException as error:
         _end_other_processes(trainer)
-        if settings.ckpt and not _taken_up(trainer) and isinstance(error, _OF_STRANGE_STATES):
+        if settings.ckpt and isinstance(error, _OF_STRANGE_STATES) and _in_restoring(error):
             raise ValueError(
                 f"{settings.ckpt} is not the state of such a run, or damaged ({type(error).__name__}: {error}): resume "
                 "from another checkpoint"
@@ -304,9 +305,14 @@ def _make_room(settings: Settings, checkpoints: Path, now: str) -> int:
 _OF_STRANGE_STATES = (TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
-def _taken_up(trainer: pl.Trainer) -> bool:
-    """Whether training began, and thus all of the checkpoint that a run goes on from was made use of."""
-    return any(callback.taken_up for callback in trainer.callbacks if isinstance(callback, ContinueExactly))  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+def _in_restoring(error: BaseException) -> bool:
+    """Whether an error comes from where Lightning hands out what a checkpoint holds."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_globals.get("__name__", "").endswith(".checkpoint_connector")
+        and frame.f_code.co_name.lstrip("_").startswith("restore")
+        for frame in frames
+    )
 
 
 def _end_other_processes(trainer: pl.Trainer) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from ldm.checkpoint import read_checkpoint
+from ldm.training.continuing import ContinueExactly, Place, _counters
 from tests.training.toys import assert_same_weights, autoencoder, config, diffusion, run, start, two_players, weights
 
 STEPS = ("--max_steps", 8)
@@ -52,3 +55,33 @@ def test_two_optimisers_by_hand(tmp_path, accumulate):
 def test_autoencoder_and_discriminator(tmp_path):
     content = config(autoencoder(), validation=2)
     check(tmp_path, content, [3, 6], "--max_epochs", 2, "--accumulate_grad_batches", 2)
+
+
+def resume(counters: dict, anyway: bool = False) -> dict:
+    """The fit loop's counters that a run of one process goes on with from a checkpoint that holds `counters`."""
+    place = {"epoch": 1, "batch": 2, "total": 7, "logged": 7, "batches": 5, "processes": 1}
+    checkpoint = {"place": place, "loops": {"fit_loop": counters}, "optimizer_states": []}
+    data = SimpleNamespace(start_at=lambda epoch, batch: None)
+    ContinueExactly(anyway).on_load_checkpoint(SimpleNamespace(world_size=1, datamodule=data), None, checkpoint)
+    return checkpoint["loops"]["fit_loop"]
+
+
+def test_counters_of_other_releases_of_lightning():
+    expected = _counters(Place(1, 2, 7), 7)
+    older = _counters(Place(1, 2, 7), 7)
+    del older["epoch_progress"]["current"]["ready"]
+    assert resume(older) == expected
+    newer = _counters(Place(1, 2, 7), 7) | {"val": {"x": 1}}
+    newer["epoch_progress"]["current"]["new"] = 3
+    found = resume(newer)
+    assert found["epoch_progress"]["current"] == expected["epoch_progress"]["current"] | {"new": 3}
+    assert found["val"] == {"x": 1} and found.keys() == newer.keys()
+
+
+def test_counters_of_another_place(caplog):
+    other = _counters(Place(1, 3, 8), 8) | {"state_dict": {}}
+    for counters in (other, {}):
+        with pytest.raises(ValueError, match="counters say another place than .*or add --resume_anyway"):
+            resume(counters)
+    assert resume(other, anyway=True) == _counters(Place(1, 2, 7), 7) | {"state_dict": {}}
+    assert "counters say another place" in caplog.text

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import CheckpointError, states
 from ldm.training.checkpoints import WholeFiles, read_training_state
 from tests.checkpoint.hostile import START, call, name, number, pair, storage, tensor, text
-from tests.training.toys import assert_same_weights, config, run, start, two_players, weights
+from tests.training.toys import TwoPlayers, assert_same_weights, config, run, start, two_players, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -323,3 +323,15 @@ def test_states_of_something_else_end_in_a_sentence(whole_run, tmp_path, capsys,
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert code in (1, 2) and complaint.startswith("error: ") and re.search(expected or "", complaint), complaint
     assert_same_weights(weights(whole_run), before)
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_optimizers", "on_train_start"])
+def test_mistakes_in_code_are_not_the_checkpoints(whole_run, monkeypatch, hook):
+    """On resuming, too, an error of a model's or a data set's own code ends with its traceback."""
+
+    def mistaken(*_, **__):
+        raise KeyError("caption")
+
+    monkeypatch.setattr(TwoPlayers, hook, mistaken)
+    with pytest.raises(KeyError, match="caption"):
+        run("--resume", whole_run, "-t", "--max_steps", 12)
