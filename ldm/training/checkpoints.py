@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
+from torch import Tensor, nn
 
 from ldm.checkpoint import read_checkpoint
 from ldm.checkpoint.reading import kind_of_file
@@ -30,16 +31,29 @@ logger = logging.getLogger(__name__)
 class WholeFiles(CheckpointIO):
     """Lightning's reading and writing of checkpoints, by way of a second file that takes the name when it is complete.
 
-    What is written holds tensors and plain values only, for nothing else is read back.
+    What is written holds tensors and plain values only, for nothing else is read back. Where something else is left,
+    a warning says so, once.
     """
+
+    def __init__(self) -> None:
+        self._warned = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         """Write `checkpoint`. Raises OSError, and leaves the file that was there before, if that does not work out."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        strange: list[str] = []
+        plain = _plain(checkpoint, "", strange)
+        if strange and not self._warned:
+            self._warned = True
+            logger.warning(
+                "No run can be resumed from %s, which holds what is not read back: %s. Keep numbers, text and tensors "
+                "in their place",
+                *(path, ", ".join(strange[:5])),
+            )
         try:
             with whole_file(path) as partial, partial.open("wb") as file:
-                torch.save(_plain(checkpoint), file)
+                torch.save(plain, file)
         except (OSError, RuntimeError) as error:
             raise _cannot_save(path, error) from error
 
@@ -101,15 +115,42 @@ def _cannot_save(path: Path, error: Exception) -> OSError:
     return OSError(f"cannot write {path.name} to {path.parent}: {os.strerror(code)}")
 
 
-def _plain(value: Any) -> Any:
-    """`value` made of nothing that `read_state` refuses, as far as that is possible."""
+def _plain(value: Any, at: str, strange: list[str]) -> Any:
+    """`value` made of nothing that `read_state` refuses, as far as that is possible; `strange` gets what is, and where.
+
+    at: the keys that lead to the value.
+    """
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(entry) for key, entry in value.items()}
+        return {
+            _plain(key, at, strange): _plain(entry, f"{at}.{key}" if at else str(key), strange)
+            for key, entry in value.items()
+        }
     if type(value) in (list, tuple):
-        return type(value)(_plain(entry) for entry in value)
+        return type(value)(_plain(entry, at, strange) for entry in value)
     if isinstance(value, np.generic):
         return value.item()
-    return str(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
+        return _whole(value)
+    numbers = type(value) is np.ndarray and value.dtype.kind in "biufc"
+    if not numbers and type(value) not in _READ_BACK:
+        strange.append(f"a {type(value).__name__} in {at}")
+    return value
+
+
+_READ_BACK = (
+    *(type(None), bool, int, float, complex, str, bytes, bytearray, set),
+    *(torch.dtype, torch.device, torch.Size),
+)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor with memory for each of its elements, which holds what it shows. Others share theirs as before."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.device.type != "meta" and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return tensor.contiguous()
+    return tensor
 
 
 class Checkpoints(Checkpoint):

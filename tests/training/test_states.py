@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
 import io
 import json
 import os
@@ -111,6 +113,37 @@ def test_what_is_shared_stays_shared(tmp_path):
     WholeFiles().save_checkpoint(trained() | {"callbacks": shared}, tmp_path / "a.ckpt")
     found = read_training_state(tmp_path / "a.ckpt")["callbacks"]
     assert same(shared, found) and found["a"].untyped_storage().data_ptr() == found["b"].untyped_storage().data_ptr()
+
+
+def test_views_that_are_not_read_back_are_saved_as_what_they_show(tmp_path):
+    waves = torch.randn(2, 3, dtype=torch.complex64)
+    views = {
+        "expanded": torch.arange(2.0)[:, None].expand(2, 2**16),
+        "one": torch.ones(()).expand(70_000),
+        "conjugated": waves.conj(),
+        "negated": waves.clone().conj().imag,
+    }
+    WholeFiles().save_checkpoint(trained() | {"callbacks": views}, tmp_path / "a.ckpt")
+    found = read_training_state(tmp_path / "a.ckpt")["callbacks"]
+    assert all(torch.equal(found[key], value) for key, value in views.items())
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+def test_what_is_not_read_back_is_named_once(tmp_path, caplog):
+    files = WholeFiles()
+    files.save_checkpoint(trained(), tmp_path / "a.ckpt")
+    assert not caplog.text
+    odd = {"Mine": {"when": datetime.date(2020, 1, 1), "list": [Colour.RED], "names": np.array(["a"])}}
+    for _ in range(2):
+        files.save_checkpoint(trained() | {"callbacks": odd}, tmp_path / "a.ckpt")
+    (record,) = caplog.records
+    said = "a date in callbacks.Mine.when, a Colour in callbacks.Mine.list, a ndarray in callbacks.Mine.names"
+    assert said in record.getMessage()
+    with pytest.raises(CheckpointError):
+        read_training_state(tmp_path / "a.ckpt")
 
 
 # ---- hostile ----
