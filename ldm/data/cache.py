@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,29 +140,35 @@ class _Shard:
             self.tensors = mapped
             note_mapped(path)
             return
-        stream = path.open("rb")
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))  # of which the library has made sure
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))  # of which the library has made sure
         self.tensors = {
-            key: _Rows(stream, 8 + length + header[key]["data_offsets"][0], like) for key, like in mapped.items()
+            key: _Rows(path, 8 + length + header[key]["data_offsets"][0], like) for key, like in mapped.items()
         }
 
 
 class _Rows:
-    """A tensor in a file, of which rows are read when they are asked for."""
+    """A tensor in a file, of which rows are read when they are asked for.
 
-    def __init__(self, file: BinaryIO, start: int, like: Tensor) -> None:
-        self._file, self._start, self._dtype, self._shape = file, start, like.dtype, like.shape
+    The file is only open meanwhile: a cache has more of them than a process may hold open.
+    """
+
+    def __init__(self, path: Path, start: int, like: Tensor) -> None:
+        self._path, self._start, self._dtype, self._shape = path, start, like.dtype, like.shape
+        self._bytes = path.stat().st_size
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Tensor:
         place, index = 0, index if isinstance(index, tuple) else (index,)
         for size, i in zip(self._shape, index):
             place = place * size + i
         left = self._shape[len(index) :]
-        length = math.prod(left) * self._dtype.itemsize
-        content = bytearray(os.pread(self._file.fileno(), length, self._start + place * length))
-        if len(content) < length:
-            raise CacheError(f"{self._file.name} was cut short while it was in use: make the cache again")
+        content = bytearray(math.prod(left) * self._dtype.itemsize)
+        with self._path.open("rb", buffering=0) as file:
+            same = os.fstat(file.fileno()).st_size == self._bytes
+            file.seek(self._start + place * len(content))
+            if not same or file.readinto(content) < len(content):
+                raise CacheError(f"{self._path} was cut short or changed while it was in use: make the cache again")
         return torch.frombuffer(content, dtype=self._dtype).view(left)
 
 

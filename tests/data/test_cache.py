@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -71,8 +72,29 @@ def test_where_mapping_is_not_safe_shards_are_read(copy, monkeypatch) -> None:
             assert same and type(found[key]) is type(value), key
     (shard, *_) = sorted(copy.glob("shard-*"))
     shard.write_bytes(shard.read_bytes()[:4096])
-    with pytest.raises(CacheError, match="was cut short while it was in use"):
+    with pytest.raises(CacheError, match="was cut short or changed while it was in use"):
         read.get(1, rng())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
+@pytest.mark.parametrize("mapped", [True, False])
+def test_shards_are_not_held_open(finished, monkeypatch, mapped) -> None:
+    """A large cache has more shards than a process may have open files."""
+    monkeypatch.setattr(cache, "may_map", lambda path: mapped)
+    read = CachedDataset(finished)
+    items = [read.get(i, rng(i)) for i in range(len(read))]
+    held = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert len(items) == 5 and not [path for path in held if str(finished) in path]
+
+
+def test_a_shard_that_became_another_file_is_not_read(copy, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "may_map", lambda path: False)
+    read = CachedDataset(copy)
+    read.get(0, rng())
+    (shard, *_) = sorted(copy.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes() + b"more")
+    with pytest.raises(CacheError, match="was cut short or changed while it was in use"):
+        read.get(0, rng())
 
 
 def rng(seed: int = 0) -> np.random.Generator:
