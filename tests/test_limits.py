@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -42,13 +45,34 @@ TOO_LONG = {
     "sections": {"a0": {"x": 1}, **{f"a{n}": {"x": f"${{a{n - 1}}}", "y": f"${{a{n - 1}}}"} for n in range(1, 40)}},
     "in itself": {"a": "${b}", "b": ["${a}"]},
     "computed": {"n": "a", "a": "x" * 60_000, "b": "${${n}}${${n}}"},
+    "by way of a reference": {
+        "l0": {"x": [0] * 10},
+        **{f"r{n}": f"${{l{n - 1}}}" for n in range(1, 8)},
+        **{f"l{n}": {"x": [f"${{r{n}.x}}"] * 10} for n in range(1, 8)},
+    },
+    "by way of two, computed": {
+        "l0": {"x": [0] * 10},
+        **{f"n{n}": f"l{n - 1}" for n in range(1, 8)},
+        **{f"r{n}": f"${{${{n{n}}}}}" for n in range(1, 8)},
+        **{f"l{n}": {"x": [f"${{..q{n}.x}}"] * 10, f"q{n}": f"${{..r{n}}}"} for n in range(1, 8)},
+    },
+    "in a circle by way of a reference": {"a": "${b.x}", "b": "${a.x}"},
+    "by way of what is not there": {"a": {"x": 1}, "b": "${none}", "c": "${b.x}"},
+    "after a backslash": {"s": "\\", **laughs(40, "${{s}}${{{0}}}${{{0}}}")},
+    "after two": laughs(40, r"\\${{{0}}}${{{0}}}"),
+    "by odd numbers": {
+        "a0": [0, 1],
+        **{f"a{n}": [0, [f"${{a{n - 1}[{k}]}}" for k in ("+1", "0_1")]] for n in range(1, 40)},
+    },
+    "by odd names": {"$a\nb0": [0], **{f"$a\nb{n}": [f"${{$a\nb{n - 1}}}"] * 2 for n in range(1, 40)}},
+    "by escaped names": {"${a0": [0], "e": r"\${", **{f"${{a{n}": [f"${{${{e}}a{n - 1}}}"] * 2 for n in range(1, 40)}},
     "a long row": {f"a{n}": f"${{a{n + 1}}}" for n in range(100_000)} | {"a100000": 1},
 }
 
 
 @pytest.mark.parametrize("key", TOO_LONG)
 def test_references_that_grow(key):
-    with pytest.raises(ValueError, match="config x is refused: .*(too long|itself|in a row)"):
+    with pytest.raises(ValueError, match="config x is refused: .*(too long|itself|in a row|does not hold)"):
         check_growth(TOO_LONG[key], "x")
 
 
@@ -59,6 +83,10 @@ FINE = {
     "a section again": {"a": {"b": {"c": 1}, "d": "${a.b}"}},
     "nothing": {"a": "${none.of[7].these}", "b": None, "c": "${b.x}"},
     "of resolvers": {"a": "${oc.env:HOME}"},
+    "by way of a reference": {"a": {"b": [1, "${..c}"], "c": 2}, "d": "${a}", "e": ["${d.b}", "${d.b[0]}"] * 9},
+    "a part of itself by way of a reference": {"a": {"b": 1, "c": "${d.b}"}, "d": "${a}"},
+    "of resolvers, by way of a reference": {"a": "${oc.env:HOME}", "b": "${a.x}", "c": "x ${none}", "d": "${c.x}"},
+    "escaped": {"a": r"\${a}", "b": r"x\\\${b}"},
     "no reference": {"a": "$x {y} ${", "b": "${}"},
 }
 
@@ -107,6 +135,15 @@ def test_both_readers_refuse_references_that_grow(tmp_path):
         _merge(halves)  # what no file shows alone
 
 
+@pytest.mark.parametrize("text", ["\\", "}", "${", r"\${", "${}", "${${", "\\}", r"\\${"])
+def test_long_texts_take_no_time(text):
+    """Seconds, where work that goes by the square of the length would take hours."""
+    started = time.process_time()
+    with contextlib.suppress(ValueError):
+        check_growth({"a": text * 500_000}, "x")
+    assert time.process_time() - started < 60
+
+
 # ---- numbers ----
 
 
@@ -123,6 +160,27 @@ def test_networks_of_too_much_memory(monkeypatch):
     with building():
         nn.Linear(10**6, 10**6, device="meta")
         nn.Linear(300, 100)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_networks_whose_memory_is_not_all_of_the_machine(monkeypatch):
+    """Shared weights count once, those that others took the place of no longer, and sparse ones not at all."""
+    monkeypatch.setattr(limits, "_memory", lambda: 2**20)
+    with building():
+        net = nn.Linear(300, 800, bias=False)  # 0.92 of the room
+        tied = nn.ModuleList(nn.Linear(1, 1) for _ in range(5))
+        for part in tied:
+            part.weight = net.weight
+        net.register_buffer("sparse", torch.eye(3).to_sparse())
+        net.register_buffer("compressed", torch.eye(3).to_sparse_csr())
+        net.register_buffer("none", torch.zeros(0))
+        nn.LazyLinear(10**6)
+        with pytest.raises(ValueError, match=r"\(weight alone is 300x300\)"):
+            nn.Linear(300, 300)
+    with building():
+        net = nn.Linear(300, 300)
+        for _ in range(9):
+            net.load_state_dict({"weight": torch.zeros(300, 300), "bias": torch.zeros(300)}, assign=True)
 
 
 BUILD = """
