@@ -7,15 +7,18 @@ import inspect
 import logging
 import os
 import re
+import signal
 import traceback
 import warnings
 from collections.abc import Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ldm.data.cache import ensure_caches
 from ldm.devices import choose_device
@@ -339,10 +342,12 @@ def _readable(error: BaseException, kept: str) -> Exception | None:
             "--accumulate_grad_batches to make up for it, model.params.unet_config.params.use_checkpoint=true, or "
             f"--precision bf16-mixed{kept}"
         )
-    if dead := re.search(r"DataLoader worker \(.*?\) (is killed by signal: \w+|exited unexpectedly)", text):
+    if death := _death_of_a_loader(error, text):
+        bus = (", or /dev/shm is full, or a file of a cache was cut short", " and look after these")
+        why, hint = bus if "bus error" in death.lower() else ("", "")
         return RuntimeError(
-            f"a process that loads pictures {dead[1].replace('is killed', 'was killed')}, as happens when memory runs "
-            f"out: try a smaller data.params.num_workers{kept}"
+            f"a process that loads pictures {death}, as happens when memory runs out{why}: try a smaller "
+            f"data.params.num_workers{hint}{kept}"
         )
     if isinstance(error, MisconfigurationException):
         return ValueError(f"the Trainer's settings do not fit: {' '.join(text.split())}")
@@ -353,6 +358,29 @@ def _readable(error: BaseException, kept: str) -> Exception | None:
     if isinstance(error, OSError):
         return OSError(f"{text}{kept}")
     return type(error)(text) if isinstance(error, ValueError) else None
+
+
+def _death_of_a_loader(error: BaseException, text: str) -> str:
+    """How a process that loads pictures died, if that is what the error comes from; "" if not.
+
+    torch may be told of it by the system, which names the signal. It may as well find the process gone, or only its
+    end of a pipe.
+    """
+    said = re.search(r"DataLoader worker \(.*?\) (?:is killed by signal: (\w+(?: error)?)|exited unexpectedly)", text)
+    if said and said[1]:
+        return f"was killed by signal: {said[1]}"
+    if not said and not isinstance(error, (ConnectionError, EOFError)):
+        return ""
+    codes: list[int | None] = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        loading = frame.f_locals.get("self")
+        if isinstance(loading, _MultiProcessingDataLoaderIter):
+            wait([worker.sentinel for worker in loading._workers], timeout=1)  # it may be about to end
+            codes += [worker.exitcode for worker in loading._workers]
+    for code in codes:
+        if code and code < 0:
+            return f"was killed by signal: {signal.strsignal(-code)}"
+    return "exited unexpectedly" if said or any(codes) else ""
 
 
 def _test(trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule) -> None:

@@ -16,7 +16,7 @@ from ldm.training.configs import read_settings
 from ldm.training.images import ImageLogger
 from ldm.training.run import build_trainer
 from ldm.util import get_obj_from_str
-from tests.training.toys import TwoPlayers, config, two_players, write
+from tests.training.toys import TwoPlayers, config, start, two_players, write
 
 PUBLIC = json.loads((Path(__file__).parent.parent / "reference/public_configs.json").read_text())
 AUTOLOG = "enable_autolog_hparams"
@@ -100,3 +100,12 @@ def test_removed_logger(tmp_path, caplog, target):
     _, trainer = built(tmp_path, content)
     assert "metrics are written as CSV" in caplog.text
     assert trainer.loggers[0].log_dir == str(tmp_path / "metrics")
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGBUS"])
+def test_a_worker_that_died_of_a_file_cut_short_is_not_only_short_of_memory(tmp_path, capfd, name):
+    dying = {"target": "tests.training.toys.KilledWorker", "params": {"length": 10, "name": name}}
+    code, _ = start(tmp_path, config(two_players(), train=dying, num_workers=1), "--max_epochs", 2)
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert code == 1 and "a process that loads pictures was killed by signal" in said and "memory runs out" in said
+    assert ("/dev/shm is full, or a file of a cache was cut short" in said) == (name == "SIGBUS"), said

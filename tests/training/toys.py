@@ -92,9 +92,13 @@ class TwoPlayers(pl.LightningModule):
 class KilledWorker(Pictures):
     """Pictures of which number 7 kills the process that makes it, as the system does where memory runs out."""
 
+    def __init__(self, length: int = 10, name: str = "SIGKILL") -> None:
+        super().__init__(length)
+        self.signal = getattr(signal, name)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == 7 and torch.utils.data.get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.signal)
         return super().__getitem__(index)
 
 
