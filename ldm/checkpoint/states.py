@@ -32,11 +32,11 @@ from ldm.checkpoint.pickles import (
     stored_tensor,
 )
 from ldm.checkpoint.reading import MAX_TENSORS, CheckpointError, cut_short, kind_of_file, shown
-from ldm.checkpoint.storages import Ranges, may_map, note_mapped, tensor_of
+from ldm.checkpoint.storages import MAX_PRODUCT, Ranges, may_map, note_mapped, tensor_of
 
 MAX_DEPTH = 100  # of dictionaries and lists in each other; those who use a state go through it by recursion
 MAX_MADE = 64 * 2**20  # bytes that are made of what a file holds once, and might ask for again and again
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d{1,3})?")
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:(0|[1-9][0-9]?))?")
 _ORDER = {"little": "<", "big": ">"}[sys.byteorder]
 _NUMBERS = re.compile(r"[biufc]\d{1,2}")  # numpy's names of plain kinds of numbers
 
@@ -139,12 +139,20 @@ class _Exact(Machine):
                 return make(self, *arguments)
         return super()._made(function, arguments)
 
+    def _fill(self, target: dict[Any, Any], items: Iterable[Any]) -> None:
+        super()._fill(target, map(_pair, items))
+
+    def _check_key(self, key: Any) -> None:
+        super()._check_key(key.decode("latin-1") if type(key) is bytes else key)  # hashed as text is
+
     def _tensor(self, path: str, arguments: tuple[Any, ...]) -> Tensor:
         self._tensors += 1
         if self._tensors > MAX_TENSORS:
             raise BadPickle("it holds more tensors than any run")
-        marks = arguments[7:8] if path.endswith("_v3") else arguments[6:7]
-        if any(marks):
+        kinds, marks = (arguments[6:7], arguments[7:8]) if path.endswith("_v3") else ((), arguments[6:7])
+        if not all(isinstance(kind, (torch.dtype, Name)) for kind in kinds):
+            raise BadPickle("it has a tensor of no dtype")
+        if not all(map(_is_nothing, marks)):
             raise BadPickle("it has a tensor that is conjugated or negated on reading")
         stored = stored_tensor(path, arguments)
         if not isinstance(stored, StoredTensor):
@@ -161,7 +169,7 @@ class _Exact(Machine):
 
     def _bytes(self, text: Any = "", encoding: Any = "latin1") -> bytes:
         """Bytes, which the protocol that torch writes has no word for."""
-        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        if not isinstance(text, str) or not isinstance(encoding, str) or encoding not in ("latin1", "latin-1"):
             raise BadPickle("it encodes what is no bytes")
         self._count(len(text))
         return text.encode("latin-1")
@@ -190,14 +198,14 @@ class _Exact(Machine):
         return torch.Size(given)
 
     def _device(self, kind: Any, number: Any = None) -> torch.device:
-        name = f"{kind}:{number}" if type(number) is int else kind
+        name = f"{kind}:{number}" if isinstance(kind, str) and type(number) is int else kind
         if not isinstance(name, str) or not _DEVICE.fullmatch(name):
             raise BadPickle("it names a device that is none")
         return torch.device(name)
 
     def _array(self, kind: Any, shape: Any, letter: Any) -> np.ndarray[Any, Any]:
         """An empty array; `_build` brings its content."""
-        if kind != Name("numpy.ndarray"):
+        if not isinstance(kind, Name) or kind != Name("numpy.ndarray"):
             raise BadPickle("it has an array of a class of its own")
         self._count(128)
         return np.empty(0, np.uint8)
@@ -213,28 +221,45 @@ class _Exact(Machine):
     def _build(self) -> None:
         given, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, np.dtype):
-            if not isinstance(given, tuple) or len(given) < 2 or given[1] not in ("|", "=", _ORDER):
+            order = given[1] if isinstance(given, tuple) and len(given) > 1 else None
+            if not isinstance(order, str) or order not in ("|", "=", _ORDER):
                 raise BadPickle("it has an array of another byte order")
         elif isinstance(target, np.ndarray):
+            if not isinstance(given, tuple):
+                raise BadPickle("it has an array of what are no numbers")
             self._fill_array(target, *given)
-        elif isinstance(target, (Tensor, list, tuple)) or (isinstance(target, dict) and given):
+        elif isinstance(target, (Tensor, list, tuple)) or (isinstance(target, dict) and not _is_nothing(given)):
             raise BadPickle("it gives attributes to what has none")
 
     def _fill_array(self, target: np.ndarray[Any, Any], _: Any, shape: Any, kind: Any, turned: Any, raw: Any) -> None:
-        if not isinstance(kind, np.dtype) or not isinstance(raw, bytes) or len(shape) > 32:
+        if not isinstance(kind, np.dtype) or not isinstance(raw, bytes):
             raise BadPickle("it has an array of what are no numbers")
-        if not all(type(n) is int and 0 <= n < 2**62 for n in shape):
+        if not isinstance(shape, tuple) or len(shape) > 32 or not all(type(n) is int and n >= 0 for n in shape):
+            raise BadPickle("it has an array of an impossible shape")
+        if math.prod(filter(None, shape)) * kind.itemsize >= MAX_PRODUCT:
             raise BadPickle("it has an array of an impossible shape")
         if math.prod(shape) * kind.itemsize != len(raw):
             raise BadPickle(f"it has an array of shape {shape}, and {len(raw)} bytes for it")
         state: Any = (
             1,
-            tuple(shape),
+            shape,
             kind,
             turned is True,
             raw,
         )  # numpy's types ask for its own bool
         target.__setstate__(state)
+
+
+def _pair(given: Any) -> Any:
+    """An entry of a dictionary; whatever is no pair might take for ever, or all memory, to be gone through as one."""
+    if not isinstance(given, (tuple, list)):
+        raise BadPickle("it has a dictionary of what are no pairs")
+    return given
+
+
+def _is_nothing(given: Any) -> bool:
+    """Whether it says nothing. Tensors and arrays, whose truth may be an error, say something."""
+    return given is None or (isinstance(given, (dict, list, tuple)) and not given)
 
 
 _MAKERS: dict[str, Callable[..., Any]] = {
@@ -251,7 +276,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 }
 _BASE = MAX_DEPTH + 2
 _LEAF = _BASE  # one thing, of no depth
-_KEYS = (str, int, float, type(None))
+_KEYS = (str, bytes, int, float, type(None))
 _LEAVES = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray, set),
     *(Tensor, np.ndarray, torch.dtype, torch.device, torch.Size),

@@ -20,6 +20,7 @@ from ldm.checkpoint.pickles import StoredTensor
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # bytes; ranges that begin elsewhere are read
+MAX_PRODUCT = 2**62  # of the sizes that are not 0: torch and numpy multiply these even if there are no elements
 MAX_EXPANDED = 2**16  # elements of a tensor that has more of them than its storage
 
 # File systems whose files another machine or program may shorten at any moment: touching a mapped page that is gone
@@ -136,4 +137,9 @@ def tensor_of(stored: StoredTensor, storage: UntypedStorage) -> Tensor:
         raise ValueError(f"it has {room} elements, and shows number {last}")
     if count > max(room, MAX_EXPANDED):
         raise ValueError(f"it has {room} elements, and shows {count}")
-    return torch.empty(0, dtype=dtype).set_(storage, stored.offset if count else 0, stored.size, stored.stride)
+    if math.prod(filter(None, stored.size)) >= MAX_PRODUCT:
+        raise ValueError(f"it has the shape {stored.size}, which no tensor can have")
+    try:
+        return torch.empty(0, dtype=dtype).set_(storage, stored.offset if count else 0, stored.size, stored.stride)
+    except RuntimeError as error:
+        raise ValueError(f"it has the shape {stored.size}, which torch does not take") from error

@@ -205,6 +205,7 @@ def tensors() -> dict[str, tuple[bytes, str]]:
         "beyond its storage": tensor((5,)),
         "far beyond": tensor((2,), (2**61,)),
         "offset out of range": tensor((1,), (1,), 4),
+        "sizes without end, and none": tensor((2**61, 2**61, 0), (1, 1, 1)),
         "huge offset": tensor((4,), (1,), 2**61),
     }
     wrong = {

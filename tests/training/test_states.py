@@ -54,7 +54,7 @@ def trained() -> dict:
         "numbers": [2**300, -5, float("inf"), 1 + 2j, True, None],
         "set": {1, "a", (2, 3)},
         "torch": [torch.Size([1, 2]), torch.float16, torch.device("cpu"), torch.ones(2, dtype=torch.bfloat16)],
-        "keys": {(1, 2): 3, 4: 5, 0.5: 6, None: 7},
+        "keys": {(1, 2): 3, 4: 5, 0.5: 6, None: 7, b"\0\xff": 8},
     }
     return {
         "state_dict": net.state_dict(),
@@ -152,6 +152,7 @@ KEPT = {"epoch": 1, "batch": 2, "total": 7, "logged": 7, "batches": 5, "processe
 PLACE = b"}(" + b"".join(text(key) + number(value) for key, value in KEPT.items()) + b"u"
 NEEDED = text("place") + PLACE + text("loops") + b"}" + text("optimizer_states") + b"]"
 DTYPE = call("numpy.dtype", text("u4"), b"\x89", b"\x88") + b"(" + number(3) + text("<") + b"NNN" + b"tb"
+ENDLESS = tensor((2**60, 0), (1, 1))  # its rows are without end, though it is empty
 EMPTY = call("numpy.core.multiarray._reconstruct", name("numpy.ndarray"), pair([0]), call("_codecs.encode", text("b")))
 
 
@@ -170,6 +171,16 @@ def doubled(levels: int) -> bytes:
     for level in range(1, levels):
         made += b"h" + bytes([level - 1]) + b"\x86q" + bytes([level])
     return made
+
+
+def marked(mark: bytes) -> bytes:
+    parts = (storage(), number(0), pair([4]), pair([1]), b"\x89", b"}", mark)
+    return call("torch._utils._rebuild_tensor_v2", *parts)
+
+
+def dtyped(dtype: bytes) -> bytes:
+    parts = (storage(kind="torch.storage.UntypedStorage", count=16), number(0), pair([4]), pair([1]), b"\x89", b"}")
+    return call("torch._utils._rebuild_tensor_v3", *parts, dtype)
 
 
 PLAIN = "damaged, or holds what no run writes"
@@ -194,14 +205,33 @@ HOSTILE = {
     "an array of other bytes": (array(pair([2]), DTYPE.replace(text("<"), text(">"))), "another byte order"),
     "a huge array": (array(pair([2**40])), "array of shape"),
     "an array below nothing": (array(pair([-2, -1])), "impossible shape"),
-    "an array of many axes": (array(pair([1] * 40)), "no numbers"),
+    "an array of many axes": (array(pair([1] * 40)), "impossible shape"),
+    "an array of an endless shape": (array(pair([2**61, 2**61, 0]), raw=b""), "impossible shape"),
+    "an array of an endless shape, in bytes": (array(pair([2**61, 0]), raw=b""), "impossible shape"),
+    "an array whose shape is a tensor": (array(tensor()), "impossible shape"),
+    "an array built of a tensor": (EMPTY + ENDLESS + b"b", "no numbers"),
+    "an array of a tensor's byte order": (array(pair([2]), DTYPE.replace(text("<"), tensor())), "another byte order"),
     "an array of another class": (EMPTY.replace(name("numpy.ndarray"), name("numpy.dtype")), "class of its own"),
     "a set of lists": (call("builtins.set", b"](]e"), "key of type list"),
     "a key of lists": (b"}" + b"]" + b"Ns", "key of type list"),
     "a key that is a class": (b"}" + name("collections.OrderedDict") + b"Ns", "no plain value"),
     "a device": (call("torch.device", text("cuda:" + "9" * 50)), "device that is none"),
+    **{
+        f"a device, {kind}": (call("torch.device", text(kind)), "device that is none")
+        for kind in ("mps:007", "cpu:01", "cuda:999", "cuda:100", "cuda:\u0661")
+    },
+    "a device that is a tensor": (call("torch.device", tensor(), number(1)), "device that is none"),
     "a size": (call("torch.Size", pair([-1])), "impossible shape"),
     "attributes": (tensor() + b"}" + text("x") + b"Nsb", "attributes"),
+    "a tensor as attributes": (call("collections.OrderedDict") + tensor() + b"b", "attributes"),
+    "a tensor of endless axes": (tensor((2**61, 2**61, 0), (1, 1, 1)), PLAIN + ".*no tensor can have"),
+    "a tensor marked by a tensor": (marked(tensor()), "conjugated or negated"),
+    "a tensor whose dtype is a tensor": (
+        dtyped(tensor(of=storage(kind="torch.storage.UntypedStorage", count=16))),
+        "no dtype",
+    ),
+    "entries of an endless tensor": (call("collections.OrderedDict", b"]" + ENDLESS + b"a"), "no pairs"),
+    "a set of an endless tensor": (call("builtins.set", b"]" + ENDLESS + b"a"), "key of type Tensor"),
     "a tensor beyond its storage": (tensor(size=(5,)), PLAIN + ".*shows number 4"),
     "a tensor of nothing": (tensor(of=storage("7")), PLAIN + ".*no bytes where 16"),
     "an expanded tensor": (tensor(size=(2**40,), stride=(0,)), PLAIN + ".*shows 1099511627776"),
