@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",  # older releases have known holes in weights_only loading
-        "pytorch-lightning>=2.4",
+        "pytorch-lightning>=2.5",  # 2.4 goes on with accumulated gradients otherwise than it stopped
         "omegaconf>=2.3",
         "pyyaml>=6",
         "einops>=0.8",

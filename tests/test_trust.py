@@ -151,7 +151,7 @@ def test_yaml_that_is_more_than_values_is_refused(tmp_path, text):
     path, trap = tmp_path / "config.yaml", tmp_path / "trap"
     path.write_text(text.replace("{trap}", str(trap)))
     for read in (read_config, read_yaml):
-        with pytest.raises(ValueError, match="is not valid YAML"):
+        with pytest.raises(ValueError, match="is not valid YAML|its aliases make it too long"):
             read(path)
     assert not trap.exists()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -40,9 +43,22 @@ def test_load_scales_16_bit_grey(tmp_path):
     assert pixels(images.load_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 128, 255]
 
 
+@contextlib.contextmanager
+def skipped_if_pillow_cannot() -> Iterator[None]:
+    """Old releases cannot write 16 bits as PGM, nor read what they write as YCbCr."""
+    try:
+        yield
+    except OSError as error:
+        if int(version("pillow").split(".")[0]) < 12:
+            pytest.skip(f"this Pillow says: {error}")
+        raise
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "1", "YCbCr"])
 def test_load_gives_rgb(tmp_path, mode):
     Image.new("RGB", (3, 2), "white").convert(mode).save(tmp_path / "x.tif")
+    with Image.open(tmp_path / "x.tif") as image, skipped_if_pillow_cannot():
+        image.load()
     assert pixels(images.load_image(tmp_path / "x.tif")).min() >= 254
 
 
@@ -108,7 +124,8 @@ DEEP = {
 
 @pytest.mark.parametrize("name", DEEP)
 def test_deep_pictures_are_scaled_not_cut_off(tmp_path, name):
-    DEEP[name].save(tmp_path / name)
+    with skipped_if_pillow_cannot():
+        DEEP[name].save(tmp_path / name)
     assert pixels(images.load_image(tmp_path / name))[0, :, 0].tolist() == [0, 128, 255]
     assert images.load_gray(tmp_path / name)[0, 0, 0].tolist() == pytest.approx([0, 32896 / 65535, 1], abs=1e-6)
 

@@ -64,7 +64,8 @@ def test_the_printed_sections_work(config, run, tmp_path) -> None:
         assert isinstance(cached, CachedDataset) and len(cached) == 2
         assert cached[0].keys() == {"moments", "caption", "context"}
         assert (cached.index["flips"], cached.index["dtype"]) == (True, "float16")
-        cached.check(instantiate_from_config(OmegaConf.load(config).model | {"params": {"ckpt_path": "model.ckpt"}}))
+        model = OmegaConf.merge(OmegaConf.load(config).model, {"params": {"ckpt_path": "model.ckpt"}})
+        cached.check(instantiate_from_config(model))
     code, out, _ = run("--base", config, "--ckpt", "model.ckpt", "--out", tmp_path / "c", *settings)
     assert code == 0 and out.count("is finished already and kept as it is") == 2
     small = ("data.params.train.params.size=16", *settings)
