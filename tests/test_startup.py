@@ -38,9 +38,7 @@ def imported(code: str) -> set[str]:
     return set(asked(code + IMPORTED).rpartition("IMPORTED")[2].split())
 
 
-@pytest.mark.skipif(
-    int(version("pytorch-lightning").split(".")[1]) < 6, reason="Lightning before 2.6 takes more along, and is left to it"
-)
+@pytest.mark.skipif(int(version("pytorch-lightning").split(".")[1]) < 6, reason="Lightning before 2.6 takes more along")
 def test_drawing_imports_only_what_it_needs(tmp_path):
     names = imported(
         f"sys.argv = ['txt2img', '--outdir', {str(tmp_path)!r}, '--n_samples', '1', '--n_iter', '1', '--steps', '1']\n"
