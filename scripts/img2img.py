@@ -93,19 +93,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if reading:
                     options["reading"] = inference.Reading(**reading)
                 options["noise"] = seeding.noise(first, count, options.pop("seed", None))
-                mine = number % processes.world == processes.rank
-                if mine and not writer.holds(count):
+                if writer.passes(number, count, watch):
+                    if not (batch.seeded or seeding.per_image):
+                        inference.skip_img2img(model, batch.prompts, init, **options)
+                else:
                     options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
                     images = inference.img2img(model, batch.prompts, init, **options)
                     writer.save(images, batch.prompts, settings=cli.settings_of(seeding, first, batch))
-                else:
-                    if not (batch.seeded or seeding.per_image):
-                        inference.skip_img2img(model, batch.prompts, init, **options)
-                    if mine:
-                        writer.keep(count)
-                        watch.skip()
-                    else:
-                        writer.skip(count)
                 first += count
     if processes.rank == 0:
         cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)

@@ -71,19 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     options["reading"] = inference.Reading(**reading)
                 options["noise"] = seeding.noise(first, count, options.pop("seed", None))
                 options["start_code"] = None if start is None or batch.seeded else start[:count]
-                mine = number % processes.world == processes.rank
-                if mine and not writer.holds(count):
+                if writer.passes(number, count, watch):
+                    if not (batch.seeded or seeding.per_image):
+                        inference.skip_txt2img(model, prompts, **options)
+                else:
                     options |= {"tiling": args.tiling, "on_step": watch, "progress": False}
                     images = inference.txt2img(model, prompts, **options)
                     writer.save(images, prompts, settings=cli.settings_of(seeding, first, batch))
-                else:
-                    if not (batch.seeded or seeding.per_image):
-                        inference.skip_txt2img(model, prompts, **options)
-                    if mine:
-                        writer.keep(count)
-                        watch.skip()
-                    else:
-                        writer.skip(count)
                 first += count
     if processes.rank == 0:
         cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)

@@ -22,6 +22,8 @@ from ldm.processes import ALONE, Processes
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ldm.cli.pictures import Watch
+
 logger = logging.getLogger(__name__)
 
 SAMPLE_NAME = "{:05}.png"
@@ -70,7 +72,7 @@ class SampleWriter:
 
     Files are `<outdir>/samples/00000.png` ... and `<outdir>/grid-0000.png` ...; numbers go on after the highest there.
     `settings` go into the metadata of every picture. Several `processes` number and grid their pictures as one would,
-    if each calls `skip` for the batches of the others.
+    if each asks `passes` of every batch.
     """
 
     FOLDER = "samples"  # in outdir
@@ -158,9 +160,19 @@ class SampleWriter:
             grid = make_grid(in_order, nrow=self._args.n_rows or self._args.n_samples)
             save_png(grid, self.outdir, "grid-{:04}.png")
 
-    def skip(self, count: int) -> None:
-        """Leave out `count` pictures that another process draws."""
-        self._index += count
+    def passes(self, number: int, count: int, watch: Watch) -> bool:
+        """Whether the next batch, the `number`-th of the run, of `count` pictures, is not for this process to draw.
+
+        Another draws it, or it is there already; then it is gone past, and `watch` told of what need not be waited for.
+        """
+        if number % self._processes.world != self._processes.rank:
+            self._index += count
+            return True
+        if not self.holds(count):
+            return False
+        self.keep(count)
+        watch.skip()
+        return True
 
     def keep(self, count: int) -> None:
         """Go past `count` pictures that are there already; they are in the grid."""

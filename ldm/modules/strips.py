@@ -43,16 +43,17 @@ def convolve(
     large and a laid-out 3x3 convolution draws on a CPU (see `ldm.modules.layout`).
     """
     drops = dropout is not None and dropout.training and dropout.p > 0
-    if isinstance(conv, LaidOutConv2d) and not drops and _pays(x, conv):
+    if (
+        isinstance(conv, LaidOutConv2d)
+        and not drops
+        and conv.takes_strips()
+        and can_draw(x, conv.weight)
+        and x[0].numel() >= LARGE
+    ):
         return _convolve_in_strips(x, norm, conv, residual)
     h = activate(norm(x))
     h = conv(h if dropout is None else dropout(h))
     return h if residual is None else add(h, residual[1](residual[0]))
-
-
-def _pays(x: Tensor, conv: LaidOutConv2d) -> bool:
-    # the very class: int8 has a way of its own
-    return type(conv) is LaidOutConv2d and conv.takes_strips() and can_draw(x, conv.weight) and x[0].numel() >= LARGE
 
 
 def _convolve_in_strips(

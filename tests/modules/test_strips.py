@@ -10,7 +10,7 @@ from torch import nn
 
 from ldm.modules import layout, strips
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, Normalize, ResnetBlock
-from ldm.modules.layout import lay_out
+from ldm.modules.layout import doubled, lay_out
 
 pytestmark = pytest.mark.skipif(not layout.has_kernels(), reason="this build of torch has no oneDNN")
 CONFIG = {"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3}
@@ -73,6 +73,19 @@ def test_only_while_drawing(many):
         lay_out(empty)
         assert empty(x[:0]).shape == (0, 32, 8, 8)
     assert not many
+
+
+@torch.no_grad()
+def test_int8_has_a_way_of_its_own(many):
+    int8 = pytest.importorskip("ldm.modules.int8")
+    if not int8.has_int8():
+        pytest.skip("this CPU has no int8 to speak of")
+    torch.manual_seed(0)
+    block, x = ResnetBlock(32, 32), torch.randn(1, 32, 8, 8)
+    wanted = block(x)
+    int8.quantize(block)
+    assert not torch.allclose(block(x), wanted, atol=1e-5) and not many
+    assert doubled(x, block.conv1).shape == (1, 32, 16, 16) and block.conv1._spread is None
 
 
 @torch.no_grad()
