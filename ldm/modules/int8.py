@@ -164,7 +164,7 @@ class Int8Conv2d(LaidOutConv2d):
         )
 
     def takes_strips(self) -> bool:
-        """Neither those nor `after_doubling`, both of float32: all nine products in int8 are quicker than four in it."""
+        """Neither those nor `after_doubling`, which are float32: nine products in int8 are quicker than four in it."""
         return False
 
 
