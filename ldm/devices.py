@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ldm.processes import environment
+from ldm.distributed import environment
 
 if TYPE_CHECKING:
     import torch

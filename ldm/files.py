@@ -14,7 +14,7 @@ PARTIAL = ".{name}.{pid}.partial"  # what a process that is killed may leave; no
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path]:
     """A path beside `path` to write a file to, which gets its name, in place of what had it, when the block ends well.
 
     Neither a process that is killed nor a power cut leaves a file of that name that is not complete. An error leaves
@@ -88,8 +88,8 @@ def _give_new_name(partial: Path, path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, in UTF-8, that is whole or not there; see `whole_file`."""
-    with whole_file(path) as partial:
+    """Write a text file, in UTF-8, that is whole or not there; see `atomic_write`."""
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

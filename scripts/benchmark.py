@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
+from benchmarks.suites import SUITES
 from ldm import cli
-from ldm.benchmarks.suites import SUITES
 from ldm.devices import DEVICES
 from ldm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from ldm.benchmarks.settings import Settings
+    from benchmarks.settings import Settings
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 WAYS = ("eager", "compile", "int8")
@@ -78,8 +78,8 @@ def chosen_suites(args: argparse.Namespace) -> list[str]:
 
 def settings_of(args: argparse.Namespace, device: torch.device) -> Settings:
     """The options as the suites take them, with what the device does by default."""
-    from ldm.benchmarks import peers
-    from ldm.benchmarks.settings import V1, Settings
+    from benchmarks import peers
+    from benchmarks.settings import V1, Settings
 
     on_gpu = device.type == "cuda"
     compare = args.compare == "diffusers" and peers.available()
@@ -119,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from ldm.benchmarks import profiling, report
-    from ldm.benchmarks.comparing import Bench
-    from ldm.benchmarks.machine import describe
-    from ldm.benchmarks.suites import rows
+    from benchmarks import profiling, report
+    from benchmarks.comparing import Bench
+    from benchmarks.machine import describe
+    from benchmarks.suites import rows
     from ldm.devices import choose_device
     from ldm.evaluation.report import new_folder
 

@@ -83,7 +83,7 @@ def _kinds(text: str) -> list[str]:
 def load(args: argparse.Namespace) -> LatentDiffusion:
     """The model to look at: the bundled one, if none is named."""
     from ldm import inference
-    from ldm.inference.tasks import TEXT
+    from ldm.inference.conditioning import TEXT
 
     ckpt = args.ckpt or public_path(inference.BUNDLED_CKPT)
     if ckpt is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
-from ldm.processes import joined_processes
+from ldm.distributed import process_group
 
 logger = logging.getLogger("ldm.img2img")
 
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_mask(depth, init_image, f"the depth map {args.depth}", args.init_img)
 
     from ldm import inference
-    from ldm.inference.tasks import TEXT, TEXT_AND_DEPTH
+    from ldm.inference.conditioning import TEXT, TEXT_AND_DEPTH
 
-    with joined_processes() as processes:
+    with process_group() as processes:
         model = cli.load_model(args, TEXT, TEXT_AND_DEPTH)
         with_depth = inference.needs_depth(model)
         if args.depth and not with_depth:

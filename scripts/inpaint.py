@@ -71,7 +71,7 @@ def pairs_of(args: argparse.Namespace) -> list[tuple[Path, Path]]:
 def load_model(args: argparse.Namespace):
     """The model to fill with; one without text has no guidance, whatever others have by default."""
     from ldm import inference
-    from ldm.inference.tasks import MASK, TEXT, TEXT_AND_MASK
+    from ldm.inference.conditioning import MASK, TEXT, TEXT_AND_MASK
 
     if args.indir and args.ckpt is None:
         args.ckpt = public_path(PUBLIC_CKPT)

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
     from ldm.images import load_image
-    from ldm.inference.tasks import NEIGHBOURS
+    from ldm.inference.conditioning import NEIGHBOURS
 
     database = inference.load_database(args.database) if args.use_neighbors else None
     if args.image:

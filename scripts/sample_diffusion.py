@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from ldm import inference
-    from ldm.inference.tasks import CLASSES, LAYOUT, NOTHING, SEGMENTATION
+    from ldm.inference.conditioning import CLASSES, LAYOUT, NOTHING, SEGMENTATION
 
     model = cli.load_model(args, NOTHING, CLASSES, LAYOUT, SEGMENTATION)
     conditions = cli.conditions_for(model, args, read)

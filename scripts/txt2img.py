@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
-from ldm.processes import joined_processes
+from ldm.distributed import process_group
 from ldm.util import public_path
 
 LAION400M_CONFIG = "configs/latent-diffusion/txt2img-1p4B-eval.yaml"
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--resume goes by the pictures that are there: leave --skip_save out")
 
     from ldm import inference
-    from ldm.inference.tasks import TEXT
+    from ldm.inference.conditioning import TEXT
 
-    with joined_processes() as processes:
+    with process_group() as processes:
         model = cli.load_model(args, TEXT)
         size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
         settings = {"model": cli.model_name(model), **reading, **({"tiling": args.tiling} if args.tiling else {})}

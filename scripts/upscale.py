@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
     from ldm.images import load_image
-    from ldm.inference.tasks import SMALL_PICTURE, SMALL_PICTURE_AND_TEXT
+    from ldm.inference.conditioning import SMALL_PICTURE, SMALL_PICTURE_AND_TEXT
 
     image, own_scale = load_image(args.init_img), args.scale
     model = cli.load_model(args, SMALL_PICTURE_AND_TEXT, SMALL_PICTURE)

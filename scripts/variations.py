@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
     from ldm.images import load_image
-    from ldm.inference.tasks import PICTURE
+    from ldm.inference.conditioning import PICTURE
 
     inference.check_weights(args.weights, len(args.init_img))
     pictures = [load_image(path) for path in args.init_img]

@@ -117,7 +117,7 @@ def test_names_in_the_help_are_those_of_the_registries():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_by_name(name):
     assert parse("--sampler", name).sampler == name
-    if not SAMPLERS[name].func.takes_eta:
+    if not SAMPLERS[name].func.supports_eta:
         with pytest.raises(ValueError, match=f"--sampler {name} needs --ddim_eta 0, not 0.5"):
             parse("--sampler", name, "--ddim_eta", "0.5")
     elif name != "ddim":
@@ -132,7 +132,7 @@ GUIDED = [
     ("--scale_schedule 9,3", {"scale": [9.0, 3.0]}),
     ("--guidance pag=3 --guidance rescale=.7", {"guidance": {"terms": {"pag": 3.0, "rescale": 0.7}}}),
     ("--guidance_interval 0.3 5", {"guidance": {"interval": [0.3, 5.0]}}),
-    ("--cfg_pp --sampler euler", {"sampler": "euler", "guidance": {"plus_plus": True}}),
+    ("--cfg_pp --sampler euler", {"sampler": "euler", "guidance": {"cfg_pp": True}}),
 ]
 
 

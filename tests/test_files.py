@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldm import files
-from ldm.files import numbered, whole_file, write_new
+from ldm.files import atomic_write, numbered, write_new
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_name_is_given_last(tmp_path):
     path = tmp_path / "a.bin"
     path.write_text("old")
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
         assert partial.parent == path.parent
@@ -31,7 +31,7 @@ def test_the_name_is_given_last(tmp_path):
 def test_an_error_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_text("old")
-    with pytest.raises(type(error)), whole_file(path) as partial:
+    with pytest.raises(type(error)), atomic_write(path) as partial:
         partial.write_text("ne")
         raise error
     assert path.read_text() == "old"
@@ -45,7 +45,7 @@ def test_content_and_name_are_brought_to_the_disk(tmp_path, monkeypatch):
         os, "fsync", lambda fd: (order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))
     )
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("renamed"), replace(*paths)))
-    with whole_file(tmp_path / "a.bin") as partial:
+    with atomic_write(tmp_path / "a.bin") as partial:
         partial.write_text("x")
     assert order == [partial.name, "renamed", tmp_path.name]
 
@@ -53,8 +53,8 @@ def test_content_and_name_are_brought_to_the_disk(tmp_path, monkeypatch):
 def test_a_process_that_is_killed(tmp_path):
     (tmp_path / "a.bin").write_text("old")
     code = (
-        "import os, signal, sys; from ldm.files import whole_file\n"
-        "with whole_file(sys.argv[1]) as partial: partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from ldm.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as partial: partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.bin"], cwd=root)
@@ -80,11 +80,11 @@ def links(request, monkeypatch) -> str:
 def test_a_new_file_takes_nobody_s_name(tmp_path, links):
     path = tmp_path / "a.bin"
     with pytest.raises(FileExistsError, match="a.bin exists already: choose another name"):  # noqa: SIM117
-        with whole_file(path, new=True) as partial:
+        with atomic_write(path, new=True) as partial:
             partial.write_text("ours")
             path.write_text("theirs")  # another process was faster
     assert path.read_text() == "theirs" and os.listdir(tmp_path) == ["a.bin"]
-    with whole_file(tmp_path / "b.bin", new=True) as partial:
+    with atomic_write(tmp_path / "b.bin", new=True) as partial:
         partial.write_text("ours")
     assert (tmp_path / "b.bin").read_text() == "ours" and len(os.listdir(tmp_path)) == 2
 
@@ -126,14 +126,14 @@ def test_new_files_are_brought_to_the_disk(tmp_path, monkeypatch):
 HAMMER = """
 import sys
 from pathlib import Path
-from ldm.files import numbered, whole_file, write_new
+from ldm.files import numbered, atomic_write, write_new
 folder, who = Path(sys.argv[1]), sys.argv[2].encode()
 for i in range(60):
     write_new(folder, numbered(folder / "a.bin"), lambda file: file.write(who * 1000))
 won = 0
 for i in range(60):
     try:
-        with whole_file(folder / f"one-{i}", new=True) as partial:
+        with atomic_write(folder / f"one-{i}", new=True) as partial:
             partial.write_bytes(who * 1000)
         won += 1
     except FileExistsError:
@@ -154,7 +154,7 @@ def test_two_processes_and_their_names(tmp_path):
 
 
 def test_names_as_long_as_a_file_system_takes(tmp_path):
-    with whole_file(tmp_path / ("a" * 255)) as partial:
+    with atomic_write(tmp_path / ("a" * 255)) as partial:
         partial.write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["a" * 255]
 

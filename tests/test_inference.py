@@ -205,7 +205,7 @@ def test_every_step_count_can_be_laid_out(model, sampler, steps):
     """Counts that indexed past the schedule in the public code among them; see also the schedule's own test."""
     names = ("alphas_cumprod", "num_timesteps", "parameterization", "device")
     quick = SimpleNamespace(**{name: getattr(model, name) for name in names}, apply_model=lambda x, t, cond: x * 0.1)
-    solver = inference.parts.make_sampler(quick, sampler)
+    solver = inference.pipeline.make_sampler(quick, sampler)
     result, _ = solver.sample(steps, 1, (4, 2, 2), x_T=torch.ones(1, 4, 2, 2), verbose=False)
     assert torch.isfinite(result).all() and t_range(solver)[0] >= 0 and t_range(solver)[1] <= 999
 

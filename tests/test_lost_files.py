@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.checkpoint import save_checkpoint, storages
+from ldm.checkpoint import save_checkpoint
+from ldm.checkpoint.formats import storages
 from ldm.inference import retrieval
 from tests.tiny import write_tiny
 

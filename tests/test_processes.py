@@ -16,7 +16,7 @@ from PIL import Image
 
 from ldm import cli, devices
 from ldm.cli.writing import SampleWriter
-from ldm.processes import ALONE, Processes, environment
+from ldm.distributed import ALONE, DistributedContext, environment
 from scripts import img2img, txt2img
 from tests.tiny import write_tiny
 
@@ -131,7 +131,7 @@ def test_every_process_calls_a_picture_the_same(ckpt: Path) -> None:
     one, other = (cli.descriptions(args, model, batches, seeding, height=32, width=32) for model in models)
     assert one == other
 
-    class Second(Processes):
+    class Second(DistributedContext):
         def agree(self, value):
             return one if isinstance(value, list) and value and isinstance(value[0], dict) else value
 

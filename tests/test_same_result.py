@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm.inference import BUNDLED_CKPT, decode, default_size, draw, load_model, text_condition
-from ldm.inference.parts import drawing
+from ldm.inference.pipeline import drawing
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.noise import PerImage

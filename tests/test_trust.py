@@ -42,7 +42,7 @@ REFUSED = [
     # what allowed modules import
     ("ldm.util.importlib", "it leads to a module"),
     ("ldm.util.Path", "which is pathlib.* and only imported there"),
-    ("ldm.processes.timedelta", "which is datetime.timedelta and only imported there"),
+    ("ldm.distributed.timedelta", "which is datetime.timedelta and only imported there"),
     ("torch.nn.modules.module.OrderedDict", "which is collections.OrderedDict and only"),
     ("torch.nn.modules.module.functools.partial", "there is no module"),
     ("torch.nn.functional.boolean_dispatch", "and only imported there|no class"),

@@ -14,12 +14,12 @@ hashing    the key of a set of weights
 """
 
 from ldm.checkpoint.families import config_for, describe, detect_config, ema_name
-from ldm.checkpoint.filling import LoadReport, build_on_meta, check_unchanged, fill_model
 from ldm.checkpoint.hashing import fingerprint
-from ldm.checkpoint.pruning import prune
+from ldm.checkpoint.init_from_ckpt import init_from_checkpoint
+from ldm.checkpoint.load_weights import LoadReport, build_on_meta, check_unchanged, fill_model
+from ldm.checkpoint.prune import prune
 from ldm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint
-from ldm.checkpoint.saving import save_checkpoint
-from ldm.checkpoint.starting import init_from_checkpoint
+from ldm.checkpoint.save import save_checkpoint
 
 __all__ = [
     "Checkpoint",

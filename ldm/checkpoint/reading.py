@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, UntypedStorage
 
-from ldm.checkpoint.containers import BadFile, Fetch, damaged_entry, has_sums, open_zip, read_legacy, read_zip
-from ldm.checkpoint.pickles import BadPickle, Name, OtherTensor, StoredTensor, UnsafePickle
-from ldm.checkpoint.storages import Ranges, Stamp, may_map, note_mapped, stamp, tensor_of
-from ldm.checkpoint.verifying import ALWAYS, SHA256, compare_with_record, data_sum, not_a_number
+from ldm.checkpoint.checksums import ALWAYS, SHA256, compare_with_record, data_sum, not_a_number
+from ldm.checkpoint.formats.containers import BadFile, Fetch, damaged_entry, has_sums, open_zip, read_legacy, read_zip
+from ldm.checkpoint.formats.pickles import BadPickle, Name, OtherTensor, StoredTensor, UnsafePickle
+from ldm.checkpoint.formats.storages import Ranges, Stamp, may_map, note_mapped, stamp, tensor_of
 
 logger = logging.getLogger(__name__)
 

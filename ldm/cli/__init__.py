@@ -32,7 +32,7 @@ from ldm.cli.options import (
 from ldm.cli.pictures import Watch, add_preview, add_seeding, add_tiling, seeding, settings_of
 from ldm.cli.prompts import Batch, batches, combinations, prompt_batches
 from ldm.cli.reporting import FAREWELL, run, say
-from ldm.cli.sample_runs import RunWriter
+from ldm.cli.sample_writer import RunWriter
 from ldm.cli.speed import add_speed, shortcuts, take
 from ldm.cli.writing import AnimationWriter, Interrupted, NamedWriter, SampleWriter, make_folder
 

@@ -91,7 +91,7 @@ def conditions_for(model: LatentDiffusion, args: argparse.Namespace, read: Any) 
     Raises ValueError if the model draws from something else, or cannot take them.
     """
     from ldm import inference
-    from ldm.inference.tasks import CLASSES, LAYOUT, NOTHING, SEGMENTATION, require
+    from ldm.inference.conditioning import CLASSES, LAYOUT, NOTHING, SEGMENTATION, require
 
     flags = {CLASSES: "classes", LAYOUT: "layout", SEGMENTATION: "segmentation"}
     task = require(model, NOTHING, *flags)

@@ -10,7 +10,7 @@ from ldm.cli.speed import take
 from ldm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from ldm.inference.tasks import Task
+    from ldm.inference.conditioning import Task
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from ldm.cli.lost_files import end_in_words
-from ldm.processes import environment
+from ldm.cli.sigbus import end_in_words
+from ldm.distributed import environment
 
 LESS_MEMORY = "--n_samples 1, --tile 512, a smaller --H and --W, or (on a GPU) --lowvram and --precision fp16"
 FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."

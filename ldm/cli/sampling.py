@@ -110,24 +110,24 @@ def _check(args: Namespace) -> None:
             raise ValueError(f"--{flag} {value} is not one of {', '.join(known)}")
     if args.sampler is not None:
         kind: Any = SAMPLERS[args.sampler].func
-        if args.ddim_eta and not kind.takes_eta:
+        if args.ddim_eta and not kind.supports_eta:
             flag = "--plms" if args.plms else f"--sampler {args.sampler}"
             raise ValueError(f"{flag} needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
-        if args.cfg_pp and not kind.plus_plus:
-            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "plus_plus", False))
+        if args.cfg_pp and not kind.cfg_pp:
+            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "cfg_pp", False))
             raise ValueError(f"--cfg_pp is for the samplers {able}, not for {args.sampler}")
     Guidance(UNSETTLED if args.scale is None else args.scale, **options)
 
 
 def guidance_options(args: Namespace) -> dict[str, Any]:
     """What the options say of `Guidance` beside its scale."""
-    given = {"terms": args.guidance, "interval": args.guidance_interval, "plus_plus": args.cfg_pp}
+    given = {"terms": args.guidance, "interval": args.guidance_interval, "cfg_pp": args.cfg_pp}
     return {name: value for name, value in given.items() if value}
 
 
 def chosen(args: Namespace) -> dict[str, Any]:
     """The schedule and the guidance beside the scale, as far as they were asked for, in the options' own names."""
     terms = ", ".join(f"{name}={strength:g}" for name, strength in (args.guidance or {}).items())
-    interval, plus_plus = args.guidance_interval, args.cfg_pp
-    said = {"schedule": args.schedule, "guidance": terms, "guidance_interval": interval, "cfg_pp": plus_plus}
+    interval, cfg_pp = args.guidance_interval, args.cfg_pp
+    said = {"schedule": args.schedule, "guidance": terms, "guidance_interval": interval, "cfg_pp": cfg_pp}
     return {name: value for name, value in said.items() if value}

@@ -17,7 +17,7 @@ from ldm import __version__
 from ldm.cli.manifest import MANIFEST, Manifest
 from ldm.cli.options import sampling_metadata
 from ldm.cli.speed import shortcuts
-from ldm.processes import ALONE, Processes
+from ldm.distributed import ALONE, DistributedContext
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +77,7 @@ class SampleWriter:
 
     FOLDER = "samples"  # in outdir
 
-    def __init__(self, args: Namespace, processes: Processes = ALONE, **settings: Any) -> None:
+    def __init__(self, args: Namespace, processes: DistributedContext = ALONE, **settings: Any) -> None:
         self.outdir = Path(args.outdir)
         self.samples = self.outdir / self.FOLDER
         self._made = make_folder(self.outdir) + make_folder(self.samples)

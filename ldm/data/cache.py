@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldm.checkpoint import fingerprint
-from ldm.checkpoint.storages import may_map, note_mapped
+from ldm.checkpoint.formats.storages import may_map, note_mapped
 from ldm.data.cache_building import NOT_ENCODING, build_cache
 from ldm.data.cache_files import CacheError, check_same_dataset, check_shards, describe, is_finished, read_index
 from ldm.util import get_obj_from_str, instantiate_from_config

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.files import sync_folder, whole_file
+from ldm.files import atomic_write, sync_folder
 
 FORMAT = "ldm-latent-cache"
 VERSION = 1
@@ -171,7 +171,7 @@ def _is_whole(folder: Path, shard: Mapping[str, Any]) -> bool:
 def _write_whole(path: Path, data: bytes) -> None:
     """Write a file that is whole or not there. OSError names the path."""
     try:
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(data)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.data.shapes import draw
 from ldm.evaluation.distances import first_stage_features, kernel_distance
 from ldm.evaluation.scores import draw_all, judge_all, prompts_of, scenes_of, summary
-from ldm.files import whole_file, write_text
+from ldm.files import atomic_write, write_text
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -54,7 +54,7 @@ def _guidance() -> list[Way]:
         "scale 3": {"scale": 3.0},
         "rescale 0.7 at scale 3": {"scale": 3.0, "guidance": {"terms": {"rescale": 0.7}}},
         "threshold 0.995 at scale 3": {"scale": 3.0, "guidance": {"terms": {"threshold": 0.995}}},
-        "CFG++ 0.6": {"scale": 0.6, "guidance": {"plus_plus": True}},
+        "CFG++ 0.6": {"scale": 0.6, "guidance": {"cfg_pp": True}},
         "interval 0.3 to 5 at scale 3": {"scale": 3.0, "guidance": {"interval": (0.3, 5.0)}},
         "scale 3 falling to 1": {"scale": [3.0, 1.0]},
         "perturbed attention 1": {"guidance": {"terms": {"pag": 1.0}}},
@@ -162,7 +162,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     apart.set(yscale="log")
     figure.legend(*shares.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
 
 

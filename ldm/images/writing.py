@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.files import whole_file, write_new
+from ldm.files import atomic_write, write_new
 
 
 def next_free_index(folder: str | Path, pattern: str) -> int:
@@ -53,7 +53,7 @@ def save_png_named(
 
 def replace_png(image: Image.Image, path: str | Path) -> None:
     """Write `image` to `path` in place of what is there, whole at any time: for previews and reports."""
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         _png(image)(file)
 
 

@@ -16,19 +16,9 @@ retrieval   text and its neighbours to picture    variations   picture to others
 """
 
 from ldm.inference.animation import as_many, frames_between, interpolate
-from ldm.inference.drawing import (
-    depth_map,
-    encode_image,
-    img2img,
-    needs_depth,
-    skip_img2img,
-    skip_txt2img,
-    start_latent,
-    txt2img,
-)
 from ldm.inference.inpainting import inpaint, takes_text
 from ldm.inference.loading import BUNDLED_CKPT, SAMPLERS, load_first_stage, load_model, read_config, sampling_settings
-from ldm.inference.parts import (
+from ldm.inference.pipeline import (
     Guided,
     decode,
     default_size,
@@ -54,6 +44,16 @@ from ldm.inference.retrieval import (
 from ldm.inference.seamless import seamless
 from ldm.inference.seeds import Seeding
 from ldm.inference.shortcuts import Shortcuts, quantize_network
+from ldm.inference.text_to_image import (
+    depth_map,
+    encode_image,
+    img2img,
+    needs_depth,
+    skip_img2img,
+    skip_txt2img,
+    start_latent,
+    txt2img,
+)
 from ldm.inference.tiling import tile_first_stage
 from ldm.inference.unprompted import (
     check_labels,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm.inference.conditioning import TEXT, require
 from ldm.inference.loading import sampling_plan
-from ldm.inference.parts import OnStep, decode, draw, drawing, resolve_size, text_condition
-from ldm.inference.prompts import AS_PUBLISHED, Reading
+from ldm.inference.pipeline import OnStep, decode, draw, drawing, resolve_size, text_condition
+from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, Reading
 from ldm.inference.seamless import seamless
-from ldm.inference.tasks import TEXT, require
 from ldm.models.diffusion.noise import Between, PerImage, slerp
 from ldm.models.diffusion.sampler import Choice
 
@@ -69,7 +69,7 @@ def interpolate(
     batch_size: int = 1,
     contexts: str = "linear",
     negative_prompt: str | Sequence[str] = "",
-    reading: Reading = AS_PUBLISHED,
+    reading: Reading = DEFAULT_PROMPT_OPTIONS,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,

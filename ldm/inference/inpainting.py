@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.images import blend, check_mask, feathered, fit_mask, image_to_tensor
-from ldm.inference.drawing import encode_pixels
+from ldm.inference.conditioning import MASK, TEXT, TEXT_AND_MASK, require, task_of
 from ldm.inference.loading import sampling_plan
-from ldm.inference.parts import (
+from ldm.inference.pipeline import (
     Guided,
     check_strength,
     decode,
@@ -26,8 +26,8 @@ from ldm.inference.parts import (
     seed_everything,
     text_condition,
 )
-from ldm.inference.prompts import AS_PUBLISHED, Reading
-from ldm.inference.tasks import MASK, TEXT, TEXT_AND_MASK, require, task_of
+from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, Reading
+from ldm.inference.text_to_image import encode_pixels
 from ldm.inference.tiling import padded
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler import Choice
@@ -52,7 +52,7 @@ def inpaint(
     feather: int = 0,
     keep_unmasked: bool = True,
     negative_prompt: str | Sequence[str] = "",
-    reading: Reading = AS_PUBLISHED,
+    reading: Reading = DEFAULT_PROMPT_OPTIONS,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
@@ -81,7 +81,9 @@ def inpaint(
     check_mask(mask, image)
     if feather and not keep_unmasked:
         raise ValueError("feather blends with the pixels that keep_unmasked would keep: leave one of the two out")
-    if textless and (any(prompts) or any(negative_prompt) or scale not in (None, 1.0) or reading != AS_PUBLISHED):
+    if textless and (
+        any(prompts) or any(negative_prompt) or scale not in (None, 1.0) or reading != DEFAULT_PROMPT_OPTIONS
+    ):
         raise ValueError("this model fills holes without a text or guidance: leave prompts and scale out")
     public_scale = 1.0 if textless else 7.5
     how, guided_by = sampling_plan(model, public_scale, steps, sampler, scale, eta, schedule, guidance)

@@ -18,10 +18,10 @@ from yaml import YAMLError
 from ldm.checkpoint import Checkpoint, build_on_meta, config_for, fill_model, read_checkpoint
 from ldm.checkpoint.families import describe, family_of
 from ldm.devices import choose_device, choose_precision
+from ldm.inference.conditioning import TEXT, Task, require, task_of
 from ldm.inference.lowvram import lodge
-from ldm.inference.tasks import TEXT, Task, require, task_of
 from ldm.limits import check_growth, check_yaml
-from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
+from ldm.models.diffusion.guidance import CFG_PP_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES
@@ -60,8 +60,9 @@ def load_model(
     config, what the network predicts is seen at its first step, and said if it is not what the config says.
     precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
     overrides: settings to lay over the config, as `model.params.linear_end=0.02`.
-    tasks: what the model must draw from, one of these (see `ldm.inference.tasks`); none for anything. lowvram: have its
-    parts on `device` only while they are used (see `lowvram.lodge`). verify: read the whole file first and compare it
+    tasks: what the model must draw from, one of these (see `ldm.inference.conditioning`); none for anything.
+    lowvram: have its parts on `device` only while they are used (see `lowvram.lodge`).
+    verify: read the whole file first and compare it
     with its checksums (see `read_checkpoint`).
 
     Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
@@ -217,17 +218,17 @@ def sampling_settings(
     scale: float | Sequence[float] | None = None,
     eta: float = 0.0,
     public_steps: int = 50,
-    plus_plus: bool = False,
+    cfg_pp: bool = False,
 ) -> tuple[int, str, float | Sequence[float]]:
     """(steps, sampler, scale), each None as the model's own (`sampling:` in its config), else as the public default.
 
-    The public defaults are `public_steps` of DDIM at `public_scale`. An `eta` above 0 asks for DDIM. `plus_plus` has a
+    The public defaults are `public_steps` of DDIM at `public_scale`. An `eta` above 0 asks for DDIM. `cfg_pp` has a
     scale of its own, since CFG++ counts otherwise.
     """
     if sampler is None and eta != 0:
         sampler = "ddim"
-    if scale is None and plus_plus:
-        scale = PLUS_PLUS_SCALE
+    if scale is None and cfg_pp:
+        scale = CFG_PP_SCALE
     own: dict[str, Any] = {"steps": public_steps, "sampler": "ddim", "scale": public_scale} | getattr(
         model, "sampling", {}
     )
@@ -253,7 +254,7 @@ def sampling_plan(
     """
     guidance = dict(guidance or {})
     steps, sampler, scale = sampling_settings(
-        model, public_scale, steps, sampler, scale, eta, plus_plus=guidance.get("plus_plus", False)
+        model, public_scale, steps, sampler, scale, eta, cfg_pp=guidance.get("cfg_pp", False)
     )
     schedule = getattr(model, "sampling", {}).get("schedule") if schedule is None else schedule
     how = {"steps": steps, "sampler": sampler, "eta": eta, "schedule": schedule}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.images import tensor_to_images
-from ldm.inference.parts import first_stage_dtype
+from ldm.inference.pipeline import first_stage_dtype
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ldm.modules.encoders.prompting import encode_prompts
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-AS_PUBLISHED = Reading()
+DEFAULT_PROMPT_OPTIONS = Reading()
 
 
 def negative_prompts(negative_prompt: str | Sequence[str], count: int) -> list[str]:
@@ -26,7 +26,10 @@ def negative_prompts(negative_prompt: str | Sequence[str], count: int) -> list[s
 
 
 def text_contexts(
-    model: LatentDiffusion, prompts: Sequence[str], negatives: Sequence[str] | None, reading: Reading = AS_PUBLISHED
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negatives: Sequence[str] | None,
+    reading: Reading = DEFAULT_PROMPT_OPTIONS,
 ) -> tuple[Tensor, Tensor | None]:
     """The encodings (B, L, D) of the prompts and of the negative prompts, if there are any; both of the same length.
 
@@ -34,7 +37,7 @@ def text_contexts(
     """
     distinct = list(dict.fromkeys(negatives or ()))
     groups = [list(prompts), distinct] if distinct else [list(prompts)]
-    if reading == AS_PUBLISHED:
+    if reading == DEFAULT_PROMPT_OPTIONS:
         contexts = [model.get_learned_conditioning(group) for group in groups]
     else:
         contexts = encode_prompts(model.cond_stage_model, groups, reading)

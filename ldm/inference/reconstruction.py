@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.checkpoint import check_unchanged
 from ldm.images import image_to_tensor, tensor_to_images
-from ldm.inference.parts import check_finite
+from ldm.inference.pipeline import check_finite
 from ldm.inference.tiling import padded, tiled
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.first_stage import psnr

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint.storages import may_map, note_mapped
+from ldm.checkpoint.formats.storages import may_map, note_mapped
 from ldm.data.folder import scan
-from ldm.files import whole_file
+from ldm.files import atomic_write
 from ldm.images import load_image
+from ldm.inference.conditioning import NEIGHBOURS, require
 from ldm.inference.loading import sampling_plan
-from ldm.inference.parts import Guided, decode, draw, drawing, resolve_size, seed_everything
-from ldm.inference.tasks import NEIGHBOURS, require
+from ldm.inference.pipeline import Guided, decode, draw, drawing, resolve_size, seed_everything
 from ldm.models.diffusion.sampler import Choice
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder, square_picture
@@ -169,7 +169,7 @@ def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name")
-    with whole_file(path, new=True) as partial, partial.open("wb") as file:
+    with atomic_write(path, new=True) as partial, partial.open("wb") as file:
         np.savez(file, embeddings=embeddings, paths=np.array(names))
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ldm.data.layouts import Box, LayoutTokens
 from ldm.data.segmentation import one_hot_map
+from ldm.inference.conditioning import CLASSES, LAYOUT, NOTHING, SEGMENTATION, require
 from ldm.inference.loading import sampling_plan
-from ldm.inference.parts import Guided, decode, draw, drawing, seed_everything
-from ldm.inference.tasks import CLASSES, LAYOUT, NOTHING, SEGMENTATION, require
+from ldm.inference.pipeline import Guided, decode, draw, drawing, seed_everything
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition
 from ldm.models.diffusion.sampler import Choice

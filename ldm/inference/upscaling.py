@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ldm.images import image_to_tensor
+from ldm.inference.conditioning import SMALL_PICTURE, SMALL_PICTURE_AND_TEXT, require
 from ldm.inference.loading import sampling_plan
-from ldm.inference.parts import Guided, decode, draw, drawing, first_stage_dtype, seed_everything, text_condition
-from ldm.inference.tasks import SMALL_PICTURE, SMALL_PICTURE_AND_TEXT, require
+from ldm.inference.pipeline import Guided, decode, draw, drawing, first_stage_dtype, seed_everything, text_condition
 from ldm.inference.tiling import padded, tiled
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition, Guidance

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm.images import image_to_tensor
+from ldm.inference.conditioning import PICTURE, require
 from ldm.inference.loading import sampling_plan
-from ldm.inference.parts import decode, draw, drawing, resolve_size, seed_everything, text_condition
-from ldm.inference.tasks import PICTURE, require
+from ldm.inference.pipeline import decode, draw, drawing, resolve_size, seed_everything, text_condition
 from ldm.models.diffusion.sampler import Choice
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.diffusion.draws import Draws
+from ldm.models.diffusion.distributed_rng import DistributedRNG
 from ldm.models.first_stage import FirstStage
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, regroup
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -82,7 +82,7 @@ class AutoencoderKL(FirstStage):
         posterior = self.encode(x)
         if not sample_posterior:
             return self.decode(posterior.mode()), posterior
-        noise = Draws.of(self).randn(posterior.mean.shape, device="cpu")
+        noise = DistributedRNG.of(self).randn(posterior.mean.shape, device="cpu")
         return self.decode(posterior.sample(noise)), posterior
 
     def losses(self, x: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, dict[str, Tensor]]]]:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import read_checkpoint
 from ldm.checkpoint.reading import kind_of_file
-from ldm.checkpoint.states import read_state
-from ldm.files import PARTIAL, whole_file
-from ldm.training.continuing import between_steps
+from ldm.checkpoint.trainer_state import read_state
+from ldm.files import PARTIAL, atomic_write
 from ldm.training.folders import LAST
+from ldm.training.resume import between_steps
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class WholeFiles(CheckpointIO):
                 *(path, ", ".join(strange[:5])),
             )
         try:
-            with whole_file(path) as partial, partial.open("wb") as file:
+            with atomic_write(path) as partial, partial.open("wb") as file:
                 torch.save(plain, file)
         except (OSError, RuntimeError) as error:
             raise _cannot_save(path, error) from error
@@ -69,7 +69,7 @@ class WholeFiles(CheckpointIO):
 
 
 def read_training_state(path: str | os.PathLike) -> dict[str, Any]:
-    """All that a checkpoint of a run holds, tensors memory-mapped on the CPU (see `ldm.checkpoint.states`).
+    """All that a checkpoint of a run holds, tensors memory-mapped on the CPU (see `ldm.checkpoint.trainer_state`).
 
     Raises FileNotFoundError, or ValueError saying what it is instead, if a run cannot go on from the file.
     """

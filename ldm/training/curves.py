@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytorch_lightning as pl
 
-from ldm.files import whole_file
+from ldm.files import atomic_write
 from ldm.training.loggers import CSV_NAME
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Metrics = Mapping[str, Series]
 
 
 class RunPlot(pl.Callback):
-    """Draws the curves of the run when it ends, however it does. A failure to do so costs a warning."""
+    """DistributedRNG the curves of the run when it ends, however it does. A failure to do so costs a warning."""
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lightning's hook at a run's regular end."""
@@ -111,7 +111,7 @@ def plot_run(folder: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     path = folder / "curves.png"
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
     return path
 

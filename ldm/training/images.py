@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm import files
 from ldm.images import make_grid, tensor_to_images
-from ldm.models.diffusion.draws import seeded
+from ldm.models.diffusion.distributed_rng import seeded
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
-from ldm.files import whole_file
+from ldm.files import atomic_write
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -82,13 +82,13 @@ def forget_after(folder: Path, step: int, now: str) -> None:
     kept = [row for row in rows if float(row.get("step") or 0) < step]
     if len(kept) == len(rows):
         return
-    with whole_file(path.with_name(f"metrics-until-{now}.csv")) as partial:
+    with atomic_write(path.with_name(f"metrics-until-{now}.csv")) as partial:
         shutil.copyfile(path, partial)
     _write(path, names, kept)
 
 
 def _write(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    with whole_file(path) as partial, partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
@@ -101,7 +101,7 @@ def _end_lines(path: Path) -> None:
     if not whole:
         path.unlink()
     elif len(whole) < len(data):
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(whole)
 
 

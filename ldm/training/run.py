@@ -27,10 +27,10 @@ from ldm.training import folders
 from ldm.training.callbacks import CUDACallback, ProgressBar, SetupCallback
 from ldm.training.checkpoints import Checkpoints, WholeFiles, read_training_state, remove_partial_files
 from ldm.training.configs import Settings, read_settings
-from ldm.training.continuing import ContinueExactly
 from ldm.training.loggers import build_loggers, forget_after
+from ldm.training.resume import ContinueExactly
 from ldm.training.seeding import StepSeeds, seed_draws
-from ldm.training.stopping import Signals, Stopped
+from ldm.training.signals import Signals, Stopped
 from ldm.training.strategies import choose_strategy
 from ldm.util import instantiate_from_config
 
@@ -206,7 +206,7 @@ def _callbacks(
 ) -> list[pl.Callback]:
     """Everything else that looks on, in the order of its turn: the seeds last, so that nothing draws between them."""
     from ldm.training.curves import RunPlot
-    from ldm.training.guards import NonFiniteGuard
+    from ldm.training.nan_guard import NonFiniteGuard
 
     given = settings.lightning.get("callbacks") or {}
     configs: dict[str, Any] = {"learning_rate_logger": RATE_LOGGER}

@@ -10,10 +10,10 @@ import threading
 import pytest
 import torch
 
-from ldm.benchmarks import memory
-from ldm.benchmarks.comparing import explain
-from ldm.benchmarks.job import in_fresh_process
-from ldm.benchmarks.memory import Peak
+from benchmarks import memory
+from benchmarks.comparing import explain
+from benchmarks.job import in_fresh_process
+from benchmarks.memory import Peak
 from ldm.util import REPOSITORY
 from tests.tiny import write_tiny
 
@@ -63,12 +63,12 @@ def test_a_job_that_fails_says_why():
 
 
 def test_last_words_are_the_error_though_a_package_prints_errors_its_own_way():
-    job = "import runpy; runpy.run_module('ldm.benchmarks.job', run_name='__main__')"
+    job = "import runpy; runpy.run_module('benchmarks.job', run_name='__main__')"
     program = f"import sys; sys.excepthook = lambda *error: print('pretty', file=sys.stderr); {job}"
     command = [sys.executable, "-c", program, "timing:nothing", "{}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("AttributeError: module 'ldm.benchmarks.timing' has no attribute")
+    assert done.stderr.splitlines()[-1].startswith("AttributeError: module 'benchmarks.timing' has no attribute")
 
 
 def test_running_out_of_memory_is_explained():

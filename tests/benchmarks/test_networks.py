@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.benchmarks import networks, peers
-from ldm.benchmarks.comparing import psnr
-from ldm.benchmarks.networks import Unavailable, build_ours, on_meta, sharing_copy, with_weights
+from benchmarks import networks, peers
+from benchmarks.comparing import psnr
+from benchmarks.networks import Unavailable, build_ours, on_meta, sharing_copy, with_weights
 from tests.golden import assert_agrees, tensor
 from tests.tiny import tiny_config
 

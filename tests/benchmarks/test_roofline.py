@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.benchmarks import networks
-from ldm.benchmarks.roofline import count, measured_peak
-from ldm.benchmarks.settings import Scan, Settings
-from ldm.benchmarks.suites import unet, vae
+from benchmarks import networks
+from benchmarks.roofline import count, measured_peak
+from benchmarks.settings import Scan, Settings
+from benchmarks.suites import unet, vae
 from ldm.modules.attending import attend
 
 

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from ldm.benchmarks.rows import Row
-from ldm.benchmarks.timing import in_turns, ratio, spread, timed
+from benchmarks.rows import Row
+from benchmarks.timing import in_turns, ratio, spread, timed
 
 
 def test_contenders_take_turns():

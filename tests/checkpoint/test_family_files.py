@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import Checkpoint, CheckpointError, build_on_meta, ema_name, fill_model
 from ldm.checkpoint.families import FAMILIES
-from ldm.checkpoint.filling import SCHEDULE_BUFFERS
+from ldm.checkpoint.load_weights import SCHEDULE_BUFFERS
 from ldm.util import instantiate_from_config
 from tests.checkpoint.test_families import AUTOENCODERS, KEYS, ROOT, WHOLE, config_of
 from tests.golden import filled

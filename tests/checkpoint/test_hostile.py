@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import cli
-from ldm.checkpoint import Checkpoint, CheckpointError, containers, fill_model, pickles, read_checkpoint, reading
-from ldm.checkpoint.names import DTYPES
+from ldm.checkpoint import Checkpoint, CheckpointError, fill_model, read_checkpoint, reading
+from ldm.checkpoint.formats import containers, pickles
+from ldm.checkpoint.formats.allowlist import DTYPES
 from scripts import prune_checkpoint
 from tests.checkpoint import hostile
 

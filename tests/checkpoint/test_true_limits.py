@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.checkpoint.containers import MAX_PICKLE
-from ldm.checkpoint.pickles import MAX_STEPS
+from ldm.checkpoint.formats.containers import MAX_PICKLE
+from ldm.checkpoint.formats.pickles import MAX_STEPS
 from ldm.checkpoint.reading import MAX_SAFETENSORS_HEADER
 from tests.checkpoint.hostile import MORE, START, UNSAFE, archive, name, text
 from tests.training.test_states import READER

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import cli
-from ldm.checkpoint import CheckpointError, check_unchanged, fill_model, read_checkpoint, save_checkpoint, storages
-from ldm.checkpoint import verifying as checks
+from ldm.checkpoint import CheckpointError, check_unchanged, fill_model, read_checkpoint, save_checkpoint
+from ldm.checkpoint import checksums as checks
+from ldm.checkpoint.formats import storages
 from ldm.inference import BUNDLED_CKPT, load_model
 from ldm.util import REPOSITORY
 from scripts import prune_checkpoint

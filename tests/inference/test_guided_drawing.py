@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm import inference
 from ldm.inference.loading import sampling_plan
-from ldm.models.diffusion.guidance import PLUS_PLUS_SCALE, Guidance
+from ldm.models.diffusion.guidance import CFG_PP_SCALE, Guidance
 from ldm.models.diffusion.sampler import SAMPLERS, Sampler
 from ldm.models.diffusion.schedules import SCHEDULES
 from tests.inference.test_variations import unclip_config
@@ -85,7 +85,7 @@ def test_guidance_arrives(models, runs, way):
         "plain": {"scale": 3.0},
         "scales": {"scale": [5.0, 2.0]},
         "terms": {"scale": 3.0, "guidance": {"terms": terms, "interval": (0.01, 1e9)}},
-        "plus_plus": {"guidance": {"plus_plus": True}},
+        "cfg_pp": {"guidance": {"cfg_pp": True}},
         "schedule": {"scale": 3.0, "sampler": "euler", "schedule": [900, 100]},
     }
     drawn = {name: pixels(call(models[model], **options, **more)) for name, more in asked.items()}
@@ -94,7 +94,7 @@ def test_guidance_arrives(models, runs, way):
         Guidance(3.0),
         Guidance([5.0, 2.0]),
         Guidance(3.0, (0.01, 1e9), terms=terms),
-        Guidance(PLUS_PLUS_SCALE, plus_plus=True),
+        Guidance(CFG_PP_SCALE, cfg_pp=True),
         Guidance(3.0),
     ]
     assert kinds[-1] is SAMPLERS["euler"].func and timesteps[-1] == [100, 900]
@@ -114,7 +114,7 @@ def test_without_a_scale_there_is_pag(models, runs, way):
     with pytest.raises(ValueError, match="scale"):
         call(models[name], **options, scale=3.0)
     with pytest.raises(ValueError, match="leads away from an unconditional prediction, and there is none"):
-        call(models[name], **options, guidance={"plus_plus": True})
+        call(models[name], **options, guidance={"cfg_pp": True})
 
 
 def test_negative_prompts_one_a_picture(models):
@@ -130,8 +130,8 @@ def test_negative_prompts_one_a_picture(models):
 def test_skipping_draws_the_same_random_numbers(models, sampler, schedule):
     """Whatever the sampler, schedule and guidance; by hand, as what a network answers does not matter."""
     model, options = models["text"], {"steps": 3, "sampler": sampler, "schedule": schedule}
-    plus_plus = SAMPLERS[sampler].func.plus_plus
-    guidance = {"plus_plus": True} if plus_plus else {"terms": {"rescale": 0.7}, "interval": (0.1, 9.0)}
+    cfg_pp = SAMPLERS[sampler].func.cfg_pp
+    guidance = {"cfg_pp": True} if cfg_pp else {"terms": {"rescale": 0.7}, "interval": (0.1, 9.0)}
     inference.seed_everything(5)
     inference.txt2img(model, PROMPTS, **options, guidance=guidance, height=16, width=16, progress=False)
     after = torch.rand(4)
@@ -162,7 +162,7 @@ def test_models_name_their_own_schedule(tmp_path, runs):
 
 def test_plans():
     assert sampling_plan(None, 7.5)[1] == Guidance(7.5)
-    assert sampling_plan(None, 7.5, guidance={"plus_plus": True})[1] == Guidance(PLUS_PLUS_SCALE, plus_plus=True)
-    assert sampling_plan(None, 7.5, scale=0.3, guidance={"plus_plus": True})[1].scale == 0.3
+    assert sampling_plan(None, 7.5, guidance={"cfg_pp": True})[1] == Guidance(CFG_PP_SCALE, cfg_pp=True)
+    assert sampling_plan(None, 7.5, scale=0.3, guidance={"cfg_pp": True})[1].scale == 0.3
     with pytest.raises(ValueError, match="leave rescale out"):
         sampling_plan(None, 1.0, guidance={"terms": {"rescale": 0.7}})

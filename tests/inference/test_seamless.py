@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldm import inference
-from ldm.inference import drawing, seamless
+from ldm.inference import seamless, text_to_image
 from tests.tiny import write_tiny
 
 
@@ -18,8 +18,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def pixels(model, monkeypatch):
-    """Draws from a start: float pixels, in place of pictures."""
-    monkeypatch.setattr(drawing, "decode", lambda model, latents: [model.decode_first_stage(latents)])
+    """DistributedRNG from a start: float pixels, in place of pictures."""
+    monkeypatch.setattr(text_to_image, "decode", lambda model, latents: [model.decode_first_stage(latents)])
 
     def draw(start: torch.Tensor, tiling: str | None) -> torch.Tensor:
         options = {"steps": 3, "scale": 2.0, "progress": False, "tiling": tiling}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm import inference
-from ldm.inference import Seeding, drawing
+from ldm.inference import Seeding, text_to_image
 from ldm.models.diffusion.noise import Between, PerImage, on_cpu, shared, slerp
 from tests.tiny import write_tiny
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def latents(monkeypatch):
     """Has drawing give latents in place of pictures, whose 256 levels would hide errors."""
-    monkeypatch.setattr(drawing, "decode", lambda model, latents: list(latents))
+    monkeypatch.setattr(text_to_image, "decode", lambda model, latents: list(latents))
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def test_masks_have_noise_of_each_image(model):
     known = torch.linspace(-1, 1, 4 * 64).view(1, *shape)
 
     def draw(seeds: list[int]) -> torch.Tensor:
-        guided = drawing.Guided(model.get_learned_conditioning(["a red circle"]).expand(len(seeds), -1, -1))
-        with drawing.drawing(model):
+        guided = text_to_image.Guided(model.get_learned_conditioning(["a red circle"]).expand(len(seeds), -1, -1))
+        with text_to_image.drawing(model):
             x0 = known.expand(len(seeds), -1, -1, -1)
             options = {"steps": 4, "sampler": "ddim", "mask": mask, "x0": x0, "progress": False}
-            return drawing.draw(model, guided, shape, len(seeds), noise=PerImage(seeds), **options)
+            return text_to_image.draw(model, guided, shape, len(seeds), noise=PerImage(seeds), **options)
 
     torch.testing.assert_close(draw([5])[0], draw([3, 5])[1], rtol=0, atol=1e-5)
 

@@ -8,7 +8,7 @@ import torch
 
 from ldm.data.layouts import Box
 from ldm.inference import check_labels, class2img, layout2img, layout_tokens, noise2img, segmentation2img, txt2img
-from ldm.inference.parts import decode
+from ldm.inference.pipeline import decode
 from ldm.models.diffusion.ddim import DDIMSampler
 from tests.unprompted import toy
 

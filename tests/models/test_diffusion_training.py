@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.models.diffusion.buckets import TimestepBuckets
+from ldm.models.diffusion.cond_dropout import ConditionDropout
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.models.diffusion.distributed_rng import DistributedRNG, seeded
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.draws import Draws, seeded
-from ldm.models.diffusion.dropout import ConditionDropout
 from ldm.modules.diffusionmodules.schedule import (
     make_beta_schedule,
     min_snr_weights,
@@ -140,14 +140,14 @@ def test_captions_and_labels_are_dropped_at_their_rates():
     torch.manual_seed(0)
     dropout = ConditionDropout({"caption": {"p": 0.25, "val": "nothing"}, "class_label": {"p": 0.5, "val": 10}})
     given = {"caption": ["a"] * 4000, "class_label": torch.zeros(4000, dtype=torch.long)}
-    dropped = dropout(given, Draws())
+    dropped = dropout(given, DistributedRNG())
     assert dropped["caption"].count("nothing") / 4000 == pytest.approx(0.25, abs=0.02)
     assert dropped["class_label"].eq(10).float().mean() == pytest.approx(0.5, abs=0.03)
     assert set(given["caption"]) == {"a"} and set(dropped["caption"]) == {"a", "nothing"}
     torch.manual_seed(0)
-    assert dropout(given, Draws())["caption"] == dropped["caption"]
+    assert dropout(given, DistributedRNG())["caption"] == dropped["caption"]
     with pytest.raises(ValueError, match="drops 'caption', but batches hold image"):
-        dropout({"image": [1]}, Draws())
+        dropout({"image": [1]}, DistributedRNG())
 
 
 @pytest.mark.parametrize("settings", [{"caption": 0.1}, {"caption": {"p": 1.5}}, {"caption": {"p": 0.1, "value": ""}}])
@@ -341,9 +341,9 @@ def test_pixels_train_as_well(tmp_path):
 def test_ranks_draw_the_rows_of_the_global_batch():
     def rank_draws(rank: int, world: int, count: int):
         torch.manual_seed(5)
-        draws = Draws(rank, world)
+        draws = DistributedRNG(rank, world)
         x = torch.zeros(count, 3, 4, 4)
-        return draws.randn_like(x), draws.timesteps(count, 1000, x.device), draws.chances(count, 0.5)
+        return draws.randn_like(x), draws.timesteps(count, 1000, x.device), draws.bernoulli(count, 0.5)
 
     whole = rank_draws(0, 1, 6)
     for rank in range(2):

@@ -60,8 +60,8 @@ def test_batch_size():
     assert condition_batch_size(None) is None and condition_batch_size(torch.zeros(3)) == 3
 
 
-@pytest.mark.parametrize("plus_plus, scale", [(False, 7.5), (True, 0.6)])
-def test_one_by_one_is_the_same_in_two_calls(plus_plus, scale):
+@pytest.mark.parametrize("cfg_pp, scale", [(False, 7.5), (True, 0.6)])
+def test_one_by_one_is_the_same_in_two_calls(cfg_pp, scale):
     sizes = []
 
     def network(x, t, cond):
@@ -71,7 +71,7 @@ def test_one_by_one_is_the_same_in_two_calls(plus_plus, scale):
     x, t = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([3.0, 4.0])
     cond, uncond = torch.full((2, 2), 5.0), torch.full((2, 2), 7.0)
     together, apart = (
-        Guidance(scale, plus_plus=plus_plus)(Branches(Network(network, cond, uncond, one_by_one=apart), x, t, 0.5), 0)
+        Guidance(scale, cfg_pp=cfg_pp)(Branches(Network(network, cond, uncond, one_by_one=apart), x, t, 0.5), 0)
         for apart in (False, True)
     )
     assert sizes == [4, 2, 2]

@@ -157,16 +157,16 @@ def drawn(name: str, guidance: Guidance, steps: int = 12, model=None, cond=Gauss
 
 @pytest.mark.parametrize("name", PLUS_PLUS)
 def test_plus_plus_at_0_is_unconditional_exactly(name):
-    guided = drawn(name, Guidance(0.0, plus_plus=True))
+    guided = drawn(name, Guidance(0.0, cfg_pp=True))
     assert guided.equal(drawn(name, Guidance(), cond=Gaussians.uncond, uncond=None))
-    assert not guided.equal(drawn(name, Guidance(0.5, plus_plus=True)))
+    assert not guided.equal(drawn(name, Guidance(0.5, cfg_pp=True)))
 
 
 def test_plus_plus_is_for_those_that_go_on_along_eps():
-    assert {name for name, make in SAMPLERS.items() if make.func.plus_plus} == {*PLUS_PLUS, "dpm_solver", "ddpm"}
+    assert {name for name, make in SAMPLERS.items() if make.func.cfg_pp} == {*PLUS_PLUS, "dpm_solver", "ddpm"}
     for name in SAMPLERS.keys() - {*PLUS_PLUS, "dpm_solver", "ddpm"}:
         with pytest.raises(ValueError, match="CFG.. is for samplers that go on along eps .*euler.*, not for"):
-            drawn(name, Guidance(0.5, plus_plus=True))
+            drawn(name, Guidance(0.5, cfg_pp=True))
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler"])
@@ -177,7 +177,7 @@ def test_plus_plus_is_plain_guidance_with_scales_of_its_own(name, scale):
     solver.make_schedule(12, verbose=False)
     sigma, after = (np.sqrt((1 - a) / a) for a in (solver.schedule.a, solver.schedule.a_prev))
     scales = (scale * sigma / (sigma - after))[::-1].tolist()
-    torch.testing.assert_close(drawn(name, Guidance(scale, plus_plus=True)), drawn(name, Guidance(scales)))
+    torch.testing.assert_close(drawn(name, Guidance(scale, cfg_pp=True)), drawn(name, Guidance(scales)))
 
 
 def test_plus_plus_at_1_ends_in_the_conditional_prediction():
@@ -185,7 +185,7 @@ def test_plus_plus_at_1_ends_in_the_conditional_prediction():
     model, x = Gaussians(), START
     options = {"unconditional_conditioning": model.uncond, "x_T": x, "verbose": False, "schedule": "trailing"}
     last, _ = make_sampler(model, "euler").sample(
-        1, 4, (1, 4, 4), model.cond, guidance=Guidance(1.0, plus_plus=True), **options
+        1, 4, (1, 4, 4), model.cond, guidance=Guidance(1.0, cfg_pp=True), **options
     )
     _, x0 = eps_and_x0(model.apply_model(x, torch.full((4,), 999), model.cond), x, V1[-1], "eps")
     torch.testing.assert_close(last, x0)
@@ -208,7 +208,7 @@ class Unmoved(Gaussians):
         return super().apply_model(START.repeat(len(x) // 4, 1, 1, 1), t, c)
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(7.5), Guidance(0.6, plus_plus=True), Guidance([1, 5])])
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(7.5), Guidance(0.6, cfg_pp=True), Guidance([1, 5])])
 def test_inversion_is_the_steps_backwards(guidance):
     assert returned(guidance, 10, Unmoved()) < 1e-10
 
@@ -217,12 +217,12 @@ def test_inversion_is_the_steps_backwards(guidance):
 MATCHED = [(0.2, 2.0), (0.4, 5.0), (0.6, 7.5)]
 
 
-@pytest.mark.parametrize("plus_plus, plain", MATCHED)
-def test_plus_plus_returns_from_inversion_where_plain_guidance_does_not(plus_plus, plain):
+@pytest.mark.parametrize("cfg_pp, plain", MATCHED)
+def test_plus_plus_returns_from_inversion_where_plain_guidance_does_not(cfg_pp, plain):
     """In few steps. CFG++ guides more the more steps there are, which plain guidance does not."""
     model = Gaussians()
     unguided = returned(Guidance(), 10, model)  # the error of discretisation
-    ours, theirs = (returned(Guidance(s, plus_plus=p), 10, model) for s, p in ((plus_plus, True), (plain, False)))
+    ours, theirs = (returned(Guidance(s, cfg_pp=p), 10, model) for s, p in ((cfg_pp, True), (plain, False)))
     assert ours < 2 * unguided < theirs and theirs > 3.5 * ours
 
 
@@ -310,10 +310,10 @@ REFUSED = [
     ({"scale": 2.0, "terms": {"threshold": 99.5}}, "guidance threshold is from 0.5 to 1, not 99.5"),
     ({"scale": 2.0, "interval": (5, 1)}, "a low and a high sigma"),
     ({"scale": 2.0, "interval": (1,)}, "a low and a high sigma"),
-    ({"scale": 7.5, "plus_plus": True}, r"CFG\+\+ takes scales from 0 to 1 \(0.6 is usual\), not 7.5"),
-    ({"scale": 0.5, "plus_plus": True, "interval": (0, 1)}, "leave the interval out"),
-    ({"scale": 0.5, "plus_plus": True, "terms": {"rescale": 0.7}}, "leave rescale out"),
-    ({"scale": 0.5, "plus_plus": True, "terms": {"pag": 3.0}}, "leave one of them out"),
+    ({"scale": 7.5, "cfg_pp": True}, r"CFG\+\+ takes scales from 0 to 1 \(0.6 is usual\), not 7.5"),
+    ({"scale": 0.5, "cfg_pp": True, "interval": (0, 1)}, "leave the interval out"),
+    ({"scale": 0.5, "cfg_pp": True, "terms": {"rescale": 0.7}}, "leave rescale out"),
+    ({"scale": 0.5, "cfg_pp": True, "terms": {"pag": 3.0}}, "leave one of them out"),
     ({"terms": {"rescale": 0.7}}, "at scale 1 there is none: leave rescale out"),
     ({"terms": {"threshold": 0.9}}, "at scale 1 there is none: leave threshold out"),
     ({"interval": (0, 1)}, "at scale 1 there is none: leave the interval out"),
@@ -329,11 +329,11 @@ def test_what_has_no_meaning_is_refused(options, message):
 def test_what_goes_together():
     Guidance(5.0, (0.2, 6.0), terms={"pag": 3.0, "rescale": 0.7, "threshold": 0.995})
     Guidance(1.0, (0.2, 6.0), terms={"pag": 3.0, "rescale": 0.7})
-    Guidance([0.0, 1.0], plus_plus=True, terms={"threshold": 0.995})
-    assert Guidance([1.0, 2.0]).needs_uncond and Guidance(1.0, plus_plus=True).needs_uncond
+    Guidance([0.0, 1.0], cfg_pp=True, terms={"threshold": 0.995})
+    assert Guidance([1.0, 2.0]).needs_uncond and Guidance(1.0, cfg_pp=True).needs_uncond
     assert not Guidance(1.0, terms={"pag": 2.0}).needs_uncond
 
 
 def test_what_needs_an_unconditional_prediction_says_so():
     with pytest.raises(ValueError, match="leads away from an unconditional prediction, and there is none"):
-        Counting().run(Guidance(0.5, plus_plus=True), guided=False)
+        Counting().run(Guidance(0.5, cfg_pp=True), guided=False)

@@ -30,7 +30,7 @@ GUIDANCE = {
     "rescale": {"scale": 3.0, "terms": {"rescale": 0.7}},
     "threshold": {"scale": 3.0, "terms": {"threshold": 0.99}},
     "pag": {"scale": 3.0, "terms": {"pag": 2.0}},
-    "plus_plus": {"scale": 0.6, "plus_plus": True},
+    "cfg_pp": {"scale": 0.6, "cfg_pp": True},
 }
 
 
@@ -74,7 +74,7 @@ def waits_of(model, name, guidance, **options):
         if i == 0:
             waits.__enter__()
 
-    options |= {"eta": 0.5} if solver.takes_eta else {}
+    options |= {"eta": 0.5} if solver.supports_eta else {}
     x, _ = solver.sample(
         *(5, 2, (4, 16, 16), c, after),
         **{"unconditional_conditioning": c.clone(), "guidance": Guidance(**guidance), "verbose": False, **options},
@@ -87,7 +87,7 @@ def waits_of(model, name, guidance, **options):
 @pytest.mark.parametrize("guided", GUIDANCE)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_sampler_waits(model, name, guided):
-    if guided == "plus_plus" and not SAMPLERS[name].func.plus_plus:
+    if guided == "cfg_pp" and not SAMPLERS[name].func.cfg_pp:
         pytest.skip("not for this sampler")
     assert waits_of(model, name, GUIDANCE[guided]) == []
 

@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks import comparing, report
+from benchmarks.rows import Row
+from benchmarks.suites import e2e, train
 from ldm import cli
-from ldm.benchmarks import comparing, report
-from ldm.benchmarks.rows import Row
-from ldm.benchmarks.suites import e2e, train
 from ldm.util import instantiate_from_config
 from scripts import benchmark
 from tests.golden import filled
@@ -123,7 +123,7 @@ def test_ctrl_c_leaves_what_is_finished(run, tmp_path, monkeypatch, capsys):
         yield Row(suite, "something", "ours", "cpu", "fp32", 1, 16, seconds=[1.0])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ldm.benchmarks.suites.rows", interrupted)
+    monkeypatch.setattr("benchmarks.suites.rows", interrupted)
     assert run("--suite", "unet") == 130
     found, rows = results(tmp_path / "out")
     assert [row["what"] for row in rows] == ["something"] and not found["finished"]
@@ -135,7 +135,7 @@ def test_what_fails_leaves_the_field_to_others(run, tmp_path, monkeypatch, capsy
     def full(network, way, device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
-    monkeypatch.setattr("ldm.benchmarks.suites.vae.build_ours", full)
+    monkeypatch.setattr("benchmarks.suites.vae.build_ours", full)
     assert run("--suite", "vae", "--size", 16) == 1
     _, rows = results(tmp_path / "out")
     assert [(row["who"], bool(row["error"]), len(row["seconds"])) for row in rows] == 2 * [

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from ldm import cli, images
+from ldm.inference import text_to_image
 from scripts import txt2img
 from tests.test_processes import start
 from tests.tiny import write_tiny
@@ -243,15 +244,14 @@ def test_ctrl_c_many_times(ckpt, tmp_path):
 
 
 def test_pictures_that_are_not_finite_end_the_run_and_cost_no_other(ckpt, tmp_path, monkeypatch, capsys):
-    from ldm.inference import drawing
 
-    draw, calls = drawing.draw, []
+    draw, calls = text_to_image.draw, []
 
     def broken(*args, **options):
         calls.append(None)
         return draw(*args, **options) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(drawing, "draw", broken)
+    monkeypatch.setattr(text_to_image, "draw", broken)
     assert cli.run(txt2img.main, command(ckpt, "--n_iter", "5", "--outdir", str(tmp_path / "out"))) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the latents came out as NaN") and "--precision full" in error

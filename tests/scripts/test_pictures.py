@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ldm import cli, inference
-from ldm.processes import Processes
+from ldm.distributed import DistributedContext
 from scripts import img2img, txt2img
 from tests.tiny import write_tiny
 
@@ -63,7 +63,7 @@ def test_processes_that_share_a_run_need_not_skip(script, monkeypatch):
     alone = script(txt2img.main, "one", *flags)
 
     @dataclass(frozen=True)
-    class Shared(Processes):
+    class Shared(DistributedContext):
         def agree(self, value):
             return 0
 
@@ -72,7 +72,7 @@ def test_processes_that_share_a_run_need_not_skip(script, monkeypatch):
 
     monkeypatch.setattr(inference, "skip_txt2img", None)  # not to be called
     for rank in range(2):
-        monkeypatch.setattr(txt2img, "joined_processes", lambda r=rank: contextlib.nullcontext(Shared(r, 2)))
+        monkeypatch.setattr(txt2img, "process_group", lambda r=rank: contextlib.nullcontext(Shared(r, 2)))
         together = script(txt2img.main, "two", *flags)
     assert len(together) == 6
     for (one, settings), (two, others) in zip(alone, together):

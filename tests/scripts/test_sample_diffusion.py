@@ -18,7 +18,7 @@ from PIL import Image
 import tests.training.toys as toys_of_training
 from ldm import cli, inference
 from ldm.checkpoint import save_checkpoint
-from ldm.cli import sample_runs
+from ldm.cli import sample_writer
 from ldm.inference import unprompted
 from scripts.sample_diffusion import main, parser
 from tests.tiny import write_tiny
@@ -296,12 +296,12 @@ def test_ctrl_c_while_the_array_is_written(toys, tmp_path, monkeypatch, capsys):
 
 
 def test_runs_of_one_second_have_folders_of_their_own(toys, tmp_path, monkeypatch):
-    class Frozen(sample_runs.datetime):
+    class Frozen(sample_writer.datetime):
         @classmethod
         def now(cls):
             return cls(2024, 5, 6, 7, 8, 9)
 
-    monkeypatch.setattr(sample_runs, "datetime", Frozen)
+    monkeypatch.setattr(sample_writer, "datetime", Frozen)
     for _ in range(2):
         assert run("-r", toys / "nothing", "-n", 1, out=tmp_path) == 0
     folders = sorted(path.name for path in (tmp_path / "samples/00000007").iterdir())

@@ -43,11 +43,11 @@ def test_pictures_say_how_they_were_drawn(tmp_path):
     flags = ["--ckpt", ckpt, "--device", "cpu", "--n_samples", 1, "--n_iter", 1, "--steps", 2, "--skip_grid"]
     assert run(txt2img, *flags, "--outdir", tmp_path / "out", *CHOSEN.split()) == 0
     assert run(txt2img, *flags, "--outdir", tmp_path / "out", "--cfg_pp", "--negative_prompt", "blue") == 0
-    chosen, plus_plus = (json.loads(Image.open(path).info["ldm"]) for path in sorted(tmp_path.glob("out/samples/*")))
+    chosen, cfg_pp = (json.loads(Image.open(path).info["ldm"]) for path in sorted(tmp_path.glob("out/samples/*")))
     expected = {"sampler": "dpmpp_2m", "schedule": "karras", "scale": [5.0, 2.0], "guidance": "rescale=0.7"}
     assert chosen | expected | {"guidance_interval": [0.1, 9.0]} == chosen and "eta" not in chosen
     expected = {"sampler": "ddim", "cfg_pp": True, "scale": 0.6, "eta": 0.0, "negative_prompt": "blue"}
-    assert plus_plus | expected == plus_plus
+    assert cfg_pp | expected == cfg_pp
 
 
 def test_runs_without_text_record_them(tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ldm.checkpoint import read_checkpoint
-from ldm.training.continuing import ContinueExactly, Place, _counters
+from ldm.training.resume import ContinueExactly, Place, _counters
 from tests.training.toys import assert_same_weights, autoencoder, config, diffusion, run, start, two_players, weights
 
 STEPS = ("--max_steps", 8)

@@ -10,10 +10,10 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ldm.training import guards
+from ldm.training import nan_guard
 from ldm.training.curves import read_metrics
-from ldm.training.guards import NonFiniteGuard, ThroughputMonitor, all_finite, batch_size
 from ldm.training.loggers import Metrics
+from ldm.training.nan_guard import NonFiniteGuard, ThroughputMonitor, all_finite, batch_size
 
 
 class Root(pl.LightningModule):
@@ -114,7 +114,7 @@ def test_throughput_says_how_much_of_the_time_data_takes(tmp_path, monkeypatch):
         def validation_step(self, batch, batch_idx):
             passes(9.0)
 
-    monkeypatch.setattr(guards, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(nan_guard, "time", SimpleNamespace(perf_counter=lambda: now))
     runner = trainer(tmp_path, ThroughputMonitor(), logger=Metrics(tmp_path), val_check_interval=2)
     runner.fit(Work(), torch.utils.data.DataLoader(Slow(), batch_size=None), batches(2))
     metrics = read_metrics(tmp_path / "metrics/metrics.csv")

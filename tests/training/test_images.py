@@ -17,7 +17,7 @@ from tests.tiny import tiny_config
 
 
 class Drawer(pl.LightningModule):
-    """Draws its batch and noise; remembers what `log_images` was asked and in which state the model was."""
+    """DistributedRNG its batch and noise; remembers what `log_images` was asked and in which state the model was."""
 
     def __init__(self, manual: bool = False, error: Exception | None = None) -> None:
         super().__init__()

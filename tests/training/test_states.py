@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ldm.checkpoint import CheckpointError, states
+from ldm.checkpoint import CheckpointError, trainer_state
 from ldm.training.checkpoints import WholeFiles, read_training_state
 from tests.checkpoint.hostile import START, call, name, number, pair, storage, tensor, text
 from tests.training.toys import TwoPlayers, assert_same_weights, config, run, start, two_players, weights
@@ -60,7 +60,7 @@ def trained() -> dict:
         "state_dict": net.state_dict(),
         "optimizer_states": [optimizer.state_dict()],
         "lr_schedulers": [schedule.state_dict()],
-        "callbacks": {"Odd": odd, "Draws": drawn},
+        "callbacks": {"Odd": odd, "DistributedRNG": drawn},
         "loops": {"fit_loop": {"epoch_progress": {"total": {"ready": 1}}}},
         "place": {"epoch": 0, "batch": 3, "total": 3, "logged": 3, "batches": 10, "processes": 1},
         "epoch": 0,
@@ -100,10 +100,10 @@ def test_everything_comes_back(state, tmp_path, good):
     (tmp_path / "a.ckpt").write_bytes(good)
     found = read_training_state(tmp_path / "a.ckpt")
     assert same(state, found)
-    random.Random().setstate(found["callbacks"]["Draws"]["python"])
+    random.Random().setstate(found["callbacks"]["DistributedRNG"]["python"])
     again = np.random.RandomState()
-    again.set_state(found["callbacks"]["Draws"]["numpy"])
-    assert again.get_state()[2:] == state["callbacks"]["Draws"]["numpy"][2:]
+    again.set_state(found["callbacks"]["DistributedRNG"]["numpy"])
+    assert again.get_state()[2:] == state["callbacks"]["DistributedRNG"]["numpy"][2:]
 
 
 def test_what_is_shared_stays_shared(tmp_path):
@@ -188,7 +188,7 @@ MORE = "refused because it asks for more than the state of a run"
 HOSTILE = {
     "a program": (call("os.system", text("touch ran")), MORE + r" \(os\.system\)"),
     "what torch would call": (call("torch._utils._rebuild_sparse_tensor", name("torch.sparse_coo"), b")"), MORE),
-    "a class of ours": (call("ldm.files.whole_file", text("x")), MORE),
+    "a class of ours": (call("ldm.files.atomic_write", text("x")), MORE),
     "a class without a call": (name("collections.OrderedDict"), PLAIN + ".*is no plain value"),
     "a storage": (storage(), PLAIN + ".*is no plain value"),
     "a list in itself": (b"]q\0h\0a", PLAIN + r" \(it holds a list in itself"),
@@ -301,7 +301,7 @@ def test_hostile_files_differ_from_good_ones_in_one_thing(tmp_path):
 
 
 def test_the_number_of_tensors_is_limited(tmp_path, monkeypatch, good):
-    monkeypatch.setattr(states, "MAX_TENSORS", 3)
+    monkeypatch.setattr(trainer_state, "MAX_TENSORS", 3)
     (tmp_path / "a.ckpt").write_bytes(good)
     with pytest.raises(CheckpointError, match="more tensors than any run"):
         read_training_state(tmp_path / "a.ckpt")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldm.training import stopping
-from ldm.training.stopping import Signals, Stopped
+from ldm.training import signals as ldm_signals
+from ldm.training.signals import Signals, Stopped
 
 
 class Saver:
@@ -23,20 +23,20 @@ class Saver:
 
 @pytest.fixture
 def signals(monkeypatch):
-    monkeypatch.setattr(stopping, "between_steps", lambda trainer: trainer.between)
-    before = [signal.getsignal(number) for number in stopping.STOP + stopping.SAVE]
+    monkeypatch.setattr(ldm_signals, "between_steps", lambda trainer: trainer.between)
+    before = [signal.getsignal(number) for number in ldm_signals.STOP + ldm_signals.SAVE]
     callback = Signals(Saver())
     callback.on_train_start()
     yield callback
     callback.teardown()
-    assert [signal.getsignal(number) for number in stopping.STOP + stopping.SAVE] == before
+    assert [signal.getsignal(number) for number in ldm_signals.STOP + ldm_signals.SAVE] == before
 
 
 def trainer(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{"between": True, "sanity_checking": False, "fast_dev_run": 0, "world_size": 1} | changes)
 
 
-@pytest.mark.parametrize("number", stopping.STOP)
+@pytest.mark.parametrize("number", ldm_signals.STOP)
 def test_stop(signals, number):
     os.kill(os.getpid(), number)
     signals.on_train_batch_start(trainer(between=False))

@@ -30,9 +30,9 @@ def noisy_transfer(run: Run, eps: Tensor, x0: Tensor, a: float, sigma: float) ->
 class DDIMSampler(Sampler):
     """The default sampler; with eta = 1 and every timestep it is ancestral sampling."""
 
-    takes_eta = True
+    supports_eta = True
     default_schedule = "uniform"
-    plus_plus = True
+    cfg_pp = True
     published = True
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:

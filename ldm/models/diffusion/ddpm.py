@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
+from ldm.models.diffusion.cond_dropout import CONTEXT, ConditionDropout
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.draws import Draws
-from ldm.models.diffusion.dropout import CONTEXT, ConditionDropout
+from ldm.models.diffusion.distributed_rng import DistributedRNG
 from ldm.models.diffusion.gaussian import Condition, square
 from ldm.models.diffusion.loaded import Loaded
 from ldm.models.diffusion.pictures import DiffusionPictures, LatentPictures
@@ -280,7 +280,7 @@ class LatentDiffusion(Loaded, LatentPictures, DDPM):
             return cond
         if isinstance(cond, (list, tuple)):
             return [self.condition_at(c, t) for c in cond]
-        return self.q_sample(cond, self.cond_ids[t], Draws.of(self).randn_like(cond.float()))
+        return self.q_sample(cond, self.cond_ids[t], DistributedRNG.of(self).randn_like(cond.float()))
 
     # ---- training ----
 
@@ -308,7 +308,7 @@ class LatentDiffusion(Loaded, LatentPictures, DDPM):
 
     def drop_conditions(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch with some of its conditions, or their cached encodings, replaced as `ucg_training` says."""
-        return self.condition_dropout(batch, Draws.of(self), self.cond_stage_key, self.empty_context)
+        return self.condition_dropout(batch, DistributedRNG.of(self), self.cond_stage_key, self.empty_context)
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:

@@ -177,7 +177,7 @@ def _percentile(x: Tensor, share: float) -> Tensor:
 
 # ---- guidance ----
 
-PLUS_PLUS_SCALE = 0.6  # what Chung et al. find to go as far as a scale of 7.5 without CFG++
+CFG_PP_SCALE = 0.6  # what Chung et al. find to go as far as a scale of 7.5 without CFG++
 
 
 class Answer(NamedTuple):
@@ -192,7 +192,7 @@ class Guidance:
     """Classifier-free guidance (Ho and Salimans 2021), uncond + scale * (cond - uncond), and what goes with it.
 
     scale: 1 for none; or several that a run goes through evenly, from its first step to its last. interval: (low, high)
-    in sigma = noise / signal, without any guidance outside of it (Kynkaanniemi et al. 2024). plus_plus: CFG++ (Chung et
+    in sigma = noise / signal, without any guidance outside of it (Kynkaanniemi et al. 2024). cfg_pp: CFG++ (Chung et
     al. 2024): x0 is guided, at scales from 0 to 1, and the step goes on along the unconditional eps. terms: strengths
     of `TERMS` by their names, or pairs; one after the other, those that correct others last.
 
@@ -201,7 +201,7 @@ class Guidance:
 
     scale: float | Sequence[float] = 1.0
     interval: Sequence[float] | None = None
-    plus_plus: bool = False
+    cfg_pp: bool = False
     terms: Mapping[str, float] | Sequence[tuple[str, float]] = ()
 
     def __post_init__(self) -> None:
@@ -215,14 +215,14 @@ class Guidance:
             raise ValueError(f"guidance is in finite numbers, not scale={self.scale} with {terms}")
         if self.interval is not None and not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1]):
             raise ValueError(f"a guidance interval is a low and a high sigma, from 0 up, not {tuple(self.interval)}")
-        if self.plus_plus:
+        if self.cfg_pp:
             self._check_plus_plus(terms, scales)
         elif not self.needs_uncond:
             self._check_without_scale(terms)
 
     def _check_plus_plus(self, terms: Mapping[str, float], scales: Sequence[float]) -> None:
         if wrong := [scale for scale in scales if not 0 <= scale <= 1]:
-            raise ValueError(f"CFG++ takes scales from 0 to 1 ({PLUS_PLUS_SCALE} is usual), not {wrong[0]:g}")
+            raise ValueError(f"CFG++ takes scales from 0 to 1 ({CFG_PP_SCALE} is usual), not {wrong[0]:g}")
         if self.interval:
             raise ValueError("CFG++ goes along the unconditional noise in every step: leave the interval out")
         if "rescale" in terms:
@@ -245,7 +245,7 @@ class Guidance:
     @property
     def needs_uncond(self) -> bool:
         """Whether the network is to be asked without the condition, too."""
-        return self.plus_plus or any(scale != 1.0 for scale in self._scales)
+        return self.cfg_pp or any(scale != 1.0 for scale in self._scales)
 
     def over(self, steps: int) -> Guidance:
         """The same for a run of so many steps, with one scale for each if there are several."""
@@ -264,11 +264,11 @@ class Guidance:
         if not self._inside(branches.a):
             return Answer(branches.cond())
         scale = self.scale_at(step)
-        if not self.plus_plus and (scale == 1.0 or branches.network.uncond is None):
+        if not self.cfg_pp and (scale == 1.0 or branches.network.uncond is None):
             return Answer(self._with_terms(branches.cond(), branches))
         without, with_ = branches.pair()
         output = self._with_terms(without + scale * (with_ - without), branches)
-        return Answer(output, without if self.plus_plus else None)
+        return Answer(output, without if self.cfg_pp else None)
 
     def _inside(self, a: float) -> bool:
         return self.interval is None or self.interval[0] < ((1 - a) / a) ** 0.5 <= self.interval[1]

@@ -82,10 +82,12 @@ def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sample
 class Sampler:
     """Base of all samplers. A subclass supplies `step`."""
 
-    takes_eta = False  # whether the rule adds as much noise as it is told; the others add none, or as much as they do
+    supports_eta = (
+        False  # whether the rule adds as much noise as it is told; the others add none, or as much as they do
+    )
     default_schedule: Choice = "even"
     ddim_eta = 0.0  # of the schedule, once there is one
-    plus_plus = False  # whether the rule goes on along the eps that `predict` gives, as CFG++ needs
+    cfg_pp = False  # whether the rule goes on along the eps that `predict` gives, as CFG++ needs
     published = False  # whether masks and image to image are as the public code has them, for its numbers to come out
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None) -> None:
@@ -107,7 +109,7 @@ class Sampler:
 
         ddim_discretize: a name in `schedules.SCHEDULES` or a list of timesteps; None is the sampler's own.
         """
-        if not self.takes_eta and ddim_eta != 0:
+        if not self.supports_eta and ddim_eta != 0:
             raise ValueError(f"{type(self).__name__} has no eta to set: eta must be 0, not {ddim_eta}")
         choice = self.default_schedule if ddim_discretize is None else ddim_discretize
         self.levels = Levels(self._alphas_cumprod())
@@ -325,8 +327,8 @@ class Sampler:
     # ---- parts of a run ----
 
     def _run(self, schedule: Schedule, cond: Condition, uncond: Condition, guidance: Guidance, **options: Any) -> Run:
-        if guidance.plus_plus and not self.plus_plus:
-            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "plus_plus", False))
+        if guidance.cfg_pp and not self.cfg_pp:
+            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "cfg_pp", False))
             raise ValueError(f"CFG++ is for samplers that go on along eps ({able}), not for {type(self).__name__}")
         perturbed = getattr(self.model, "perturbed_attention", None)
         one_by_one = getattr(self.model, "one_by_one", False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.autoencoder import VQModelInterface
-from ldm.models.diffusion.draws import Draws
-from ldm.models.diffusion.dropout import CONTEXT, ConditionDropout
+from ldm.models.diffusion.cond_dropout import CONTEXT, ConditionDropout
+from ldm.models.diffusion.distributed_rng import DistributedRNG
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import FIRST_STAGE, instantiate_from_config
 
@@ -86,7 +86,7 @@ class LatentStages:
     def get_first_stage_encoding(self, encoder_posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """Scaled latents (B, C, h, w): a draw from a posterior, or latents as they are."""
         if isinstance(encoder_posterior, DiagonalGaussianDistribution):
-            noise = Draws.of(self).randn(encoder_posterior.mean.shape, device="cpu")
+            noise = DistributedRNG.of(self).randn(encoder_posterior.mean.shape, device="cpu")
             return self.scale_factor * encoder_posterior.sample(noise)
         if isinstance(encoder_posterior, Tensor):
             return self.scale_factor * encoder_posterior

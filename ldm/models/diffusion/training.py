@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.diffusion.buckets import TimestepBuckets
-from ldm.models.diffusion.draws import Draws, seeded
-from ldm.models.diffusion.dropout import ConditionDropout
+from ldm.models.diffusion.cond_dropout import ConditionDropout
+from ldm.models.diffusion.distributed_rng import DistributedRNG, seeded
 from ldm.models.diffusion.gaussian import Condition, GaussianDiffusion
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.ema import LitEma
@@ -70,7 +70,7 @@ class DiffusionTraining(GaussianDiffusion):
         The offset teaches a model to change a picture's mean colour, which plain noise leaves nearly untouched
         (Guttenberg 2023, "Diffusion with offset noise").
         """
-        draws = Draws.of(self)
+        draws = DistributedRNG.of(self)
         noise = draws.randn_like(x)
         return noise + self.noise_offset * draws.randn_like(x[:, :, :1, :1]) if self.noise_offset else noise
 
@@ -102,7 +102,7 @@ class DiffusionTraining(GaussianDiffusion):
 
     def draw_timesteps(self, x: Tensor) -> Tensor:
         """Random timesteps (B,) for x (B, ...)."""
-        return Draws.of(self).timesteps(x.shape[0], self.num_timesteps, x.device)
+        return DistributedRNG.of(self).timesteps(x.shape[0], self.num_timesteps, x.device)
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch and its parts, in training or validation."""
@@ -110,7 +110,7 @@ class DiffusionTraining(GaussianDiffusion):
 
     def drop_conditions(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch with some of its conditions replaced, as `ucg_training` says."""
-        return self.condition_dropout(batch, Draws.of(self))
+        return self.condition_dropout(batch, DistributedRNG.of(self))
 
     # ---- Lightning's hooks ----
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.draws import Draws
+from ldm.models.diffusion.distributed_rng import DistributedRNG
 from ldm.models.diffusion.gaussian import Condition
 from ldm.models.diffusion.stages import freeze, images_of
 from ldm.models.diffusion.upscaling import augmented
@@ -85,7 +85,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         images = images_of(batch, self.embedding_key, self.device)[:bs]
         adm = self.embedding_condition(self.embed_images(images))
         if self.training:
-            dropped = Draws.of(self).chances(len(adm), self.embedding_dropout)
+            dropped = DistributedRNG.of(self).bernoulli(len(adm), self.embedding_dropout)
             adm = adm.masked_fill(dropped.to(adm.device)[:, None], 0.0)
         return z, {"c_crossattn": [c], "c_adm": adm}
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.draws import Draws
+from ldm.models.diffusion.distributed_rng import DistributedRNG
 from ldm.models.diffusion.gaussian import Condition
 from ldm.models.diffusion.stages import entry_of, images_of
 from ldm.modules.diffusionmodules.upscaling import AbstractLowScaleModel
@@ -74,7 +74,7 @@ def augmented(
     model: LatentDiffusion, augmentor: AbstractLowScaleModel, x: Tensor, noise_level: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What `augmentor` makes of conditions x (B, ...) of `model`; random numbers are drawn for all of its processes."""
-    draws = Draws.of(model)
+    draws = DistributedRNG.of(model)
     if noise_level is None:
         noise_level = draws.timesteps(len(x), max(augmentor.max_noise_level, 1), x.device)
     level = augmentor.levels(noise_level, len(x), x.device)

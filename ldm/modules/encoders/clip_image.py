@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint.states import read_tensors
+from ldm.checkpoint.trainer_state import read_tensors
 from ldm.modules.diffusionmodules.schedule import timestep_embedding
 from ldm.modules.diffusionmodules.upscaling import ImageConcatWithNoiseAugmentation
 from ldm.modules.encoders.base import AbstractEncoder, TowerConfig, check_heads

@@ -23,7 +23,7 @@ FEW_STEPS = 15  # below this many steps the last one is first order, which is st
 class DPMSolverSampler(Sampler):
     """Second-order multi-step solver of the probability-flow ODE in terms of x0; deterministic."""
 
-    plus_plus = True
+    cfg_pp = True
 
     def make_schedule(
         self,

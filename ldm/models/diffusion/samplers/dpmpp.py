@@ -18,7 +18,7 @@ from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
 class DPMpp3MSampler(Sampler):
     """Third order, multi-step: one network evaluation a step, and the x0 of two steps before (their appendix B)."""
 
-    plus_plus = True
+    cfg_pp = True
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One step; `run.history` holds x0 of the steps before, the newest first."""
@@ -57,7 +57,7 @@ def derivatives(x0: Tensor, history: list[Tensor], r: list[float]) -> tuple[Tens
 class DPMpp2SSampler(Sampler):
     """Second order, single-step: asks a second time in the middle of a step, and remembers nothing (algorithm 1)."""
 
-    plus_plus = True
+    cfg_pp = True
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One step; to clean data, where the middle is nowhere, one of first order."""
@@ -78,7 +78,7 @@ class DPMpp2SSampler(Sampler):
 class DPMpp2MSDESampler(Sampler):
     """Second order, multi-step, of the diffusion itself and not of its flow: with noise (their appendix A)."""
 
-    plus_plus = True
+    cfg_pp = True
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One step; `run.history` holds the x0 of the step before."""

@@ -19,7 +19,7 @@ from ldm.models.diffusion.schedules import ddim_sigmas, far, sigma_of
 class EulerSampler(Sampler):
     """Along eps: DDIM without noise, and without drawing any."""
 
-    plus_plus = True
+    cfg_pp = True
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One step of algorithm 1 without churn."""
@@ -37,7 +37,7 @@ class AncestralSampler(Sampler):
     """
 
     default_schedule = "trailing"  # with all steps it is algorithm 2 to the letter
-    plus_plus = True
+    cfg_pp = True
 
     def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """One step; the last one, to clean data, adds no noise."""
