@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if batch.seeded or seeding.per_image:  # their seeds draw the latents too
                     init, options = init_image, {**options, "height": args.H, "width": args.W}
                 if reading:
-                    options["reading"] = inference.Reading(**reading)
+                    options["reading"] = inference.PromptOptions(**reading)
                 options["noise"] = seeding.noise(first, count, options.pop("seed", None))
                 if writer.passes(number, count, watch):
                     if not (batch.seeded or seeding.per_image):

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = options | reading
     settings |= {} if args.indir else {"init_image": pairs[0][0].name, "mask": pairs[0][1].name}
     options |= {"height": args.H, "width": args.W, **cli.sampling_options(args)}
-    options |= {"reading": inference.Reading(**reading)} if reading else {}
+    options |= {"reading": inference.PromptOptions(**reading)} if reading else {}
     writer_kind = cli.NamedWriter if args.indir else cli.SampleWriter
     with writer_kind(args, model=cli.model_name(model), **settings) as writer:
         for path, mask_path in tqdm(pairs, desc="Pictures", disable=len(pairs) == 1):

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"height": args.H, "width": args.W, "tiling": args.tiling, **cli.sampling_options(args)}
         options |= {"contexts": args.contexts, "batch_size": args.n_samples, "on_step": watch, "progress": False}
         if reading:
-            options["reading"] = inference.Reading(**reading)
+            options["reading"] = inference.PromptOptions(**reading)
         done = 0
         for images in inference.interpolate(model, prompts, seeds, frames, **options):
             batch = frames[done : done + len(images)]

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 prompts, count = batch.prompts, len(batch.prompts)
                 options = size | cli.sampling_options(args) | batch.options(args.negative_prompt)
                 if reading:
-                    options["reading"] = inference.Reading(**reading)
+                    options["reading"] = inference.PromptOptions(**reading)
                 options["noise"] = seeding.noise(first, count, options.pop("seed", None))
                 options["start_code"] = None if start is None or batch.seeded else start[:count]
                 if writer.passes(number, count, watch):

@@ -314,7 +314,7 @@ def is_setting(text: str) -> bool:
 
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_reading` that were asked for: `inference.Reading(**these)`, and for metadata."""
+    """The options of `add_reading` that were asked for: `inference.PromptOptions(**these)`, and for metadata."""
     defaults = {"emphasis": False, "long_prompt": False, "clip_skip": 1}
     return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
 

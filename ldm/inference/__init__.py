@@ -29,7 +29,7 @@ from ldm.inference.pipeline import (
     text_condition,
 )
 from ldm.inference.previews import Previews
-from ldm.inference.prompts import Reading
+from ldm.inference.prompts import PromptOptions
 from ldm.inference.reconstruction import reconstruct
 from ldm.inference.retrieval import (
     EmbeddingDatabase,
@@ -72,7 +72,7 @@ __all__ = [
     "Guided",
     "NOISE_LEVEL",
     "Previews",
-    "Reading",
+    "PromptOptions",
     "SAMPLERS",
     "Seeding",
     "Shortcuts",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.inference.conditioning import TEXT, require
 from ldm.inference.loading import sampling_plan
 from ldm.inference.pipeline import OnStep, decode, draw, drawing, resolve_size, text_condition
-from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, Reading
+from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
 from ldm.inference.seamless import seamless
 from ldm.models.diffusion.noise import Between, PerImage, slerp
 from ldm.models.diffusion.sampler import Choice
@@ -69,7 +69,7 @@ def interpolate(
     batch_size: int = 1,
     contexts: str = "linear",
     negative_prompt: str | Sequence[str] = "",
-    reading: Reading = DEFAULT_PROMPT_OPTIONS,
+    reading: PromptOptions = DEFAULT_PROMPT_OPTIONS,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,

@@ -26,7 +26,7 @@ from ldm.inference.pipeline import (
     seed_everything,
     text_condition,
 )
-from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, Reading
+from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
 from ldm.inference.text_to_image import encode_pixels
 from ldm.inference.tiling import padded
 from ldm.models.diffusion.guidance import Guidance
@@ -52,7 +52,7 @@ def inpaint(
     feather: int = 0,
     keep_unmasked: bool = True,
     negative_prompt: str | Sequence[str] = "",
-    reading: Reading = DEFAULT_PROMPT_OPTIONS,
+    reading: PromptOptions = DEFAULT_PROMPT_OPTIONS,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
@@ -119,7 +119,7 @@ def _condition(
     prompts: Sequence[str],
     negative_prompt: str | Sequence[str],
     guidance: Guidance,
-    reading: Reading,
+    reading: PromptOptions,
 ) -> Guided:
     """What to draw under: for pixels (1, 3, H, W) from -1 to 1, and a mask (1, 1, H, W) of 0 and 1."""
     task = task_of(model)

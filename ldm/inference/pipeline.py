@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.checkpoint import check_unchanged
 from ldm.images import fit_to_multiple, tensor_to_images
-from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, Reading, negative_prompts, text_contexts
+from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions, negative_prompts, text_contexts
 from ldm.inference.shortcuts import Shortcuts
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition, Guidance
@@ -134,11 +134,11 @@ def text_condition(
     prompts: Sequence[str],
     negative_prompt: str | Sequence[str],
     guidance: Guidance,
-    reading: Reading = DEFAULT_PROMPT_OPTIONS,
+    reading: PromptOptions = DEFAULT_PROMPT_OPTIONS,
 ) -> Guided:
     """The prompts' encodings (B, L, D), and those of the negative prompts, if guidance is to lead away from them.
 
-    negative_prompt: one for all, or one a prompt. reading: other ways to read both (see `Reading`).
+    negative_prompt: one for all, or one a prompt. reading: other ways to read both (see `PromptOptions`).
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ldm.modules.encoders.prompting import Reading as Reading
-from ldm.modules.encoders.prompting import encode_prompts
+from ldm.modules.encoders.prompting import DEFAULT_PROMPT_OPTIONS, PromptOptions, encode_prompts
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-DEFAULT_PROMPT_OPTIONS = Reading()
+__all__ = ["DEFAULT_PROMPT_OPTIONS", "PromptOptions", "negative_prompts", "text_contexts"]
 
 
 def negative_prompts(negative_prompt: str | Sequence[str], count: int) -> list[str]:
@@ -29,7 +28,7 @@ def text_contexts(
     model: LatentDiffusion,
     prompts: Sequence[str],
     negatives: Sequence[str] | None,
-    reading: Reading = DEFAULT_PROMPT_OPTIONS,
+    reading: PromptOptions = DEFAULT_PROMPT_OPTIONS,
 ) -> tuple[Tensor, Tensor | None]:
     """The encodings (B, L, D) of the prompts and of the negative prompts, if there are any; both of the same length.
 

@@ -27,7 +27,7 @@ from ldm.inference.pipeline import (
     seed_everything,
     text_condition,
 )
-from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, Reading
+from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
 from ldm.inference.seamless import seamless
 from ldm.models.diffusion.noise import Noise, PerImage, shared
 from ldm.models.diffusion.sampler import Choice
@@ -48,7 +48,7 @@ def txt2img(
     prompts: Sequence[str],
     *,
     negative_prompt: str | Sequence[str] = "",
-    reading: Reading = DEFAULT_PROMPT_OPTIONS,
+    reading: PromptOptions = DEFAULT_PROMPT_OPTIONS,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
@@ -66,7 +66,7 @@ def txt2img(
 ) -> list[Image.Image]:
     """One picture a prompt, as one batch.
 
-    negative_prompt: one for all, or one a prompt. reading: emphasis, long prompts and clip_skip (see `Reading`).
+    negative_prompt: one for all, or one a prompt. reading: emphasis, long prompts and clip_skip (see `PromptOptions`).
     height, width: pixels, by default the model's own. sampler: a name in `SAMPLERS`. eta: noise of a DDIM step. scale:
     guidance; 1 is none, and more follows the prompt and avoids `negative_prompt`; several are gone through evenly, from
     the first step to the last. steps, sampler and scale are by default the model's own, else 50, "ddim" and 7.5.
@@ -123,7 +123,7 @@ def img2img(
     strength: float = 0.75,
     depth: Tensor | None = None,
     negative_prompt: str | Sequence[str] = "",
-    reading: Reading = DEFAULT_PROMPT_OPTIONS,
+    reading: PromptOptions = DEFAULT_PROMPT_OPTIONS,
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,

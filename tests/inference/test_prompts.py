@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.data.shapes_judge import judge
-from ldm.inference import Reading, img2img, inpaint, load_model, text_condition, txt2img
+from ldm.inference import PromptOptions, img2img, inpaint, load_model, text_condition, txt2img
 from ldm.models.diffusion.guidance import Guidance
 
 PROMPTS = ["a large red circle", "a small blue square on a white background", "a green star"]
@@ -60,7 +60,7 @@ def test_as_many_negative_prompts_as_pictures(model, caplog):
 
 
 def test_long_prompts_of_either_side_count_for_both(model):
-    guided = text_condition(model, ["a green star"], [LONG], Guidance(2.0), Reading(long_prompt=True))
+    guided = text_condition(model, ["a green star"], [LONG], Guidance(2.0), PromptOptions(long_prompt=True))
     assert guided.cond.shape == guided.uncond.shape == (1, 48, 128)
     with torch.no_grad():
         expected = model.get_learned_conditioning(["a green star", ""]).flatten(0, 1)
@@ -70,20 +70,22 @@ def test_long_prompts_of_either_side_count_for_both(model):
 @pytest.mark.parametrize(
     ("plain", "otherwise", "reading"),
     [
-        ("a large red circle", "a large (red:1.5) circle", Reading(emphasis=True)),
-        (LONG, LONG, Reading(long_prompt=True)),
-        ("a large red circle", "a large red circle", Reading(clip_skip=2)),
+        ("a large red circle", "a large (red:1.5) circle", PromptOptions(emphasis=True)),
+        (LONG, LONG, PromptOptions(long_prompt=True)),
+        ("a large red circle", "a large red circle", PromptOptions(clip_skip=2)),
     ],
 )
 def test_the_bundled_model_reads_otherwise(model, plain, otherwise, reading):
-    assert np.array_equal(drawn(model), drawn(model, reading=Reading()))
+    assert np.array_equal(drawn(model), drawn(model, reading=PromptOptions()))
     difference = np.abs(drawn(model, [plain]) - drawn(model, [otherwise], reading=reading))
     assert difference.max() > 3
     options = {"steps": 2, "progress": False, "seed": 1}
     start = txt2img(model, [plain], **options)[0]
-    pictures = [img2img(model, [otherwise], start, **options, reading=way)[0] for way in (Reading(), reading)]
+    pictures = [img2img(model, [otherwise], start, **options, reading=way)[0] for way in (PromptOptions(), reading)]
     assert pictures[0] != pictures[1]
-    pictures = [inpaint(model, start, HOLE, [otherwise], **options, reading=way)[0] for way in (Reading(), reading)]
+    pictures = [
+        inpaint(model, start, HOLE, [otherwise], **options, reading=way)[0] for way in (PromptOptions(), reading)
+    ]
     assert pictures[0] != pictures[1]
 
 
@@ -91,6 +93,6 @@ def test_emphasis_keeps_the_picture(model):
     """A weight moves what it is on, and the rest of the picture is still what the prompt says."""
     prompts = [f"a large ({colour}:1.5) {shape}" for colour, shape in (("red", "circle"), ("blue", "square"))] * 4
     seeds = list(range(8))
-    pictures = txt2img(model, prompts, reading=Reading(emphasis=True), seed=seeds, progress=False)
+    pictures = txt2img(model, prompts, reading=PromptOptions(emphasis=True), seed=seeds, progress=False)
     said = [prompt.replace("(", "").replace(":1.5)", "") for prompt in prompts]
     assert sum(judge(np.asarray(picture), text).all for picture, text in zip(pictures, said)) >= 6

@@ -40,7 +40,7 @@ class FakeInference(ModuleType):
         return SimpleNamespace(channels=4, latent_size=lambda h, w: (h // 8, w // 8), checkpoint_path=path)
 
     sampling_settings = staticmethod(real.sampling_settings)
-    Reading, Shortcuts = real.Reading, real.Shortcuts
+    PromptOptions, Shortcuts = real.PromptOptions, real.Shortcuts
 
     def needs_depth(self, model):
         return False

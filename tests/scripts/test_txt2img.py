@@ -132,7 +132,7 @@ def test_ways_to_read_prompts_arrive_and_are_written_down(script, inference):
     assert script(*flags, "--clip_skip", 2) == 0
     (call,) = inference.named("txt2img")
     assert call["prompts"] == ["a red cat", "a (red:1.2) cat"]
-    assert call["reading"] == inference.Reading(emphasis=True, long_prompt=True, clip_skip=2)
+    assert call["reading"] == inference.PromptOptions(emphasis=True, long_prompt=True, clip_skip=2)
     text = Image.open("outputs/txt2img-samples/samples/00001.png").text
     assert text["parameters"].startswith("a (red:1.2) cat\n") and "Clip skip: 2, " in text["parameters"]
     assert json.loads(text["ldm"])["emphasis"] is True

@@ -1,7 +1,4 @@
-"""Reading prompts in other ways than the published one: weighted words, prompts of any length, an earlier layer.
-
-All three are conventions of AUTOMATIC1111's web UI, which users know; none is part of a published model.
-"""
+"""Prompt weighting, long prompts and CLIP skip, in the conventions of AUTOMATIC1111's web UI."""
 
 from __future__ import annotations
 
@@ -16,19 +13,20 @@ from torch import Tensor
 
 from ldm.modules.encoders.tokenizer import Tokenizer, Tokens, check_texts
 
-ROUND, SQUARE = 1.1, 1 / 1.1  # what (word) and [word] weigh
+ROUND, SQUARE = 1.1, 1 / 1.1  # weights of (word) and [word]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _MARK = re.compile(rf"\\[()\[\]\\]|[()\[\]]|:\s*({_NUMBER})\s*\)")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How to read prompts; the default is as published.
+class PromptOptions:
+    """Options of prompt encoding; the defaults encode prompts as published.
 
-    emphasis: `(word:1.2)`, `(word)` and `[word]` weigh words (see `parse_emphasis`). long_prompt: what exceeds the
-    encoder's length is read in further chunks instead of being cut off. clip_skip: which layer of a CLIP to take,
-    counted from the end; 1 is the last, or in OpenCLIP's towers the one that the model was published with.
+    Attributes:
+        emphasis: Weight words written as `(word:1.2)`, `(word)` or `[word]`, see `parse_emphasis`.
+        long_prompt: Encode tokens beyond the encoder's maximum length in further chunks instead of truncating.
+        clip_skip: The CLIP layer to use, counted from the end. 1 is the encoder's own `layer`.
     """
 
     emphasis: bool = False
@@ -36,51 +34,63 @@ class Reading:
     clip_skip: int = 1
 
 
+DEFAULT_PROMPT_OPTIONS = PromptOptions()
+
+
 class TokenEncoder(Protocol):
-    """What an encoder offers to be read with: `encode_tokens` gives (B, L, D) for ids (B, L), L = max_length."""
+    """Interface of the encoders that support `PromptOptions`."""
 
     tokenizer: Tokenizer
     max_length: int
 
     def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
-        """Ids (B, L) to what the network attends to (B, L, D)."""
+        """Encode token ids (B, L) to a context (B, L, D), where L = max_length."""
         ...
 
 
 class Chunk(NamedTuple):
-    """Tokens that an encoder reads at once, and the weight of each."""
+    """Tokens for one pass through the encoder, and the weight of each."""
 
     tokens: Tokens
     weights: list[float]
 
 
-def encode_prompts(encoder: TokenEncoder, groups: Sequence[Sequence[str]], reading: Reading) -> list[Tensor]:
-    """The context (B, n L, D) of each group of B prompts, n being the chunks of the longest prompt of all.
+def encode_prompts(encoder: TokenEncoder, groups: Sequence[Sequence[str]], options: PromptOptions) -> list[Tensor]:
+    """Encode groups of prompts to contexts of equal length.
 
-    Shorter prompts are filled up with chunks of the empty prompt. Where nothing is weighted and all prompts fit, the
-    contexts are those of `encoder(group)`, bit for bit.
+    Shorter prompts are padded with chunks of the empty prompt. Where no word is weighted and all prompts fit, the
+    contexts equal `encoder(group)` bit for bit.
 
-    Raises ValueError for an encoder that does not read tokens, or cannot do what `reading` asks for.
+    Args:
+        encoder: A text encoder with `encode_tokens`.
+        groups: Batches of prompts, e.g. the prompts and the negative prompts.
+        options: Emphasis, long prompts and CLIP skip.
+
+    Returns:
+        A context (B, n L, D) for each group of B prompts, n being the number of chunks of the longest prompt.
+
+    Raises:
+        ValueError: If the encoder has no text input, or does not support `options`.
     """
     if not hasattr(encoder, "encode_tokens") or encoder.tokenizer is None:
         kind = type(encoder).__name__
-        raise ValueError(f"emphasis, long_prompt and clip_skip need an encoder that reads text; {kind} reads none")
-    room = encoder.max_length - 2
-    read = [[_chunks(encoder.tokenizer, text, room, reading) for text in check_texts(group)] for group in groups]
-    most = max(len(chunks) for group in read for chunks in group)
+        raise ValueError(f"emphasis, long_prompt and clip_skip need a text encoder; {kind} does not encode text")
+    length = encoder.max_length - 2
+    chunked = [[_chunks(encoder.tokenizer, text, length, options) for text in check_texts(group)] for group in groups]
+    most = max(len(chunks) for group in chunked for chunks in group)
     empty = Chunk(Tokens("", [], []), [])
-    filled = [[chunk for chunks in group for chunk in chunks + [empty] * (most - len(chunks))] for group in read]
-    return [_encode(encoder, chunks, reading.clip_skip).unflatten(0, (-1, most)).flatten(1, 2) for chunks in filled]
+    padded = [[chunk for chunks in group for chunk in chunks + [empty] * (most - len(chunks))] for group in chunked]
+    return [_encode(encoder, chunks, options.clip_skip).unflatten(0, (-1, most)).flatten(1, 2) for chunks in padded]
 
 
 def _encode(encoder: TokenEncoder, chunks: Sequence[Chunk], clip_skip: int) -> Tensor:
-    """N chunks to (N, L, D), weighted."""
+    """Encode N chunks to weighted features (N, L, D)."""
     tokens = encoder.tokenizer.rows([chunk.tokens for chunk in chunks], encoder.max_length)  # (N, L)
     z = encoder.encode_tokens(tokens, clip_skip)
     if z.shape[:2] != tokens.shape:
         raise ValueError(
-            "emphasis and long_prompt need an encoder that describes every token; this one gives "
-            f"{z.shape[1]} for {tokens.shape[1]} of them"
+            "emphasis and long_prompt need an encoder with one output per token; this one has "
+            f"{z.shape[1]} for {tokens.shape[1]} tokens"
         )
     weights = torch.ones(tokens.shape, device="cpu")
     for row, chunk in zip(weights, chunks, strict=True):
@@ -90,9 +100,9 @@ def _encode(encoder: TokenEncoder, chunks: Sequence[Chunk], clip_skip: int) -> T
 
 
 def weigh(z: Tensor, weights: Tensor) -> Tensor:
-    """Token features (B, L, D) times weights (B, L), each item then scaled to the mean that it had.
+    """Multiply token features (B, L, D) by weights (B, L) and restore each item's mean.
 
-    A mean that would vanish or change its sign says nothing of the features' size: there the product stays as it is.
+    The rescaling is skipped where the mean vanishes or changes its sign.
     """
     product = z.float() * weights[..., None]
     ratio = z.float().mean((1, 2), keepdim=True) / product.mean((1, 2), keepdim=True)
@@ -103,13 +113,16 @@ def weigh(z: Tensor, weights: Tensor) -> Tensor:
 
 
 def parse_emphasis(text: str) -> list[tuple[str, float]]:
-    """`text` as parts with a weight each, without the brackets that weigh them; neighbours differ in weight.
+    """Split a prompt into parts of different weight.
 
-    `(a)` multiplies the weight of what is inside by 1.1, `(a:1.2)` by the number, `[a]` divides it by 1.1, and all of
-    them nest. A backslash before a bracket or a backslash makes it literal; so is a bracket that has no partner.
+    `(a)` multiplies the weight by 1.1, `(a:1.2)` by the number, `[a]` divides it by 1.1; brackets nest. Brackets
+    without a partner are literal, and so is a bracket or backslash after a backslash.
+
+    Returns:
+        (text, weight) pairs without the brackets; neighbouring parts differ in weight.
     """
     parts: list[tuple[str, float]] = []
-    opened: list[int] = []  # which parts are brackets that may still find a partner
+    opened: list[int] = []  # indices of the open brackets in parts
     position = 0
     for mark in _MARK.finditer(text):
         found = mark[0]
@@ -131,27 +144,27 @@ def parse_emphasis(text: str) -> list[tuple[str, float]]:
     return [("".join(inner for inner, _ in same), weight) for weight, same in by_weight]
 
 
-def _chunks(tokenizer: Tokenizer, text: str, room: int, reading: Reading) -> list[Chunk]:
-    """A prompt as chunks of at most `room` tokens, of which there is at least one; not long: as one, of any length."""
-    whole = _weighted(tokenizer, parse_emphasis(text) if reading.emphasis else [(text, 1.0)])
-    if not reading.long_prompt:
-        return [whole]
-    if room < 1:
+def _chunks(tokenizer: Tokenizer, text: str, length: int, options: PromptOptions) -> list[Chunk]:
+    """Tokenize a prompt into one chunk, or with `long_prompt` into chunks of at most `length` tokens."""
+    rest = _weighted(tokenizer, parse_emphasis(text) if options.emphasis else [(text, 1.0)])
+    if not options.long_prompt:
+        return [rest]
+    if length < 1:
         raise ValueError("this encoder's max_length leaves no room for text")
     chunks = []
-    while len(whole.weights) > room:
-        end = _end_of_chunk(whole.tokens, room)
-        chunks.append(_part(whole, slice(0, end)))
-        whole = _part(whole, slice(end, None))
-    return [*chunks, whole]
+    while len(rest.weights) > length:
+        end = _end_of_chunk(rest.tokens, length)
+        chunks.append(_part(rest, slice(0, end)))
+        rest = _part(rest, slice(end, None))
+    return [*chunks, rest]
 
 
-def _end_of_chunk(tokens: Tokens, room: int) -> int:
-    """How many tokens to take: up to the last comma, if that is among the last 20 of 75; all that fit otherwise."""
-    for last in reversed(range(room - room * 20 // 75, room)):
+def _end_of_chunk(tokens: Tokens, length: int) -> int:
+    """Find where to split: after the last comma among the last 20 of 75 tokens, otherwise at `length`."""
+    for last in reversed(range(length - length * 20 // 75, length)):
         if tokens.text[tokens.starts[last]] == ",":
             return last + 1
-    return room
+    return length
 
 
 def _part(chunk: Chunk, part: slice) -> Chunk:
@@ -160,7 +173,7 @@ def _part(chunk: Chunk, part: slice) -> Chunk:
 
 
 def _weighted(tokenizer: Tokenizer, parts: Sequence[tuple[str, float]]) -> Chunk:
-    """Every part tokenised by itself, one after the other: a word that is weighted in part falls into words."""
+    """Tokenize each weighted part on its own and concatenate them."""
     text, ids, starts, weights = "", [], [], []
     for inner, weight in parts:
         read = tokenizer.tokenize(inner.strip(" "))

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from ldm.modules.encoders.modules import BERTEmbedder, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
-from ldm.modules.encoders.prompting import Reading, encode_prompts, parse_emphasis, weigh
+from ldm.modules.encoders.prompting import PromptOptions, encode_prompts, parse_emphasis, weigh
 from ldm.modules.encoders.tokenizer import CLIPTokenizer, OpenCLIPTokenizer, WordTokenizer
 from tests.golden import filled
 
 WORDS = ["a", "red", "blue", "circle", "square", ",", "(", ")", "[", "]"]
 CLIP = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 OPEN_CLIP = {"width": 16, "heads": 2, "layers": 3, "embed_dim": 8}
-EMPHASIS, LONG = Reading(emphasis=True), Reading(long_prompt=True)
+EMPHASIS, LONG = PromptOptions(emphasis=True), PromptOptions(long_prompt=True)
 
 
 def clip(length=12, tokenizer=None, **options):
@@ -96,7 +96,7 @@ def test_weights_by_hand(build):
 
 
 @pytest.mark.parametrize("build", ENCODERS)
-@pytest.mark.parametrize("reading", [EMPHASIS, LONG, Reading(True, True)])
+@pytest.mark.parametrize("reading", [EMPHASIS, LONG, PromptOptions(True, True)])
 def test_nothing_to_read_otherwise_changes_nothing(build, reading):
     encoder = build()
     prompts = ["a red circle", "", "a square , a blue circle a red square a"]
@@ -174,7 +174,7 @@ def test_chunks_end_at_a_comma_among_the_last_tokens():
 def test_commas_of_published_tokens_and_weights_across_chunks():
     encoder = clip(77, CLIPTokenizer())
     words = [*["house"] * 60, ",", *["(tree:1.4)"] * 30]
-    found = read(encoder, [" ".join(words)], Reading(emphasis=True, long_prompt=True))
+    found = read(encoder, [" ".join(words)], PromptOptions(emphasis=True, long_prompt=True))
     first, second = read(encoder, [" ".join(words[:61]), " ".join(words[61:])])
     assert torch.equal(found[0], torch.cat([first, second]))
     assert not torch.equal(second, plain(encoder, ["", " ".join(["tree"] * 30)])[1])
@@ -189,28 +189,30 @@ def test_layers_of_clip():
     states = encoder.transformer(encoder.tokenizer(prompts, 12)).hidden_states
     for skip in (1, 2, 3):
         expected = encoder.transformer.text_model.final_layer_norm(states[4 - skip])  # 0 is the embeddings
-        assert torch.equal(read(encoder, prompts, Reading(clip_skip=skip)), expected)
+        assert torch.equal(read(encoder, prompts, PromptOptions(clip_skip=skip)), expected)
     assert not torch.equal(expected, plain(encoder, prompts))
 
 
 def test_layers_of_open_clip_count_from_the_published_one():
     prompts, last, penultimate = ["a red circle", ""], open_clip(layer="last"), open_clip(layer="penultimate")
-    assert torch.equal(read(last, prompts, Reading(clip_skip=2)), plain(penultimate, prompts))
-    assert torch.equal(read(penultimate, prompts, Reading(clip_skip=2)), read(last, prompts, Reading(clip_skip=3)))
-    assert torch.equal(read(penultimate, prompts, Reading(clip_skip=1)), plain(penultimate, prompts))
+    assert torch.equal(read(last, prompts, PromptOptions(clip_skip=2)), plain(penultimate, prompts))
+    assert torch.equal(
+        read(penultimate, prompts, PromptOptions(clip_skip=2)), read(last, prompts, PromptOptions(clip_skip=3))
+    )
+    assert torch.equal(read(penultimate, prompts, PromptOptions(clip_skip=1)), plain(penultimate, prompts))
 
 
 @pytest.mark.parametrize(
     ("encoder", "reading", "message"),
     [
-        (clip, Reading(clip_skip=4), "clip_skip must be from 1, the last layer, to 3, the first; got 4"),
-        (clip, Reading(clip_skip=0), "got 0"),
-        (lambda: open_clip(layer="penultimate"), Reading(clip_skip=3), "to 2, the first; got 3"),
-        (bert, Reading(clip_skip=2), "clip_skip 2 is for CLIP text encoders"),
-        (lambda: clip(layer="pooled"), Reading(clip_skip=2), "this encoder gives the 'pooled' one"),
-        (lambda: clip(layer="pooled"), EMPHASIS, "describes every token; this one gives 1 for 12"),
-        (nn.Identity, EMPHASIS, "Identity reads none"),
-        (lambda: BERTEmbedder(16, 1, vocab_size=20, use_tokenizer=False), LONG, "BERTEmbedder reads none"),
+        (clip, PromptOptions(clip_skip=4), "clip_skip must be from 1, the last layer, to 3, the first; got 4"),
+        (clip, PromptOptions(clip_skip=0), "got 0"),
+        (lambda: open_clip(layer="penultimate"), PromptOptions(clip_skip=3), "to 2, the first; got 3"),
+        (bert, PromptOptions(clip_skip=2), "clip_skip 2 is for CLIP text encoders"),
+        (lambda: clip(layer="pooled"), PromptOptions(clip_skip=2), "this encoder gives the 'pooled' one"),
+        (lambda: clip(layer="pooled"), EMPHASIS, "one output per token; this one has 1 for 12"),
+        (nn.Identity, EMPHASIS, "Identity does not encode text"),
+        (lambda: BERTEmbedder(16, 1, vocab_size=20, use_tokenizer=False), LONG, "BERTEmbedder does not encode text"),
     ],
 )
 def test_what_cannot_be_read_so(encoder, reading, message):
