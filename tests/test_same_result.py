@@ -20,7 +20,7 @@ from ldm.inference import BUNDLED_CKPT, decode, default_size, draw, load_model, 
 from ldm.inference.pipeline import drawing
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.noise import PerImage
+from ldm.models.diffusion.noise import PerImageNoise
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.util import public_path
 from tests.golden import filled
@@ -50,7 +50,7 @@ def latents(
     """Latents of some of the prompts, each with its seed, drawn together."""
     with drawing(model):
         guided = text_condition(model, [PROMPTS[row] for row in rows], "", Guidance(1.8))
-        noise = PerImage([SEEDS[row] for row in rows])
+        noise = PerImageNoise([SEEDS[row] for row in rows])
         side = default_size(model)
         shape = (model.channels, *model.latent_size(side, side))
         return draw(model, guided, shape, len(rows), steps=steps, sampler=sampler, noise=noise, progress=False).float()

@@ -14,7 +14,7 @@ from ldm.inference.loading import sampling_plan
 from ldm.inference.pipeline import OnStep, decode, draw, drawing, resolve_size, text_condition
 from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
 from ldm.inference.seamless import seamless
-from ldm.models.diffusion.noise import Between, PerImage, slerp
+from ldm.models.diffusion.noise import InterpolatedNoise, PerImageNoise, slerp
 from ldm.models.diffusion.sampler import Choice
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ def interpolate(
         batch = frames[first : first + batch_size]
         cond, uncond = (None if c is None else mixed(c, batch, contexts) for c in (keys.cond, keys.uncond))
         guided = replace(keys, cond=cond, uncond=uncond)
-        starts, ends = (PerImage([seeds[key] for key in end]) for end in _ends(batch))
-        noise = Between(starts, ends, [frame.weight for frame in batch])
+        starts, ends = (PerImageNoise([seeds[key] for key in end]) for end in _ends(batch))
+        noise = InterpolatedNoise(starts, ends, [frame.weight for frame in batch])
         with drawing(model), seamless(model, tiling):
             latents = draw(model, guided, shape, len(batch), **how, noise=noise)
             pictures = decode(model, latents)

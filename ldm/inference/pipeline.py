@@ -20,7 +20,7 @@ from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions, negativ
 from ldm.inference.shortcuts import Shortcuts
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition, Guidance
-from ldm.models.diffusion.noise import Noise, shared
+from ldm.models.diffusion.noise import NoiseSource, global_noise
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import make_sampler
 from ldm.modules.attention import remembering_contexts
@@ -193,7 +193,7 @@ def redraw(
     sampler: str,
     eta: float = 0.0,
     schedule: Choice | None = None,
-    noise: Noise = shared,
+    noise: NoiseSource = global_noise,
     on_step: OnStep | None = None,
     progress: bool = True,
     **options: Any,

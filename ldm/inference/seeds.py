@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.models.diffusion.noise import Between, Noise, PerImage, on_cpu, shared
+from ldm.models.diffusion.noise import InterpolatedNoise, NoiseSource, PerImageNoise, global_cpu_noise, global_noise
 
 MODES = ("batch", "image")
 DEVICES = ("model", "cpu")
@@ -44,7 +44,7 @@ class Seeding:
         """Whether pictures know nothing of each other."""
         return self.mode == "image"
 
-    def noise(self, first: int, count: int, seeds: Sequence[int] | None = None) -> Noise:
+    def noise(self, first: int, count: int, seeds: Sequence[int] | None = None) -> NoiseSource:
         """Random numbers of one batch: `count` pictures, from the run's picture `first` on; seeds: those of their own.
 
         A source for this one batch: a picture's numbers go on from draw to draw.
@@ -54,9 +54,9 @@ class Seeding:
             seeds = [self._seed(row) for row in rows]
         if seeds is None and self.every_batch:
             return self._together()  # the variation is in the start
-        return self._varied(self._together() if seeds is None else PerImage(seeds), rows)
+        return self._varied(self._together() if seeds is None else PerImageNoise(seeds), rows)
 
-    def start(self, count: int) -> Noise:
+    def start(self, count: int) -> NoiseSource:
         """What to draw the latent from that every batch of mode "batch" starts at."""
         return self._varied(self._together(), range(count))
 
@@ -67,13 +67,13 @@ class Seeding:
     def _rows(self, first: int, count: int) -> range:
         return range(count) if self.every_batch else range(first, first + count)
 
-    def _varied(self, source: Noise, rows: range) -> Noise:
+    def _varied(self, source: NoiseSource, rows: range) -> NoiseSource:
         if not self.variation_strength:
             return source
-        return Between(source, PerImage([self._variation(row) for row in rows]), self.variation_strength)
+        return InterpolatedNoise(source, PerImageNoise([self._variation(row) for row in rows]), self.variation_strength)
 
-    def _together(self) -> Noise:
-        return on_cpu if self.device == "cpu" else shared
+    def _together(self) -> NoiseSource:
+        return global_cpu_noise if self.device == "cpu" else global_noise
 
     def _seed(self, row: int) -> int:
         return self.seed if self.variation_strength else (self.seed + row) % LIMIT

@@ -29,7 +29,7 @@ from ldm.inference.pipeline import (
 )
 from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
 from ldm.inference.seamless import seamless
-from ldm.models.diffusion.noise import Noise, PerImage, shared
+from ldm.models.diffusion.noise import NoiseSource, PerImageNoise, global_noise
 from ldm.models.diffusion.sampler import Choice
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
@@ -58,7 +58,7 @@ def txt2img(
     schedule: Choice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | Sequence[int] | None = None,
-    noise: Noise = shared,
+    noise: NoiseSource = global_noise,
     start_code: Tensor | None = None,
     tiling: str | None = None,
     on_step: OnStep | None = None,
@@ -72,7 +72,7 @@ def txt2img(
     the first step to the last. steps, sampler and scale are by default the model's own, else 50, "ddim" and 7.5.
     schedule: a name in `SCHEDULES` or a list of timesteps, by default the model's own, else the sampler's. guidance:
     what else there is to `Guidance`, such as {"terms": {"rescale": 0.7}}. seed: start of the random numbers; None goes
-    on where they are, and one a prompt makes every picture the same alone or in any batch (see `noise.PerImage`).
+    on where they are, and one a prompt makes every picture the same alone or in any batch (see `noise.PerImageNoise`).
     noise: where else random numbers come from. start_code: the latents to start from (see `start_latent`). tiling: "x",
     "y" or "both", for pictures that repeat without a seam. on_step: called after every step, with the latents that are
     expected to come out, the number of the step from 1, and that of the last (see `previews`).
@@ -102,7 +102,7 @@ def skip_txt2img(model: LatentDiffusion, prompts: Sequence[str], **options: Any)
     taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
     how, _ = sampling_plan(model, 7.5, **taken)
     shape = (model.channels, *model.latent_size(height, width))
-    how |= {"noise": options.get("noise", shared), "progress": False}
+    how |= {"noise": options.get("noise", global_noise), "progress": False}
     draw(_idle(model), Guided(None), shape, len(prompts), **how, x_T=options.get("start_code"))
 
 
@@ -133,7 +133,7 @@ def img2img(
     schedule: Choice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | Sequence[int] | None = None,
-    noise: Noise = shared,
+    noise: NoiseSource = global_noise,
     tiling: str | None = None,
     on_step: OnStep | None = None,
     progress: bool = True,
@@ -175,17 +175,17 @@ def skip_img2img(model: LatentDiffusion, prompts: Sequence[str], init: Tensor, *
     """The same for a call of `img2img` that starts from latents, `options` being its own."""
     taken = {name: options[name] for name in ("steps", "sampler", "eta", "schedule") if name in options}
     how, _ = sampling_plan(model, 5.0, **taken)
-    how |= {"noise": options.get("noise", shared), "progress": False}
+    how |= {"noise": options.get("noise", global_noise), "progress": False}
     redraw(_idle(model), Guided(None), init[: len(prompts)], options.get("strength", 0.75), **how)
 
 
-def _noise_of(seed: int | Sequence[int] | None, noise: Noise) -> Noise:
+def _noise_of(seed: int | Sequence[int] | None, noise: NoiseSource) -> NoiseSource:
     """Where random numbers come from: seeds of one an image, or `noise`, at whose start one seed puts it."""
     if seed is None or isinstance(seed, int):
         if seed is not None:
             seed_everything(seed)
         return noise
-    return PerImage(seed)
+    return PerImageNoise(seed)
 
 
 def needs_depth(model: LatentDiffusion) -> bool:
@@ -218,7 +218,7 @@ def encode_image(
     batch: int = 1,
     height: int | None = None,
     width: int | None = None,
-    noise: Noise = shared,
+    noise: NoiseSource = global_noise,
 ) -> Tensor:
     """`batch` latents (batch, C, h, w) of one picture, each a draw of its own from the first stage's posterior.
 
@@ -230,7 +230,7 @@ def encode_image(
 
 
 @torch.no_grad()
-def encode_pixels(model: LatentDiffusion, pixels: Tensor, batch: int = 1, noise: Noise = shared) -> Tensor:
+def encode_pixels(model: LatentDiffusion, pixels: Tensor, batch: int = 1, noise: NoiseSource = global_noise) -> Tensor:
     """The same of pixels (1, 3, H, W) from -1 to 1, whose size the model can take."""
     posterior = model.encode_first_stage(pixels.to(model.device, first_stage_dtype(model)))
     if isinstance(posterior, DiagonalGaussianDistribution):  # encoded once, drawn from `batch` times
@@ -240,6 +240,8 @@ def encode_pixels(model: LatentDiffusion, pixels: Tensor, batch: int = 1, noise:
     return model.get_first_stage_encoding(posterior).float().expand(batch, -1, -1, -1)
 
 
-def start_latent(model: LatentDiffusion, batch: int, height: int, width: int, noise: Noise = shared) -> Tensor:
+def start_latent(
+    model: LatentDiffusion, batch: int, height: int, width: int, noise: NoiseSource = global_noise
+) -> Tensor:
     """Noise (batch, C, h, w) to start several batches from, for pictures of height x width pixels."""
     return noise((batch, model.channels, *model.latent_size(height, width)), model.device)

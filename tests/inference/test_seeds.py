@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm import inference
 from ldm.inference import Seeding, text_to_image
-from ldm.models.diffusion.noise import Between, PerImage, on_cpu, shared, slerp
+from ldm.models.diffusion.noise import InterpolatedNoise, PerImageNoise, global_cpu_noise, global_noise, slerp
 from tests.tiny import write_tiny
 
 PROMPTS = ["a red circle", "a blue square", "a red square"]
@@ -69,7 +69,7 @@ def test_masks_have_noise_of_each_image(model):
         with text_to_image.drawing(model):
             x0 = known.expand(len(seeds), -1, -1, -1)
             options = {"steps": 4, "sampler": "ddim", "mask": mask, "x0": x0, "progress": False}
-            return text_to_image.draw(model, guided, shape, len(seeds), noise=PerImage(seeds), **options)
+            return text_to_image.draw(model, guided, shape, len(seeds), noise=PerImageNoise(seeds), **options)
 
     torch.testing.assert_close(draw([5])[0], draw([3, 5])[1], rtol=0, atol=1e-5)
 
@@ -84,12 +84,12 @@ def test_the_run_may_be_batched_anyhow():
     whole = seeding.noise(0, 3)((3, 4), CPU)
     assert torch.equal(whole[2:], seeding.noise(2, 1)((1, 4), CPU))
     plain = Seeding(40, "image")
-    assert torch.equal(plain.noise(0, 3)((3, 4), CPU)[1], PerImage([41])((1, 4), CPU)[0])
+    assert torch.equal(plain.noise(0, 3)((3, 4), CPU)[1], PerImageNoise([41])((1, 4), CPU)[0])
     assert [setting["seed"] for setting in plain.settings(2, 2)] == [42, 43]
     assert [setting["seed"] for setting in Seeding(2**32 - 1, "image").settings(0, 2)] == [2**32 - 1, 0]
     again = Seeding(40, "image", every_batch=True)
     assert torch.equal(again.noise(6, 3)((3, 4), CPU), plain.noise(0, 3)((3, 4), CPU))
-    assert torch.equal(plain.noise(0, 2, seeds=[8, 9])((2, 4), CPU), PerImage([8, 9])((2, 4), CPU))
+    assert torch.equal(plain.noise(0, 2, seeds=[8, 9])((2, 4), CPU), PerImageNoise([8, 9])((2, 4), CPU))
 
 
 def test_variations_go_from_seed_to_seed(model, latents):
@@ -119,25 +119,25 @@ def test_a_fixed_start_varies_once():
     torch.manual_seed(3)
     start = seeding.start(2)((2, 16), CPU)
     torch.manual_seed(3)
-    expected = slerp(torch.randn(2, 16), PerImage([9, 10])((2, 16), CPU), 0.5)
+    expected = slerp(torch.randn(2, 16), PerImageNoise([9, 10])((2, 16), CPU), 0.5)
     assert torch.equal(start, expected)
-    assert seeding.noise(2, 2) is shared and [row["variation_seed"] for row in seeding.settings(2, 2)] == [9, 10]
+    assert seeding.noise(2, 2) is global_noise and [row["variation_seed"] for row in seeding.settings(2, 2)] == [9, 10]
 
 
 def test_the_cpu_may_draw_for_every_device():
-    assert Seeding(1).noise(0, 2) is shared and Seeding(1, device="cpu").noise(0, 2) is on_cpu
+    assert Seeding(1).noise(0, 2) is global_noise and Seeding(1, device="cpu").noise(0, 2) is global_cpu_noise
     torch.manual_seed(4)
-    drawn = on_cpu((2, 3), torch.device("meta"))
+    drawn = global_cpu_noise((2, 3), torch.device("meta"))
     assert drawn.device.type == "meta"
     torch.manual_seed(4)
-    assert torch.equal(on_cpu((2, 3), CPU), torch.randn(2, 3, generator=torch.Generator().manual_seed(4)))
+    assert torch.equal(global_cpu_noise((2, 3), CPU), torch.randn(2, 3, generator=torch.Generator().manual_seed(4)))
 
 
 def test_noise_between_sources_stays_noise():
-    noise = Between(PerImage(range(64)), PerImage(range(100, 164)), [i / 63 for i in range(64)])
+    noise = InterpolatedNoise(PerImageNoise(range(64)), PerImageNoise(range(100, 164)), [i / 63 for i in range(64)])
     drawn = noise((64, 4096), CPU)
-    assert torch.equal(drawn[0], PerImage([0])((1, 4096), CPU)[0])
-    assert torch.equal(drawn[-1], PerImage([163])((1, 4096), CPU)[0])
+    assert torch.equal(drawn[0], PerImageNoise([0])((1, 4096), CPU)[0])
+    assert torch.equal(drawn[-1], PerImageNoise([163])((1, 4096), CPU)[0])
     assert (drawn.std(dim=1) - 1).abs().max() < 0.06 and drawn.mean(dim=1).abs().max() < 0.08
     a, b = torch.eye(2)[:1], torch.eye(2)[1:]
     torch.testing.assert_close(slerp(a, b, 1 / 3), torch.tensor([[np.cos(np.pi / 6), np.sin(np.pi / 6)]]).float())

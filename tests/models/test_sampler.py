@@ -7,7 +7,7 @@ import torch
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.noise import PerImage
+from ldm.models.diffusion.noise import PerImageNoise
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
 from ldm.models.diffusion.schedules import SCHEDULES
 from ldm.modules.diffusionmodules.schedule import make_beta_schedule, schedule_buffers
@@ -227,7 +227,7 @@ def test_an_image_is_the_same_alone(name, way):
     eta = 0.7 if name == "ddim" else 0.0
 
     def draw(rows: list[int], seeds: list[int]) -> torch.Tensor:
-        noise, solver = PerImage(seeds), make_sampler(Each(), name)
+        noise, solver = PerImageNoise(seeds), make_sampler(Each(), name)
         if way == "img2img":
             solver.make_schedule(6, ddim_eta=eta, verbose=False)
             x = solver.stochastic_encode(x0[rows], 4, noise=noise(x0[rows].shape, x0.device))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.models.diffusion.noise import PerImage
+from ldm.models.diffusion.noise import PerImageNoise
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
 from ldm.models.diffusion.schedules import SCHEDULES, Levels, lay_out, sigma_of
 from tests.models.test_convergence import BETAS, KINDS, MEAN, STD, V1, ZERO_SNR, Gaussian
@@ -115,7 +115,7 @@ def draw(name: str, steps: int, choice: object, levels: np.ndarray, kind: str) -
     x_T = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
     sampler = make_sampler(Gaussian(levels, kind), name)
     with np.errstate(all="raise", under="ignore"):
-        return sampler.sample(steps, 2, SHAPE, x_T=x_T, schedule=choice, noise=PerImage([1, 2]), verbose=False)[0]
+        return sampler.sample(steps, 2, SHAPE, x_T=x_T, schedule=choice, noise=PerImageNoise([1, 2]), verbose=False)[0]
 
 
 def assert_near_the_data(x: torch.Tensor, steps: int) -> None:

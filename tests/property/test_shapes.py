@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm.models.diffusion.noise import PerImage
+from ldm.models.diffusion.noise import PerImageNoise
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
 from ldm.models.diffusion.schedules import SCHEDULES
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -118,7 +118,7 @@ def test_a_sampler_keeps_shapes_and_images_apart(name, steps, shape, batch, sche
     sampler = make_sampler(Gaussian(V1), name)
 
     def drawn(seeds: list[int]) -> Tensor:
-        options: dict[str, Any] = {"schedule": schedule, "verbose": False, "noise": PerImage(seeds)}
+        options: dict[str, Any] = {"schedule": schedule, "verbose": False, "noise": PerImageNoise(seeds)}
         if masked:
             options["mask"] = (torch.arange(shape[2]) % 2).float().expand(1, 1, *shape[1:])
             options["x0"] = torch.ones(len(seeds), *shape)

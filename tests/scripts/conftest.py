@@ -14,7 +14,7 @@ from PIL import Image
 import ldm
 from ldm import cli
 from ldm import inference as real
-from ldm.models.diffusion.noise import PerImage
+from ldm.models.diffusion.noise import PerImageNoise
 
 
 class FakeInference(ModuleType):
@@ -70,7 +70,7 @@ class FakeInference(ModuleType):
     def _draw(self, name, prompts, size, *, noise, on_step, tiling, progress, **arguments):
         assert progress is False and isinstance(on_step, cli.Watch)  # one bar for the run
         self.noises.append(noise)
-        if isinstance(noise, PerImage):
+        if isinstance(noise, PerImageNoise):
             arguments["seed"] = [generator.initial_seed() for generator in noise.generators]
         if tiling:
             arguments["tiling"] = tiling

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import Branches, Condition, Guidance, Network, condition_batch_size
-from ldm.models.diffusion.noise import Noise, shared
+from ldm.models.diffusion.noise import NoiseSource, global_noise
 from ldm.models.diffusion.schedules import TINY, Levels, Schedule, ddim_sigmas, lay_out
 from ldm.modules.diffusionmodules.schedule import eps_and_x0
 
@@ -37,7 +37,7 @@ class Run:
     schedule: Schedule
     network: Network
     guidance: Guidance
-    noise: Noise = shared
+    noise: NoiseSource = global_noise
     temperature: float = 1.0
     noise_dropout: float = 0.0
     repeat_noise: bool = False
@@ -86,6 +86,7 @@ class Sampler:
         False  # whether the rule adds as much noise as it is told; the others add none, or as much as they do
     )
     default_schedule: Choice = "even"
+    sequential_guidance = False  # evaluate the two conditions one after the other, which takes less memory
     ddim_eta = 0.0  # of the schedule, once there is one
     cfg_pp = False  # whether the rule goes on along the eps that `predict` gives, as CFG++ needs
     published = False  # whether masks and image to image are as the public code has them, for its numbers to come out
@@ -197,7 +198,7 @@ class Sampler:
         *,
         schedule: Choice | None = None,
         guidance: Guidance | None = None,
-        noise: Noise = shared,
+        noise: NoiseSource = global_noise,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Draw `batch_size` latents of `shape` (C, H, W) in S steps.
 
@@ -303,7 +304,7 @@ class Sampler:
         x0: Tensor | None = None,
         *,
         guidance: Guidance | None = None,
-        noise: Noise = shared,
+        noise: NoiseSource = global_noise,
         img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> Tensor:
         """Walk the last `t_start` steps of the schedule from x_latent (B, C, H, W) to the data.
@@ -331,7 +332,7 @@ class Sampler:
             able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "cfg_pp", False))
             raise ValueError(f"CFG++ is for samplers that go on along eps ({able}), not for {type(self).__name__}")
         perturbed = getattr(self.model, "perturbed_attention", None)
-        one_by_one = getattr(self.model, "one_by_one", False)
+        one_by_one = self.sequential_guidance or getattr(self.model, "one_by_one", False)
         network = Network(self.model.apply_model, cond, uncond, self.parameterization, perturbed, one_by_one)
         return Run(schedule, network, guidance.over(len(schedule)), **options)
 
