@@ -45,13 +45,13 @@ def read_config(files: Sequence[str], overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    from ldm.training.configs import read_yaml
+    from ldm.configs import merge_configs, parse_overrides, read_yaml
 
     strange = [text for text in overrides if "=" not in text or text.startswith("-")]
     if strange:
         raise ValueError(f"{strange[0]!r} is neither an option (see --help) nor of the form key.sub=value")
     try:
-        config = OmegaConf.merge(*map(read_yaml, files), OmegaConf.from_dotlist(list(overrides)))
+        config = merge_configs([*map(read_yaml, files), parse_overrides(overrides)], files[0])
         return OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise ValueError(f"the config leaves {error.full_key} to you: add {error.full_key}=... at the end") from error

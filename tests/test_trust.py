@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from ldm import trust, util
+from ldm.configs import read_yaml
 from ldm.inference import read_config
-from ldm.training.configs import read_yaml
 from ldm.util import get_obj_from_str, instantiate_from_config
 from tests.training.toys import run, write
 

@@ -11,22 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from yaml import YAMLError
 
 from ldm.checkpoint import Checkpoint, build_on_meta, config_for, fill_model, read_checkpoint
 from ldm.checkpoint.families import describe, family_of
+from ldm.configs import merge_configs, parse_overrides, read_yaml
 from ldm.devices import choose_device, choose_precision
 from ldm.inference.conditioning import TEXT, Task, require, task_of
 from ldm.inference.lowvram import lodge
-from ldm.limits import check_growth, check_yaml
 from ldm.models.diffusion.guidance import CFG_PP_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES
 from ldm.modules.layout import lay_out
-from ldm.trust import check_references
 from ldm.util import public_path
 
 if TYPE_CHECKING:
@@ -158,31 +155,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
 
     Raises FileNotFoundError or ValueError if it is none, or has no section of an override's name.
     """
-    place = Path(path) if Path(path).is_file() else public_path(str(path))
-    if place is None:
-        raise FileNotFoundError(f"config {path}: there is no such file")
-    try:
-        check_yaml(place)
-        config = OmegaConf.load(place)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from error
-    if not isinstance(config, DictConfig) or "model" not in config:
+    config = read_yaml(path)
+    if "model" not in config:
         raise ValueError(f"config {path} has no `model:` section, so it does not describe a model")
-    check_references(OmegaConf.to_container(config), path)
-    return _laid_over(config, path, overrides)
-
-
-def _laid_over(config: DictConfig, path: str | Path, overrides: Sequence[str]) -> DictConfig:
-    try:
-        over = OmegaConf.from_dotlist(list(overrides))
-        if unknown := [name for name in over if name not in config]:
-            raise ValueError(f"the config has no section {unknown[0]!r} to change, only {', '.join(map(str, config))}")
-        merged = OmegaConf.merge(config, over)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"cannot use the settings {' '.join(overrides)}: {error}") from error
-    assert isinstance(merged, DictConfig)  # as config is
-    check_growth(OmegaConf.to_container(merged), path)
-    return merged
+    over = parse_overrides(overrides)
+    if unknown := [name for name in over if name not in config]:
+        raise ValueError(f"the config has no section {unknown[0]!r} to change, only {', '.join(map(str, config))}")
+    return merge_configs([config, over], path)
 
 
 def _own_sampling(config: DictConfig) -> dict[str, Any]:

@@ -12,13 +12,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
 
-from ldm.limits import check_growth, check_yaml
+from ldm.configs import merge_configs, parse_overrides, read_yaml
 from ldm.training.folders import find_run, stored_configs
 from ldm.training.trainer_settings import translate_trainer
-from ldm.trust import check_references
-from ldm.util import public_path
 
 DEFAULT_SEED = 23
 
@@ -89,7 +86,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     run, ckpt = find_run(args.resume) if args.resume else (None, None)
     stored = [read_yaml(path) for path in stored_configs(run)] if run else []
     given = [read_yaml(path) for path in args.base]
-    dotlist = _dotlist(args.dotlist)
+    dotlist = parse_overrides(args.dotlist)
     lightning = {name: value for name, value in (("seed", args.seed), ("scale_lr", args.scale_lr)) if value is not None}
     lightning["trainer"] = translate_trainer(args.trainer)[0]
     _check_names([*stored, *given], dotlist)
@@ -103,29 +100,6 @@ def read_settings(args: argparse.Namespace) -> Settings:
             raise ValueError(f"the config has no `{name}:` section, so there is nothing to train with")
     project = {name: value for name, value in merged.items() if name != "lightning"}
     return Settings(project, merged["lightning"], tuple(notes), run, ckpt)
-
-
-def read_yaml(path: str | Path) -> DictConfig:
-    """A YAML file, by its path or its public one. Raises FileNotFoundError or ValueError if it is none."""
-    place = Path(path) if Path(path).is_file() else public_path(str(path))
-    if place is None:
-        raise FileNotFoundError(f"config {path}: there is no such file")
-    try:
-        check_yaml(place)
-        config = OmegaConf.load(place)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from error
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"config {path} has no sections, such as model: and data:")
-    check_references(OmegaConf.to_container(config), path)
-    return config
-
-
-def _dotlist(texts: Sequence[str]) -> DictConfig:
-    try:
-        return OmegaConf.from_dotlist(list(texts))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"cannot read the settings {' '.join(texts)}: {error}") from error
 
 
 def _check_names(files: Sequence[DictConfig], dotlist: DictConfig) -> None:
@@ -164,8 +138,7 @@ def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
     if not configs:
         return {}
     try:
-        together = OmegaConf.merge(*configs)
-        check_growth(OmegaConf.to_container(together), "of this run")
+        together = merge_configs(configs, "of this run")
         merged: Any = OmegaConf.to_container(together, resolve=True, throw_on_missing=True)
         return merged
     except MissingMandatoryValue as error:

@@ -218,7 +218,7 @@ def test_settings_that_nothing_reads(tmp_path, capsys):
 
 def test_no_config(tmp_path, capsys):
     assert run("--base", tmp_path / "nothing.yaml", "-t") == 2
-    assert "there is no such file" in capsys.readouterr().err
+    assert "no such file" in capsys.readouterr().err
     base = write(tmp_path, {"model": two_players()})
     assert run("--base", base, "-t") == 2
     assert "no `data:` section" in capsys.readouterr().err
