@@ -43,6 +43,14 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.14"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "diffusers>=0.30", "ruff>=0.6", "mypy>=2.0", "pytest-cov>=7.0"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pytest-cov>=7.0",
+            "hypothesis>=6.100",
+            "diffusers>=0.30",
+            "ruff>=0.6",
+            "mypy>=2.0",
+        ],
     },
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per pytest-xdist worker; read when torch is imported
 
 import pytest
 import torch
@@ -12,7 +15,6 @@ from ldm.util import trust
 from tests.golden import agreement
 
 _LOCAL = ("localhost", "127.0.0.1", "::1", "", None)
-_MANY_THREADS = 4  # small tensors get slower, not faster, beyond a few threads
 
 
 class NetworkBlocked(RuntimeError):
@@ -47,18 +49,26 @@ def _trusted() -> None:
     trust("tests")  # whose own classes configs of the tests name
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(min(torch.get_num_threads(), _MANY_THREADS))
-
-
 @pytest.fixture(autouse=True)
 def _same_random_state() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """Merge the differences that a pytest-xdist worker found into those of this process."""
+    for module, found in getattr(node, "workeroutput", {}).get("agreement", {}).items():
+        agreement[module] = max(found, agreement.get(module, 0.0))
+
+
+def pytest_sessionfinish(session) -> None:
+    """Send the differences found by a pytest-xdist worker to the main process."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["agreement"] = dict(agreement)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
-    """How closely the numbers agree with the references, by test module: what the README's table quotes."""
+    """Print the largest difference from the reference for each test module."""
     if agreement:
         terminalreporter.section("largest difference from the reference")
         for module, found in sorted(agreement.items()):
