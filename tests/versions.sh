@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests with the oldest or the newest releases that setup.py allows, in a fresh virtual environment:
+# The tests with the oldest or the newest releases that pyproject.toml allows, in a fresh virtual environment:
 #     tests/versions.sh oldest|newest [--keep FOLDER] [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,11 +20,11 @@ if [[ ! -e $venv/ready ]]; then
     python3 -m venv "$venv"
     touch "$venv/constraints.txt"
     tools=()
-    if [[ $which == oldest ]]; then # every lower bound of setup.py, to the letter
+    if [[ $which == oldest ]]; then # every lower bound of pyproject.toml, to the letter
         grep -oE '"[a-z][a-z-]*>=[0-9.]+"' setup.py | tr -d '"' | sed 's/>=/==/' > "$venv/constraints.txt"
         tools=(scipy) # diffusers 0.30, which the tests compare with, imports it
     fi
-    "$venv/bin/pip" install --quiet --upgrade --constraint "$venv/constraints.txt" -e ".[test,tensorboard]" "${tools[@]}"
+    "$venv/bin/pip" install --quiet --upgrade --constraint "$venv/constraints.txt" -e ".[dev]" "${tools[@]}"
     touch "$venv/ready"
 fi
 
