@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works
 from benchmarks.suites import SUITES
 from ldm import cli
 from ldm.devices import DEVICES
-from ldm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +112,6 @@ def chosen_precisions(wanted: Sequence[str], device: torch.device) -> tuple[str,
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    keep_freed_memory()  # as the scripts that draw do
     args = parser().parse_args(argv)
     suites = chosen_suites(args)
 

@@ -1,7 +1,8 @@
-"""What drawing imports, and what waits until it is used. Each test asks a Python of its own."""
+"""What scripts import and set up at the start. Each test starts a new Python."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,21 +11,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.subprocess
 
-# The packages outside the standard library that drawing uses, and those that Lightning cannot be had without. Nothing
-# joins them lightly: `python -X importtime -c "import ldm.inference"` says what each takes.
+# The packages outside the standard library that sampling uses, and those that Lightning needs itself. `python -X
+# importtime -c "import ldm.inference"` shows what each costs.
 NEEDED = {"PIL", "attr", "einops", "numpy", "omegaconf", "safetensors", "torch", "tqdm", "typing_extensions", "yaml"}
 LIGHTNINGS = {"fsspec", "lightning_fabric", "lightning_utilities", "packaging", "pytorch_lightning", "torchmetrics"}
-LIGHTNINGS |= {"regex", "rich"}  # if they are there
+LIGHTNINGS |= {"regex", "rich", "scipy"}  # where they are installed
 HEAVY_PARTS = {"torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.fsdp", "torch.distributed.tensor"}
-TORCHS = {"functorch", "mpmath", "sympy", "torchgen", "cuda", "triton"}  # as it pleases
+HEAVY_PARTS |= {"scipy.signal", "scipy.optimize"}
+TORCHS = {"functorch", "mpmath", "sympy", "torchgen", "cuda", "triton"}
 MEASURING = {"coverage"}  # under `pytest --cov`
 
 
-def asked(code: str, *, cwd: Path = ROOT) -> str:
-    """What a new Python prints that runs `code` with the repository on its path."""
+def run_python(code: str, *argv: str, cwd: Path = ROOT) -> str:
+    """Run `code` in a new Python with the repository on its path; returns its stdout."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -35,36 +38,51 @@ print("IMPORTED", *sorted(name for name, module in sys.modules.items()
 """
 
 
-def imported(code: str) -> set[str]:
-    return set(asked(code + IMPORTED).rpartition("IMPORTED")[2].split())
-
-
-@pytest.mark.skipif(int(version("pytorch-lightning").split(".")[1]) < 6, reason="Lightning before 2.6 takes more along")
-def test_drawing_imports_only_what_it_needs(tmp_path):
-    names = imported(
+@pytest.mark.skipif(int(version("pytorch-lightning").split(".")[1]) < 6, reason="Lightning before 2.6 imports more")
+def test_sampling_imports_only_what_it_needs(tmp_path):
+    output = run_python(
         f"sys.argv = ['txt2img', '--outdir', {str(tmp_path)!r}, '--n_samples', '1', '--n_iter', '1', '--steps', '1']\n"
+        "from ldm import cli\n"
         "from scripts import txt2img\n"
-        "txt2img.main()"
+        "assert cli.run(txt2img.main) == 0\n" + IMPORTED
     )
-    assert {"torch", "pytorch_lightning"} <= names  # the question was understood
+    names = set(output.rpartition("IMPORTED")[2].split())
+    assert {"torch", "pytorch_lightning"} <= names
     assert len(list((tmp_path / "samples").iterdir())) == 1
     packages = {name.partition(".")[0] for name in names if not name.startswith("_")}
     assert not packages - NEEDED - LIGHTNINGS - TORCHS - MEASURING
     assert not names & HEAVY_PARTS
 
 
-def test_models_are_lightning_modules_whoever_imports_it_first():
+def test_models_are_lightning_modules_in_any_order_of_imports():
     code = "from ldm.models.diffusion.ddpm import LatentDiffusion\n"
     code += "from ldm.models.autoencoder import AutoencoderKL\n"
     check = "print(all(issubclass(kind, pl.LightningModule) for kind in (LatentDiffusion, AutoencoderKL)))"
-    assert asked(code + "import pytorch_lightning as pl\n" + check) == "True\n"
-    assert asked("import pytorch_lightning as pl\n" + code + check) == "True\n"
+    assert run_python(code + "import pytorch_lightning as pl\n" + check) == "True\n"
+    assert run_python("import pytorch_lightning as pl\n" + code + check) == "True\n"
+    prepare = "from ldm.cli.startup import prepare; prepare()\n"
+    assert run_python(prepare + code + "import pytorch_lightning as pl\n" + check) == "True\n"
 
 
-def test_what_waits_works_when_it_is_used():
+def test_a_program_that_imports_ldm_gets_lightning_unchanged():
+    run_python("""
+from ldm import cli
+from ldm.models.diffusion.ddpm import LatentDiffusion
+import lightning_fabric.wrappers as wrappers, torch, torchmetrics.utilities.plot as plot
+assert wrappers.OptimizedModule is torch._dynamo.OptimizedModule
+assert not any(type(finder).__module__.startswith("ldm") for finder in sys.meta_path)
+assert callable(plot.plot_single_or_multi_val) and type(plot).__name__ == "module"
+""")
+
+
+def test_deferred_packages_work_when_they_are_used():
     """Lightning knows compiled models, torchmetrics plots and reads, and the packages are themselves."""
-    asked("""
-from ldm.lightning import DEFERRED, pl
+    run_python("""
+from ldm.cli.startup import DEFERRED, prepare
+prepare()
+import pytorch_lightning as pl
+assert not any(type(finder).__module__.startswith("ldm") for finder in sys.meta_path)
+assert type(pl.__spec__.loader).__module__.partition(".")[0] != "ldm"
 import lightning_fabric.wrappers as wrappers, torch, torchmetrics
 from pytorch_lightning.utilities.compile import _maybe_unwrap_optimized
 assert not set(DEFERRED) & set(sys.modules)
@@ -86,10 +104,26 @@ assert transformers.AutoModel.__module__.startswith("transformers.models")
 """)
 
 
-def test_training_works_with_what_waits(tmp_path):
-    asked(
+def test_a_release_that_needs_more_than_names_is_imported_without_placeholders(tmp_path):
+    package = tmp_path / "pytorch_lightning"
+    package.mkdir()
+    (package / "__init__.py").write_text("from pytorch_lightning import part\nimport transformers\nok = part.one\n")
+    (package / "part.py").write_text("import torch._dynamo as dynamo\nassert type(dynamo).__name__ == 'module'\none = 1\n")
+    run_python(f"""
+sys.path.insert(0, {str(tmp_path)!r})
+from ldm.cli.startup import prepare
+prepare()
+import pytorch_lightning
+assert pytorch_lightning.ok == 1 and type(sys.modules["transformers"]).__name__ != "_PlaceholderModule"
+""")
+
+
+def test_training_works_with_deferred_packages(tmp_path):
+    run_python(
         """
-from ldm.lightning import pl
+from ldm.cli.startup import prepare
+prepare()
+import pytorch_lightning as pl
 import torch
 class Line(pl.LightningModule):
     def __init__(self):
@@ -108,3 +142,30 @@ assert trainer.callback_metrics["loss"] > 0
 """,
         cwd=tmp_path,
     )
+
+
+MEMORY = """
+import ctypes, resource, sys
+from ldm.cli.startup import retain_freed_memory
+retained = len(sys.argv) > 1 and retain_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    for _ in range(5):
+        blocks = [libc.malloc(25_000_000) for _ in range(8)]
+        for block in blocks: libc.memset(block, 1, 25_000_000)  # 6,100 pages
+        for block in blocks: libc.free(block)
+work()
+before = faults()
+work()
+print(int(retained), faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_blocks_are_reused_without_being_cleared_again():
+    (retained, few), (_, many) = ([int(word) for word in run_python(MEMORY, *argv).split()] for argv in (["1"], []))
+    assert retained
+    assert 10 * few < many  # a program that does not call it is left alone

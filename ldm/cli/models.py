@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.cli.speed import take
-from ldm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from ldm.inference.conditioning import Task
@@ -23,7 +22,6 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
     """
     from ldm import inference
 
-    keep_freed_memory()
     tile = getattr(args, "first_stage_tile", 0)
     if tile and getattr(args, "tiling", None):
         raise ValueError("--tile cuts pictures where --tiling joins them: leave one of the two out")

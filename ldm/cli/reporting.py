@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from ldm.cli.sigbus import end_in_words
+from ldm.cli.startup import prepare
 from ldm.distributed import environment
 
 LESS_MEMORY = "--n_samples 1, --tile 512, a smaller --H and --W, or (on a GPU) --lowvram and --precision fp16"
@@ -55,7 +55,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     Other exceptions are bugs and keep their traceback; `python -X dev` shows it for every error.
     """
     if argv is None:  # the process is this command's
-        end_in_words()
+        prepare()
     library = logging.getLogger("ldm")
     console = _Console()
     library.addHandler(console)

@@ -1,4 +1,4 @@
-"""Mapped files that are cut short under a run: a sentence and an exit code, wherever the page is missed."""
+"""Memory-mapped files that are cut short under a run: one sentence and an exit code, wherever the page is touched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.inference import retrieval
 from tests.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGBUS")
+pytestmark = [pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGBUS"), pytest.mark.subprocess]
 
 PROGRAM = """
 import os, sys, threading, torch
@@ -31,7 +31,7 @@ def main(argv):
     os.truncate(sys.argv[1], 4096)
     print("cut", flush=True)
     {touch}
-    print("went on", flush=True)
+    print("continued", flush=True)
 sys.exit(cli.run(main))
 """
 TOUCHES = {
@@ -52,7 +52,7 @@ def state() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 @pytest.mark.parametrize("touch", TOUCHES)
-def test_a_page_that_is_gone(tmp_path, touch, suffix):
+def test_a_missing_page(tmp_path, touch, suffix):
     path = save_checkpoint(tmp_path / f"a{suffix}", state())
     command = [sys.executable, "-c", PROGRAM.format(touch=TOUCHES[touch]), str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -63,7 +63,7 @@ def test_a_page_that_is_gone(tmp_path, touch, suffix):
     )
 
 
-def test_python_s_own_report_goes_first(tmp_path):
+def test_faulthandler_takes_precedence(tmp_path):
     path = save_checkpoint(tmp_path / "a.ckpt", state())
     command = [sys.executable, "-X", "faulthandler", "-c", PROGRAM.format(touch=TOUCHES["one thread"]), str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -71,7 +71,7 @@ def test_python_s_own_report_goes_first(tmp_path):
 
 
 def test_a_library_leaves_signals_alone(tmp_path):
-    """Whoever imports ldm, or calls `cli.run` with arguments, keeps what the system does at SIGBUS."""
+    """A program that imports ldm, or calls `cli.run` with arguments, keeps the system's SIGBUS."""
     path = save_checkpoint(tmp_path / "a.ckpt", state())
     program = PROGRAM.format(touch=TOUCHES["one thread"]).replace("cli.run(main)", "cli.run(main, [])")
     done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True)
