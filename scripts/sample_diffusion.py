@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for settings in (options, metadata):
         del settings["scale"]  # that is for classes, and goes with them
     total = args.n_samples * conditions.count
-    with cli.RunWriter(args, logdir, model.global_step_of_file, model=cli.model_name(model), **metadata) as writer:
+    with cli.RunWriter(args, logdir, model.info.global_step, model=cli.model_name(model), **metadata) as writer:
         inference.seed_everything(args.seed)
         with tqdm(total=total, desc="Pictures") as bar:
             for start in range(0, total, args.batch_size):

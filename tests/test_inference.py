@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from ldm import inference
 from ldm.inference import img2img, load_model, txt2img
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.model_info import SamplingDefaults
 from tests.tiny import write_tiny
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -52,7 +54,7 @@ def test_bundled_model_stands_in_for_a_missing_default(ckpt, monkeypatch, tmp_pa
     monkeypatch.setattr(inference.loading, "BUNDLED_CKPT", str(ckpt))
     monkeypatch.setattr(inference.loading, "DEFAULT_CKPT", "nowhere/model.ckpt")
     with caplog.at_level(logging.INFO, "ldm"):
-        assert load_model(device="cpu").checkpoint_path == str(ckpt)
+        assert load_model(device="cpu").info.checkpoint_path == str(ckpt)
     assert "small bundled model" in caplog.text
     with pytest.raises(FileNotFoundError, match="not-there.ckpt"):
         load_model(ckpt=tmp_path / "not-there.ckpt")
@@ -131,7 +133,7 @@ def test_models_name_their_own_sampling(ckpt, tmp_path):
     given = {"scale": 4.0, "sampler": "dpm_solver", "steps": 3}
     quiet = {"seed": 1, "progress": False}
     plain = load_model(ckpt=ckpt, device="cpu")
-    assert plain.sampling == {} and inference.sampling_settings(plain, 5.0) == (50, "ddim", 5.0)
+    assert plain.info.sampling == SamplingDefaults() and inference.sampling_settings(plain, 5.0) == (50, "ddim", 5.0)
     assert (pixels(txt2img(own, PROMPTS, **quiet)) == pixels(txt2img(plain, PROMPTS, **given, **quiet))).all()
     assert inference.sampling_settings(own, 7.5, steps=9, scale=1.0) == (9, "dpm_solver", 1.0)
     assert inference.sampling_settings(own, 7.5, eta=0.5) == (3, "ddim", 4.0)
@@ -228,7 +230,7 @@ def test_autocast(ckpt, photo, sampler):
     model = load_model(ckpt=ckpt, device="cpu")
     options = {"steps": 4, "sampler": sampler, "scale": 2.0, "seed": 1, "progress": False}
     exact = pixels(txt2img(model, PROMPTS, **options))
-    model.autocast_dtype = torch.bfloat16
+    model.info = replace(model.info, autocast_dtype=torch.bfloat16)
     rough = pixels(txt2img(model, PROMPTS, **options))
     assert 0 < np.abs(rough - exact).mean() < 8
     assert img2img(model, ["a"], photo, **options)[0].size == (64, 96)
@@ -245,7 +247,7 @@ def test_half_precision_image_to_image(ckpt, photo):
 
 def test_models_of_one_scale_have_pictures_brought_to_it(ckpt, photo):
     model = load_model(ckpt=ckpt, device="cpu")
-    model.one_scale = True
+    model.info = replace(model.info, one_scale=True)
     assert img2img(model, ["a"], photo, strength=0.0, progress=False)[0].size == (32, 32)  # 70x96 at 32 is 32x44
     with pytest.raises(ValueError, match="900x2 would become 14400x32"):
         img2img(model, ["a"], Image.new("RGB", (900, 2)))

@@ -17,6 +17,7 @@ from PIL import Image
 from ldm import cli, devices
 from ldm.cli.writing import SampleWriter
 from ldm.distributed import ALONE, DistributedContext, environment
+from ldm.models.model_info import ModelInfo
 from scripts import img2img, txt2img
 from tests.tiny import write_tiny
 
@@ -127,7 +128,7 @@ def test_every_process_calls_a_picture_the_same(ckpt: Path) -> None:
     """Whichever GPU it draws with, and whenever its copy of the model was made."""
     args = cli.parse(txt2img.parser(), [*arguments(ckpt, "out"), "--resume"])
     batches, seeding = cli.batches(args), cli.seeding(args)
-    models = [SimpleNamespace(checkpoint_path=ckpt, device=torch.device("cuda", number)) for number in (0, 1)]
+    models = [SimpleNamespace(info=ModelInfo(str(ckpt)), device=torch.device("cuda", number)) for number in (0, 1)]
     one, other = (cli.descriptions(args, model, batches, seeding, height=32, width=32) for model in models)
     assert one == other
 

@@ -99,7 +99,8 @@ def conditions_for(model: LatentDiffusion, args: argparse.Namespace, read: Any) 
     given = next((flag for flag in flags.values() if getattr(args, flag) is not None), None)
     if given != wanted:
         use = f"leave --{given} out" if wanted is None else f"use --{wanted}" + (f", not --{given}" if given else "")
-        raise ValueError(f"{model.checkpoint_path} is {model.family}, which draws from {task.draws_from}: {use}")
+        path, family = model.info.checkpoint_path, model.info.family
+        raise ValueError(f"{path} is {family}, which draws from {task.draws_from}: {use}")
     if wanted == "classes":
         return _classes(model, args)
     if wanted == "layout":

@@ -55,7 +55,7 @@ def descriptions(
     """
     options = {name: value for name, value in vars(args).items() if name not in _OF_NO_EFFECT}
     kind = str(model.device).partition(":")[0]  # not which of several: every process has another
-    options |= {"model": _stamp(model.checkpoint_path), "config": _stamp(args.config), "device": kind}
+    options |= {"model": _stamp(model.info.checkpoint_path), "config": _stamp(args.config), "device": kind}
     options |= {name: _stamp(value) if isinstance(value, Path) else value for name, value in more.items()}
     before, first, found = hashlib.sha256(), 0, []
     for batch in batches:

@@ -51,7 +51,7 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
         args.public_steps,
         args.cfg_pp,
     )
-    args.schedule = args.schedule or getattr(model, "sampling", {}).get("schedule")
+    args.schedule = args.schedule or model.info.sampling.schedule
     if tile:
         inference.tile_first_stage(model.first_stage_model, tile)
     take(args, model)
@@ -60,7 +60,7 @@ def load_model(args: Namespace, *tasks: Task) -> LatentDiffusion:
 
 def model_name(model: LatentDiffusion) -> str:
     """What to call a loaded model: its file, or the folder of a file with the public name model.ckpt or last.ckpt."""
-    path = Path(model.checkpoint_path).resolve()
+    path = Path(model.info.checkpoint_path).resolve()
     return path.parent.name if path.stem in ("model", "last") else path.stem
 
 

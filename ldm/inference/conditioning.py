@@ -68,7 +68,9 @@ def require(model: LatentDiffusion, *tasks: Task) -> Task:
     found = task_of(model)
     if found in tasks:
         return found
-    path, family = getattr(model, "checkpoint_path", "the model"), getattr(model, "family", type(model).__name__)
+    path, family = (
+        (model.info.checkpoint_path, model.info.family) if model.info else ("the model", type(model).__name__)
+    )
     *others, last = dict.fromkeys(task.draws_from for task in tasks)
     wanted = f"{', '.join(others)} or {last}" if others else last
     raise ValueError(

@@ -23,6 +23,7 @@ from ldm.models.diffusion.guidance import CFG_PP_SCALE, Guidance
 from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES
+from ldm.models.model_info import ModelInfo, SamplingDefaults
 from ldm.modules.layout import lay_out
 from ldm.util import public_path
 
@@ -103,10 +104,13 @@ def load_first_stage(
     model: Any = _built(settings)
     fill_model(model, checkpoint, dtype=DTYPES[precision])
     lay_out(model)
-    mapped, model = model.mapped_file, getattr(model, "first_stage_model", model)
+    model = getattr(model, "first_stage_model", model)
     if not hasattr(model, "downsampling_factor"):
         raise ValueError(f"{settings['model'].get('target')} has no first stage: fix the config")
-    model.checkpoint_path, model.mapped_file = str(checkpoint.path), mapped
+    model.checkpoint_path, model.mapped_file = str(checkpoint.path), checkpoint.mapped
+    model.info = ModelInfo(
+        str(checkpoint.path), describe(checkpoint.shapes), checkpoint.global_step, mapped_file=checkpoint.mapped
+    )
     stage: FirstStage = model.to(where).eval()
     return stage
 
@@ -132,12 +136,15 @@ def _filled(
         )
     fill_model(model, checkpoint, dtype=DTYPES[precision])
     lay_out(model)
-    model.checkpoint_path = str(checkpoint.path)
-    model.global_step_of_file = checkpoint.global_step
-    model.family = describe(checkpoint.shapes)
-    model.autocast_dtype = torch.float16 if precision == "autocast" else None
-    model.one_scale = bool(settings.get("one_scale", False))
-    model.sampling = _own_sampling(settings)
+    model.info = ModelInfo(
+        checkpoint_path=str(checkpoint.path),
+        family=describe(checkpoint.shapes),
+        global_step=checkpoint.global_step,
+        autocast_dtype=torch.float16 if precision == "autocast" else None,
+        one_scale=bool(settings.get("one_scale", False)),
+        sampling=_own_sampling(settings),
+        mapped_file=checkpoint.mapped,
+    )
     ready: LatentDiffusion = (lodge(model, device) if lowvram else model.to(device)).eval()
     return ready
 
@@ -164,7 +171,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     return merge_configs([config, over], path)
 
 
-def _own_sampling(config: DictConfig) -> dict[str, Any]:
+def _own_sampling(config: DictConfig) -> SamplingDefaults:
     """The `sampling:` section of a config, checked: what counts where the user names nothing else."""
     section: Any = OmegaConf.to_container(config.get("sampling", None) or OmegaConf.create())
     own: dict[str, Any] = section
@@ -182,7 +189,7 @@ def _own_sampling(config: DictConfig) -> dict[str, Any]:
                 f"{', '.join(SAMPLERS)}, a whole number of `steps`, a `schedule` of {', '.join(SCHEDULES)} or "
                 "timesteps in a list, and a `size` in pixels"
             )
-    return own
+    return SamplingDefaults(**own)
 
 
 def _timesteps(value: Any) -> bool:
@@ -208,12 +215,18 @@ def sampling_settings(
         sampler = "ddim"
     if scale is None and cfg_pp:
         scale = CFG_PP_SCALE
-    own: dict[str, Any] = {"steps": public_steps, "sampler": "ddim", "scale": public_scale} | getattr(
-        model, "sampling", {}
-    )
-    given: dict[str, Any] = {"steps": steps, "sampler": sampler, "scale": scale}
-    chosen = {name: own[name] if value is None else value for name, value in given.items()}
-    return chosen["steps"], chosen["sampler"], chosen["scale"]
+    own = sampling_defaults(model)
+    steps = (own.steps or public_steps) if steps is None else steps
+    sampler = (own.sampler or "ddim") if sampler is None else sampler
+    if scale is None:
+        scale = public_scale if own.scale is None else own.scale
+    return steps, sampler, scale
+
+
+def sampling_defaults(model: LatentDiffusion) -> SamplingDefaults:
+    """The sampling defaults of a loaded model; empty for others."""
+    info = getattr(model, "info", None)
+    return info.sampling if info else SamplingDefaults()
 
 
 def sampling_plan(
@@ -235,7 +248,7 @@ def sampling_plan(
     steps, sampler, scale = sampling_settings(
         model, public_scale, steps, sampler, scale, eta, cfg_pp=guidance.get("cfg_pp", False)
     )
-    schedule = getattr(model, "sampling", {}).get("schedule") if schedule is None else schedule
+    schedule = sampling_defaults(model).schedule if schedule is None else schedule
     how = {"steps": steps, "sampler": sampler, "eta": eta, "schedule": schedule}
     return how, Guidance(scale, **guidance)
 
@@ -321,7 +334,7 @@ def predicts(model: LatentDiffusion) -> str | None:
         model.device
     )
     last = torch.full((1,), model.num_timesteps - 1, device=model.device)
-    autocast = getattr(model, "autocast_dtype", None)
+    autocast = model.info.autocast_dtype if model.info else None
     precision = torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None)
     with precision, model.ema_scope(), getattr(model, "lodging", contextlib.nullcontext()):
         output = model.apply_model(noise, last, nothing)

@@ -47,8 +47,9 @@ def seed_everything(seed: int) -> None:
 
 def default_size(model: LatentDiffusion) -> int:
     """The side in pixels that a model was made for."""
-    if "size" in getattr(model, "sampling", {}):
-        return int(model.sampling["size"])  # Stable Diffusion v2's config of 768 pixels has the image_size of 512
+    info = getattr(model, "info", None)
+    if info and info.sampling.size:
+        return int(info.sampling.size)  # Stable Diffusion v2's config of 768 pixels has the image_size of 512
     factor: int = model.first_stage_model.downsampling_factor
     return square(model.image_size)[0] * factor
 
@@ -70,7 +71,7 @@ def fit(model: LatentDiffusion, image: Image.Image, height: int | None = None, w
     if height is not None or width is not None:
         model.latent_size(height or factor, width or factor)
         return fit_to_multiple(image, factor, height=height, width=width)
-    ratio = default_size(model) / min(image.size) if getattr(model, "one_scale", False) else 1.0
+    ratio = default_size(model) / min(image.size) if model.info and model.info.one_scale else 1.0
     height, width = round(image.height * ratio), round(image.width * ratio)
     if ratio != 1.0 and max(height, width) > 8 * default_size(model):
         raise ValueError(f"a picture of {image.width}x{image.height} would become {width}x{height}: crop it first")
@@ -113,7 +114,7 @@ def drawing(model: LatentDiffusion) -> Iterator[None]:
     """How a model computes while it draws one batch: in its precision, with its averaged weights, without gradients,
     and with such shortcuts as `model.shortcuts` says (see `Shortcuts`)."""
     check_unchanged(model)
-    dtype = getattr(model, "autocast_dtype", None)
+    dtype = model.info.autocast_dtype if model.info else None
     precision = torch.autocast(model.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
     shortcuts, network = getattr(model, "shortcuts", Shortcuts()), model.model.diffusion_model
     lodging = getattr(model, "lodging", contextlib.nullcontext())  # empty when averaged weights are changed back

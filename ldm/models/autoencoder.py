@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.distributed_rng import DistributedRNG
 from ldm.models.first_stage import FirstStage
+from ldm.models.model_info import ModelInfo
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, regroup
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -229,6 +230,7 @@ class VQModelInterface(VQModel):
 class IdentityFirstStage(nn.Module):
     """No first stage: pixels are the latents."""
 
+    info: ModelInfo | None = None  # set by `ldm.inference.load_first_stage`
     downsampling_factor = 1
 
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import init_from_checkpoint
 from ldm.lightning import pl
+from ldm.models.model_info import ModelInfo
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
@@ -38,6 +39,7 @@ class FirstStage(pl.LightningModule):
 
     NETWORKS: tuple[str, ...] = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
+    info: ModelInfo | None = None  # set by `ldm.inference.load_first_stage`
     encoder: Encoder
     decoder: Decoder
     loss: Any  # what `lossconfig` makes

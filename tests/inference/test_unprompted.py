@@ -10,6 +10,7 @@ from ldm.data.layouts import Box
 from ldm.inference import check_labels, class2img, layout2img, layout_tokens, noise2img, segmentation2img, txt2img
 from ldm.inference.pipeline import decode
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.model_info import ModelInfo, SamplingDefaults
 from tests.unprompted import toy
 
 QUICK = {"steps": 4, "seed": 3, "progress": False}
@@ -111,7 +112,7 @@ def test_without_a_null_class():
 
 def test_the_models_own_scale():
     model = toy("classes")
-    model.sampling = {"scale": 3.0}
+    model.info = ModelInfo("toy.ckpt", sampling=SamplingDefaults(scale=3.0))
     assert_same(class2img(model, [1], **QUICK), class2img(model, [1], scale=3.0, **QUICK))
 
 

@@ -15,6 +15,7 @@ import ldm
 from ldm import cli
 from ldm import inference as real
 from ldm.models.diffusion.noise import PerImageNoise
+from ldm.models.model_info import ModelInfo
 
 
 class FakeInference(ModuleType):
@@ -37,7 +38,7 @@ class FakeInference(ModuleType):
     def load_model(self, config, ckpt, *, device, precision, overrides, tasks, lowvram=False, verify=False):
         self.calls.append(("load_model", {"config": config, "ckpt": ckpt, "device": device, "precision": precision}))
         path = Path(ckpt or "models/ldm/shapes64/model.ckpt")
-        return SimpleNamespace(channels=4, latent_size=lambda h, w: (h // 8, w // 8), checkpoint_path=path)
+        return SimpleNamespace(channels=4, latent_size=lambda h, w: (h // 8, w // 8), info=ModelInfo(str(path)))
 
     sampling_settings = staticmethod(real.sampling_settings)
     PromptOptions, Shortcuts = real.PromptOptions, real.Shortcuts

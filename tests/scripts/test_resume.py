@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ldm import cli
+from ldm.models.model_info import ModelInfo
 from scripts import img2img, txt2img
 from tests.tiny import write_tiny
 
@@ -124,7 +125,7 @@ def wanted(place: Path, *more: str) -> list[str]:
     from ldm.cli.manifest import descriptions, key_of
 
     args = cli.parse(txt2img.parser(), options(place, *more))
-    model = SimpleNamespace(checkpoint_path=args.ckpt, device="cpu")
+    model = SimpleNamespace(info=ModelInfo(args.ckpt), device="cpu")
     size = {"height": args.H or 32, "width": args.W or 32}
     seeding = cli.seeding(args, args.fixed_code)
     return [key_of(found) for found in descriptions(args, model, cli.batches(args), seeding, **size)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import nn
+
+from ldm.models.model_info import ModelInfo
 
 
 class Shortcuts(Protocol):
@@ -17,14 +18,9 @@ class Shortcuts(Protocol):
 
 
 class Loaded:
-    """Set by `ldm.inference.loading`; the last three are there where they were asked for."""
+    """Set by `ldm.inference.loading`; all but the first are there where they were asked for."""
 
-    checkpoint_path: str
-    global_step_of_file: int | None
-    family: str
-    autocast_dtype: torch.dtype | None
-    one_scale: bool
-    sampling: dict[str, Any]
+    info: ModelInfo | None = None
     lodging: AbstractContextManager[object]
     one_by_one: bool
     shortcuts: Shortcuts
