@@ -1,39 +1,51 @@
-"""Resolving a config's `target:` strings: the one place that knows public names and where they live now."""
+"""Build objects from configs, find public files, and the small helpers of the published `ldm.util`."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.trust import check_found, check_path, trust
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = [
     "ALIASES",
     "FIRST_STAGE",
     "MARKERS",
     "UNCONDITIONAL",
+    "autocast",
+    "count_params",
     "default",
     "exists",
     "get_obj_from_str",
     "instantiate_from_config",
+    "isimage",
+    "ismap",
+    "log_txt_as_img",
+    "mean_flat",
+    "parallel_data_prefetch",
     "public_path",
     "trust",
 ]
 
-# Where files of the public layout (configs/..., models/...) may be: here, in a clone, in an installation.
+# Where the files of the public layout (configs/..., models/...) may be, besides the working directory.
 REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALLED = Path(sys.prefix) / "share" / "latent-diffusion"
-BESIDE = REPOSITORY / "share" / "latent-diffusion"  # of `pip install --target`
+BESIDE = REPOSITORY / "share" / "latent-diffusion"  # `pip install --target`
 
 UNCONDITIONAL = "__is_unconditional__"
 FIRST_STAGE = "__is_first_stage__"
 MARKERS = (UNCONDITIONAL, FIRST_STAGE)
 
-# Public `target:` paths whose code has another home here. Configs and old checkpoints keep working unchanged.
+# Public `target:` paths whose code lives elsewhere here: configs and old checkpoints keep working.
 ALIASES: dict[str, str] = {
     "taming.modules.vqvae.quantize.VectorQuantizer2": "ldm.modules.quantize.VectorQuantizer",
     "taming.modules.vqvae.quantize.VectorQuantizer": "ldm.modules.quantize.VectorQuantizer",
@@ -55,33 +67,36 @@ ALIASES: dict[str, str] = {
 
 
 def public_path(path: str) -> Path | None:
-    """Where a file of the public layout, such as "configs/x.yaml", is; None if it is nowhere."""
+    """Return where a file of the public layout such as `configs/x.yaml` is, or None."""
     return next((place / path for place in (Path(), REPOSITORY, INSTALLED, BESIDE) if (place / path).is_file()), None)
 
 
-def exists(value: object) -> bool:
-    """True unless `value` is None."""
-    return value is not None
+def exists(x: object) -> bool:
+    """Return whether `x` is not None."""
+    return x is not None
 
 
-def default(value: Any, fallback: Any) -> Any:
-    """`value`, or `fallback` (called if it is a function) when `value` is None."""
-    if value is not None:
-        return value
-    return fallback() if callable(fallback) else fallback
+def default(val: Any, d: Any) -> Any:
+    """Return `val`, or if it is None the default `d`, called if it is a function."""
+    if val is not None:
+        return val
+    return d() if callable(d) else d
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
-    """The class a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names; a function too, where trusted.
+    """Import the class that a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names.
 
-    Raises ImportError, naming the path, if it is not trusted (see `ldm.trust`), or leads to nothing that can be called.
+    Args:
+        string: the path; published paths whose code moved (`ALIASES`) resolve too.
+        reload: reload its module first.
+
+    Raises:
+        ImportError: the path is not trusted (see `ldm.trust`), or leads to nothing that can be called.
     """
-    if not isinstance(string, str):
+    if not isinstance(string, str) or "." not in string:
         raise ImportError(f"target {string!r} is not a dotted path such as 'package.module.Class'")
     path = ALIASES.get(string, string)
     module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ImportError(f"target {string!r} is not a dotted path such as 'package.module.Class'")
     check_path(string, path)
     try:
         module = importlib.import_module(module_name)
@@ -100,11 +115,14 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
 def instantiate_from_config(config: Any, **extra: Any) -> Any:
     """Build the object that a `{target: dotted.path, params: {...}}` config describes.
 
-    `extra` keyword arguments are added to `params` and win over them. The markers `__is_unconditional__` and
-    `__is_first_stage__` stand for "nothing to build" and give None.
+    Args:
+        config: the config, or one of `MARKERS`, which stand for "nothing to build" and give None.
+        **extra: keyword arguments added to `params`, which they override.
 
-    Raises ValueError if `config` has no `target` or no such `params`, ImportError if the target does not resolve or is
-    not trusted (see `ldm.trust`).
+    Raises:
+        ValueError: `config` has no `target`, or its params do not fit it.
+        ImportError: the target does not resolve or is not trusted (see `ldm.trust`). In a program of your own, its
+            own classes are trusted; in configs that scripts and `load_model` read, they are not.
     """
     if config in MARKERS:
         return None
@@ -115,7 +133,7 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
         raise ValueError(f"a config needs a 'target' key; this one has {sorted(map(str, config))}")
     params = config.get("params") or {}
     if not isinstance(params, Mapping) and not hasattr(params, "get"):
-        raise ValueError(f"the params of {target} must be settings by name, not {params!r}")
+        raise ValueError(f"the params of {target} must be a mapping, not {params!r}")
     call = get_obj_from_str(target)
     try:
         return call(**{**params, **extra})
@@ -124,3 +142,120 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
         if re.search(r"unexpected keyword argument|missing \d+ required", str(error)):
             raise ValueError(f"the config of {target} does not fit: {error}") from error
         raise
+
+
+def count_params(model: nn.Module, verbose: bool = False) -> int:
+    """Return the number of a model's parameters; print it in millions if `verbose`."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if verbose:
+        print(f"{type(model).__name__} has {total * 1e-6:.2f} M params.")
+    return total
+
+
+def ismap(x: Any) -> bool:
+    """Return whether `x` is a batch of feature maps: a tensor (B, C, H, W) with more than 3 channels."""
+    return _is_batch(x) and x.shape[1] > 3
+
+
+def isimage(x: Any) -> bool:
+    """Return whether `x` is a batch of images: a tensor (B, C, H, W) with 1 or 3 channels."""
+    return _is_batch(x) and x.shape[1] in (1, 3)
+
+
+def _is_batch(x: Any) -> bool:
+    import torch
+
+    return isinstance(x, torch.Tensor) and x.ndim == 4
+
+
+def mean_flat(tensor: Tensor) -> Tensor:
+    """Average over all axes but the first: (B, ...) to (B,)."""
+    return tensor.mean(dim=list(range(1, tensor.ndim)))
+
+
+def autocast(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `f` under CUDA autocast, in the dtype that autocast has been set to. A decorator."""
+
+    @functools.wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        dtype, cache = torch.get_autocast_dtype("cuda"), torch.is_autocast_cache_enabled()
+        with torch.autocast("cuda", dtype=dtype, cache_enabled=cache, enabled=torch.cuda.is_available()):
+            return f(*args, **kwargs)
+
+    return run
+
+
+def log_txt_as_img(wh: tuple[int, int], xc: Sequence[Any], size: int = 10) -> Tensor:
+    """Render captions as images, black on white, in Pillow's own font.
+
+    Args:
+        wh: width and height in pixels.
+        xc: B captions; of a list of captions the first is used. Lines wrap at the width; what is below the image
+            is cut off.
+        size: font size in pixels.
+
+    Returns:
+        (B, 3, H, W) in [-1, 1].
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size)
+    columns = max(1, int(wh[0] / font.getlength("abcdefgh ") * 9))
+    pages = []
+    for caption in xc:
+        text = str(caption[0] if isinstance(caption, (list, tuple)) else caption)
+        page = Image.new("RGB", (int(wh[0]), int(wh[1])), "white")
+        lines = "\n".join(textwrap.fill(line, columns) for line in text.splitlines())
+        ImageDraw.Draw(page).text((0, 0), lines, fill="black", font=font)
+        pages.append(np.asarray(page, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
+    return torch.from_numpy(np.stack(pages))
+
+
+def parallel_data_prefetch(
+    func: Callable[..., Any],
+    data: Iterable[Any],
+    n_proc: int,
+    target_data_type: str = "ndarray",
+    cpu_intensive: bool = True,
+    use_worker_id: bool = False,
+) -> Any:
+    """Apply `func` to parts of `data` in parallel and join the results in order.
+
+    Args:
+        func: takes a part of the data (and `worker_id` with `use_worker_id`) and returns an array or a list.
+        data: an array, a list or another iterable; of a dict, its values.
+        n_proc: the number of parts and workers.
+        target_data_type: "ndarray" to join arrays along their first axis, "list" to join lists.
+        cpu_intensive: use processes, otherwise threads.
+        use_worker_id: pass the number of the part to `func`.
+
+    Raises:
+        ValueError: `n_proc` or `target_data_type` is not usable for `data`. What `func` raises is raised here.
+    """
+    import multiprocessing
+    from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+
+    import numpy as np
+
+    if target_data_type not in ("ndarray", "list") or n_proc < 1:
+        raise ValueError(f"cannot split data into {n_proc} parts as {target_data_type!r}: use 'ndarray' or 'list'")
+    if isinstance(data, np.ndarray) and target_data_type == "list":
+        raise ValueError("data is an array, so target_data_type must be 'ndarray', not 'list'")
+    values = data if isinstance(data, np.ndarray) else list(data.values() if isinstance(data, Mapping) else data)
+    parts: Any = np.array_split(np.asarray(values), n_proc) if target_data_type == "ndarray" else []
+    if target_data_type == "list":
+        step = -(-len(values) // n_proc) or 1
+        parts = [values[start : start + step] for start in range(0, len(values), step)]
+    extras = [{"worker_id": number} if use_worker_id else {} for number in range(len(parts))]
+    workers: Executor
+    if cpu_intensive:
+        workers = ProcessPoolExecutor(n_proc, multiprocessing.get_context())
+    else:
+        workers = ThreadPoolExecutor(n_proc)
+    with workers:
+        results = [job.result() for job in [workers.submit(func, part, **extra) for part, extra in zip(parts, extras)]]
+    return np.concatenate(results) if target_data_type == "ndarray" else [entry for part in results for entry in part]

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works
 from ldm import cli
 from ldm.devices import DEVICES
 from ldm.files import write_text
+from ldm.trust import allowlist_only
 
 CACHED = "ldm.data.cache.CachedDataset"
 SECTIONS = ("train", "validation")
@@ -99,6 +100,7 @@ def cached_section(model: Any, section: Any, folder: Path, args: Any) -> dict[st
     return {"target": CACHED, "params": params}
 
 
+@allowlist_only()
 def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parser().parse_known_args(argv)
     config = read_config(args.base, overrides)

@@ -1,13 +1,15 @@
-"""Config targets: resolution, markers, public names with another home, and mistakes."""
+"""Building from configs (targets, markers, moved names, mistakes), and the small published helpers."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm import util
 from ldm.util import ALIASES, default, get_obj_from_str, instantiate_from_config
 from tests.golden import REFERENCE
 
@@ -82,3 +84,40 @@ def test_misspelt_keys_are_named(config, message):
         instantiate_from_config(config)
     with pytest.raises(ImportError, match="5 is not a dotted path"):
         instantiate_from_config({"target": 5})
+
+
+def test_helpers_for_tensors(capsys):
+    images, maps, rows = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, 4), torch.arange(6.0).reshape(2, 3)
+    assert [util.isimage(x) for x in (images, images[:, :1], maps, rows, "x")] == [True, True, False, False, False]
+    assert [util.ismap(x) for x in (images, maps, rows, "x")] == [False, True, False, False]
+    assert util.mean_flat(rows).tolist() == [1.0, 4.0] and util.mean_flat(images).shape == (2,)
+    assert util.count_params(torch.nn.Linear(3, 4), verbose=True) == 16
+    assert capsys.readouterr().out == "Linear has 0.00 M params.\n"
+    assert util.exists(0) and not util.exists(None)
+    assert util.autocast(lambda x, y=1: x + y)(2, y=3) == 5
+
+
+def test_captions_as_images():
+    texts = util.log_txt_as_img((64, 32), ["", "a red circle", ["a list", "of two"]], size=8)
+    assert texts.shape == (3, 3, 32, 64) and texts.dtype == torch.float32
+    assert bool((texts[0] == 1).all()) and texts.max() == 1 and -1 <= texts.min() < 0
+    long = util.log_txt_as_img((64, 64), ["word " * 20])
+    assert long[0, 0, 32:].min() < 1  # wrapped, not cut off at the right
+
+
+def _double(part, worker_id=0):
+    return part * 2 if isinstance(part, np.ndarray) else [(value * 2, worker_id) for value in part]
+
+
+@pytest.mark.parametrize("processes", [True, False])
+def test_parallel_data_prefetch(processes):
+    data = np.arange(10).reshape(5, 2)
+    doubled = util.parallel_data_prefetch(_double, data, 2, cpu_intensive=processes)
+    assert np.array_equal(doubled, data * 2)
+    found = util.parallel_data_prefetch(_double, {"a": 1, "b": 2, "c": 3}, 2, "list", processes, use_worker_id=True)
+    assert found == [(2, 0), (4, 0), (6, 1)]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        util.parallel_data_prefetch(_double, [None, None], 2, "list", processes)
+    for given, workers, kind in (([1], 0, "list"), ([1], 1, "tuple"), (data, 1, "list")):
+        with pytest.raises(ValueError, match="target_data_type|cannot split"):
+            util.parallel_data_prefetch(_double, given, workers, kind, processes)

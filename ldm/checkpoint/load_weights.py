@@ -16,6 +16,7 @@ from ldm.checkpoint.families import describe, detect_config, ema_name, family_of
 from ldm.checkpoint.formats.storages import stamp
 from ldm.checkpoint.reading import Checkpoint, CheckpointError
 from ldm.limits import building
+from ldm.trust import allowlist_only
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def build_on_meta(model_config: Any) -> nn.Module:
 
     What a model computes from its config (schedules, position ids) it makes on the CPU and holds already.
     """
-    with torch.device("meta"), _Uninitialised(), building():
+    with torch.device("meta"), _Uninitialised(), building(), allowlist_only():
         model: nn.Module = instantiate_from_config(model_config)
     return model
 

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from ldm.cli.startup import prepare
 from ldm.distributed import environment
+from ldm.trust import allowlist_only
 
 LESS_MEMORY = "--n_samples 1, --tile 512, a smaller --H and --W, or (on a GPU) --lowvram and --precision fp16"
 FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."
@@ -61,7 +62,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     library.addHandler(console)
     library.setLevel(logging.INFO if environment()[0] == 0 else logging.ERROR)  # of several processes, one reports
     try:
-        main(argv)
+        with allowlist_only():
+            main(argv)
         return 0
     except KeyboardInterrupt as error:
         if argv is None:  # the process is about to end, and impatience is to end it no worse

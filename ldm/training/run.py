@@ -32,6 +32,7 @@ from ldm.training.resume import ContinueExactly
 from ldm.training.seeding import StepSeeds, seed_draws
 from ldm.training.signals import Signals, Stopped
 from ldm.training.strategies import choose_strategy
+from ldm.trust import allowlist_only
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ BY_HAND = {"accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algori
 OURS = ("checkpoint_callback", "setup_callback", "cuda_callback", TRAINSTEP)
 
 
+@allowlist_only()  # also while a callback or a hook builds something from the config later
 def train(args: argparse.Namespace) -> None:
     """Do what the command line asks for (see `ldm.cli_train`). Raises what `ldm.cli.run` can show in one line."""
     _quiet()
