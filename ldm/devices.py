@@ -1,4 +1,4 @@
-"""Where to compute, and in which precision: the only place that chooses."""
+"""Choose the device and the precision."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA if there is one, then MPS, then the CPU.
+    """Return the device called `name`; "auto" is CUDA if available, then MPS, then the CPU.
 
-    Of several processes that a launcher started on a machine, each takes the GPU of its own number.
-    Raises ValueError if the device is unknown or this machine, or this build of torch, does not have it.
+    Under a launcher, "cuda" is the GPU of the process's local rank.
+
+    Raises:
+        ValueError: the device is unknown, or not available here.
     """
     import torch
 
@@ -35,40 +37,43 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(
             f"device {name!r} is not available with this machine and torch {torch.__version__}: use 'cpu' or 'auto'"
         )
-    _, world, local = environment()
-    if world == 1 or device != torch.device("cuda"):
+    _, world_size, local_rank = environment()
+    if world_size == 1 or device != torch.device("cuda"):
         return device
-    if local >= torch.cuda.device_count():
+    if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"there is no GPU for process {local + 1} on this machine, which has {torch.cuda.device_count()}: "
-            f"start as many as it has, or use 'cpu'"
+            f"there is no GPU for process {local_rank + 1} on this machine, which has {torch.cuda.device_count()}: "
+            "start at most as many processes as GPUs, or use 'cpu'"
         )
-    return torch.device("cuda", local)
+    return torch.device("cuda", local_rank)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision to use on `device` when `name` (one of PRECISIONS) is asked for: on a CPU, autocast means full.
+    """Return the precision to use on `device`: on a CPU, autocast means full precision.
 
-    What the device cannot do gives way to what comes nearest, with a warning. Raises ValueError if the name is unknown.
+    A precision that the device lacks is replaced by the nearest, with a warning.
+
+    Raises:
+        ValueError: `name` is not one of `PRECISIONS`.
     """
     if name not in PRECISIONS:
         raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
     if device.type == "cpu":
         if name == "autocast":
             return "full"
-        if name == "fp16":  # which many operations lack there
+        if name == "fp16":
             logger.warning("precision fp16 does not work on a CPU: using full; bf16 needs less memory")
             return "full"
         if name == "bf16":
             logger.warning("bf16 on a CPU saves memory but is usually slower than --precision full")
     elif name == "bf16" and not _has_bf16(device):
-        logger.warning("this %s has no bf16: using fp16", device.type.upper())
+        logger.warning("this %s device has no bf16: using fp16", device.type.upper())
         return "fp16"
     return name
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether a device that is no CPU computes in bfloat16 by itself."""
+    """Return whether a CUDA or MPS device computes in bfloat16 without emulation."""
     import torch
 
     if device.type == "mps":

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, brought to the disk, and only then given their own."""
+"""Write files atomically: under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PARTIAL = ".{name}.{pid}.partial"  # what a process that is killed may leave; no program takes it for a file's name
+PARTIAL = ".{name}.{pid}.partial"  # temporary names; a killed process may leave such a file
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], new: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write a file to, which gets its name, in place of what had it, when the block ends well.
+def atomic_write(path: str | os.PathLike[str], exclusive: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write to, which becomes `path` when the block ends without error.
 
-    Neither a process that is killed nor a power cut leaves a file of that name that is not complete. An error leaves
-    what was there before, and nothing else. Raises OSError; with `new` FileExistsError if there is such a file by then,
-    which then stays, whichever process it came from.
+    Neither a killed process nor a power cut leaves an incomplete file at `path`; an error leaves what was there before.
+
+    Args:
+        path: the file to create or replace.
+        exclusive: never replace a file, whichever process wrote it.
+
+    Raises:
+        FileExistsError: with `exclusive`, there is such a file when the block ends.
+        OSError: the file cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(PARTIAL.format(name=uuid.uuid4().hex, pid=os.getpid()))
+    partial = _partial(path.parent)
     try:
         yield partial
         sync(partial)
-        if new:
-            _give_new_name(partial, path)
+        if exclusive:
+            _rename_exclusive(partial, path)
         else:
             os.replace(partial, path)
         sync_folder(path.parent)
@@ -35,18 +41,28 @@ def atomic_write(path: str | os.PathLike[str], new: bool = False) -> Iterator[Pa
         partial.unlink(missing_ok=True)
 
 
-def write_new(
+def write_exclusive(
     folder: Path,
     names: Iterable[Path],
     write: Callable[[BinaryIO], Any],
     before: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Have `write` write a file, and give it the first of `names`, paths in `folder`, that no file has; returns that.
+    """Write a file under the first of `names` that no file has. Several processes may do so at once.
 
-    Several processes may do so at once: every file gets a name of its own, and is whole when it has it. names: asked
-    for when the file is complete. before: called with the whole file, just before that gets its name. Raises OSError.
+    Args:
+        folder: where the file is written.
+        names: paths in `folder`, read when the file is complete.
+        write: writes the content.
+        before: called with the complete file before it gets its name.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileExistsError: all names are taken.
+        OSError: the file cannot be written.
     """
-    partial = folder / PARTIAL.format(name=uuid.uuid4().hex, pid=os.getpid())
+    partial = _partial(folder)
     try:
         with partial.open("xb") as file:
             write(file)
@@ -55,8 +71,8 @@ def write_new(
         if before is not None:
             before(partial)
         for path in names:
-            with contextlib.suppress(FileExistsError):  # taken, perhaps by another process just now
-                _give_new_name(partial, path)
+            with contextlib.suppress(FileExistsError):  # perhaps another process took it just now
+                _rename_exclusive(partial, path)
                 sync_folder(folder)
                 return path
         raise FileExistsError(f"every name for a file in {folder} is taken")
@@ -64,20 +80,46 @@ def write_new(
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def numbered(path: Path, joint: str = "-", first: int = 2) -> Iterator[Path]:
-    """a.png, a-2.png, a-3.png ... for ever."""
+    """Yield a.png, a-2.png, a-3.png ... without end."""
     return itertools.chain([path], (path.with_stem(f"{path.stem}{joint}{n}") for n in itertools.count(first)))
 
 
-def _give_new_name(partial: Path, path: Path) -> None:
-    """Give a file another name, atomically; FileExistsError if that is taken."""
+def sync(path: Path) -> None:
+    """Flush a file's content to disk. Raises OSError; a full disk may report it only now."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, where the system supports it."""
+    with contextlib.suppress(OSError):  # Windows, and some network file systems
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _partial(folder: Path) -> Path:
+    return folder / PARTIAL.format(name=uuid.uuid4().hex, pid=os.getpid())
+
+
+def _rename_exclusive(partial: Path, path: Path) -> None:
+    """Rename atomically without replacing; FileExistsError if the name is taken."""
     try:
         try:
             os.link(partial, path)
         except FileExistsError:
             raise
-        except OSError:  # a file system without hard links: reserve the name, then replace the empty file
-            path.open("xb").close()  # which is what a kill just here leaves
+        except OSError:  # no hard links: reserve the name with an empty file, which a kill just here leaves
+            path.open("xb").close()
             try:
                 os.replace(partial, path)
             except OSError as error:
@@ -85,25 +127,3 @@ def _give_new_name(partial: Path, path: Path) -> None:
                 raise OSError(f"{path} could not be written: {error}") from error
     except FileExistsError:
         raise FileExistsError(f"{path} exists already: choose another name") from None
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, in UTF-8, that is whole or not there; see `atomic_write`."""
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """Have a file's content on the disk. Raises OSError, for a disk that is full may say so only now."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have a folder's names on the disk, where the system can do that."""
-    with contextlib.suppress(OSError):  # Windows, and some network file systems
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

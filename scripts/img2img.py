@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings |= {"init_image": Path(args.init_img).name, **reading}
         settings |= {"depth": Path(args.depth).name} if args.depth else {}
         settings |= {"tiling": args.tiling} if args.tiling else {}
-        watch = cli.Watch(args, model, len(batches[processes.rank :: processes.world]), shown=processes.rank == 0)
+        watch = cli.Watch(args, model, len(batches[processes.rank :: processes.world_size]), shown=processes.rank == 0)
         with cli.SampleWriter(args, processes, **settings) as writer, watch:
             inference.seed_everything(args.seed)
             seeding, first = cli.seeding(args), 0

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = cli.load_model(args, TEXT)
         size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
         settings = {"model": cli.model_name(model), **reading, **({"tiling": args.tiling} if args.tiling else {})}
-        watch = cli.Watch(args, model, len(batches[processes.rank :: processes.world]), shown=processes.rank == 0)
+        watch = cli.Watch(args, model, len(batches[processes.rank :: processes.world_size]), shown=processes.rank == 0)
         with cli.SampleWriter(args, processes, **settings) as writer, watch:
             inference.seed_everything(args.seed)
             seeding = cli.seeding(args, args.fixed_code)

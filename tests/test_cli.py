@@ -263,7 +263,7 @@ def test_what_a_device_cannot_do_gives_way(caplog, monkeypatch):
     assert "fp16 does not work on a CPU: using full" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert devices.choose_precision("bf16", torch.device("cuda")) == "fp16"
-    assert "this CUDA has no bf16: using fp16" in caplog.text
+    assert "this CUDA device has no bf16: using fp16" in caplog.text
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: major < 14)
     assert devices.choose_precision("bf16", torch.device("mps")) == "fp16"
     assert devices.choose_precision("fp16", torch.device("mps")) == "fp16"

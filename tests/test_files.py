@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldm import files
-from ldm.files import atomic_write, numbered, write_new
+from ldm.files import atomic_write, numbered, write_exclusive
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,11 +80,11 @@ def links(request, monkeypatch) -> str:
 def test_a_new_file_takes_nobody_s_name(tmp_path, links):
     path = tmp_path / "a.bin"
     with pytest.raises(FileExistsError, match="a.bin exists already: choose another name"):  # noqa: SIM117
-        with atomic_write(path, new=True) as partial:
+        with atomic_write(path, exclusive=True) as partial:
             partial.write_text("ours")
             path.write_text("theirs")  # another process was faster
     assert path.read_text() == "theirs" and os.listdir(tmp_path) == ["a.bin"]
-    with atomic_write(tmp_path / "b.bin", new=True) as partial:
+    with atomic_write(tmp_path / "b.bin", exclusive=True) as partial:
         partial.write_text("ours")
     assert (tmp_path / "b.bin").read_text() == "ours" and len(os.listdir(tmp_path)) == 2
 
@@ -97,11 +97,11 @@ def test_the_first_free_name(tmp_path, links):
         file.write(b"ours")
 
     seen = []
-    path = write_new(tmp_path, numbered(tmp_path / "a.bin"), write, lambda whole: seen.append(whole.read_bytes()))
+    path = write_exclusive(tmp_path, numbered(tmp_path / "a.bin"), write, lambda whole: seen.append(whole.read_bytes()))
     assert path == tmp_path / "a-3.bin" and path.read_bytes() == b"ours" and seen == [b"ours"]
     assert sorted(os.listdir(tmp_path)) == ["a-2.bin", "a-3.bin", "a.bin"]
     with pytest.raises(FileExistsError, match="every name for a file in .* is taken"):
-        write_new(tmp_path, [path], lambda file: None)
+        write_exclusive(tmp_path, [path], lambda file: None)
     assert sorted(os.listdir(tmp_path)) == ["a-2.bin", "a-3.bin", "a.bin"]
 
 
@@ -111,29 +111,29 @@ def test_an_error_leaves_no_new_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        write_new(tmp_path, [tmp_path / "a.bin"], full)
+        write_exclusive(tmp_path, [tmp_path / "a.bin"], full)
     assert os.listdir(tmp_path) == []
 
 
 def test_new_files_are_brought_to_the_disk(tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(os, "fsync", lambda fd: order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).suffix))
-    monkeypatch.setattr(files, "_give_new_name", lambda *paths: order.append("named"))
-    write_new(tmp_path, [tmp_path / "a.bin"], lambda file: file.write(b"x"))
+    monkeypatch.setattr(files, "_rename_exclusive", lambda *paths: order.append("named"))
+    write_exclusive(tmp_path, [tmp_path / "a.bin"], lambda file: file.write(b"x"))
     assert order == [".partial", "named", ""]
 
 
 HAMMER = """
 import sys
 from pathlib import Path
-from ldm.files import numbered, atomic_write, write_new
+from ldm.files import numbered, atomic_write, write_exclusive
 folder, who = Path(sys.argv[1]), sys.argv[2].encode()
 for i in range(60):
-    write_new(folder, numbered(folder / "a.bin"), lambda file: file.write(who * 1000))
+    write_exclusive(folder, numbered(folder / "a.bin"), lambda file: file.write(who * 1000))
 won = 0
 for i in range(60):
     try:
-        with atomic_write(folder / f"one-{i}", new=True) as partial:
+        with atomic_write(folder / f"one-{i}", exclusive=True) as partial:
             partial.write_bytes(who * 1000)
         won += 1
     except FileExistsError:
@@ -165,5 +165,5 @@ def test_a_name_that_could_not_be_given_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links")))
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(FileExistsError(17, "odd file system")))
     with pytest.raises(OSError, match="could not be written") as found:
-        write_new(tmp_path, numbered(tmp_path / "a.png"), lambda file: file.write(b"x"))
+        write_exclusive(tmp_path, numbered(tmp_path / "a.png"), lambda file: file.write(b"x"))
     assert not isinstance(found.value, FileExistsError) and not list(tmp_path.iterdir())

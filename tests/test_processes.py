@@ -16,7 +16,7 @@ from PIL import Image
 
 from ldm import cli, devices
 from ldm.cli.writing import SampleWriter
-from ldm.distributed import ALONE, DistributedContext, environment
+from ldm.distributed import SINGLE_PROCESS, DistributedContext, environment
 from ldm.models.model_info import ModelInfo
 from scripts import img2img, txt2img
 from tests.tiny import write_tiny
@@ -133,7 +133,7 @@ def test_every_process_calls_a_picture_the_same(ckpt: Path) -> None:
     assert one == other
 
     class Second(DistributedContext):
-        def agree(self, value):
+        def broadcast(self, value):
             return one if isinstance(value, list) and value and isinstance(value[0], dict) else value
 
     writer = SampleWriter(args, Second(1, 2))
@@ -170,7 +170,7 @@ def test_when_one_process_fails_none_waits(ckpt: Path) -> None:
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch) -> None:
-    assert ALONE.agree("x") == "x" and ALONE.gather([1, 2]) == [1, 2]
+    assert SINGLE_PROCESS.broadcast("x") == "x" and SINGLE_PROCESS.gather([1, 2]) == [1, 2]
     monkeypatch.setenv("WORLD_SIZE", "8")  # clusters set it for other purposes
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert environment() == (0, 1, 0)

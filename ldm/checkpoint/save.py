@@ -40,7 +40,7 @@ def save_checkpoint(
         raise FileExistsError(f"{path} exists already: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = _storable(state)
-    with atomic_write(path, new=not overwrite) as partial:
+    with atomic_write(path, exclusive=not overwrite) as partial:
         if path.suffix == ".safetensors":
             metadata = {"format": "pt", "global_step": str(global_step), "epoch": str(epoch), SHA256: PLACEHOLDER}
             save_file(tensors, partial, metadata)

@@ -17,7 +17,7 @@ from ldm import __version__
 from ldm.cli.manifest import MANIFEST, Manifest
 from ldm.cli.options import sampling_metadata
 from ldm.cli.speed import shortcuts
-from ldm.distributed import ALONE, DistributedContext
+from ldm.distributed import SINGLE_PROCESS, DistributedContext
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +77,7 @@ class SampleWriter:
 
     FOLDER = "samples"  # in outdir
 
-    def __init__(self, args: Namespace, processes: DistributedContext = ALONE, **settings: Any) -> None:
+    def __init__(self, args: Namespace, processes: DistributedContext = SINGLE_PROCESS, **settings: Any) -> None:
         self.outdir = Path(args.outdir)
         self.samples = self.outdir / self.FOLDER
         self._made = make_folder(self.outdir) + make_folder(self.samples)
@@ -86,7 +86,7 @@ class SampleWriter:
         self._processes = processes
         self._settings = settings
         self._index = 0
-        self._first = None if processes.world == 1 else processes.agree(self._next_number())
+        self._first = None if processes.world_size == 1 else processes.broadcast(self._next_number())
         self._for_grid: list[tuple[int, Image.Image | Path]] = []
         self._manifest: Manifest | None = None
         self._wanted: Sequence[Mapping[str, Any]] = ()
@@ -94,12 +94,12 @@ class SampleWriter:
 
     def resume(self, wanted: Sequence[Mapping[str, Any]]) -> None:
         """Go on with a run of these pictures (see `manifest.descriptions`): `holds` tells what is there already."""
-        wanted = self._processes.agree(wanted)  # of several machines each may have a copy of the model's file
+        wanted = self._processes.broadcast(wanted)  # of several machines each may have a copy of the model's file
         self._wanted, self._manifest = wanted, Manifest(self.outdir / MANIFEST, self.samples)
         here = self._manifest.find(wanted) if self._processes.rank == 0 else []
-        self._held = self._processes.agree(here)
+        self._held = self._processes.broadcast(here)
         numbers = (int(name[:-4]) - i for i, name in enumerate(self._held) if name and name[:-4].isdecimal())
-        self._first = self._processes.agree(max(next(numbers, self._next_number()), 0))
+        self._first = self._processes.broadcast(max(next(numbers, self._next_number()), 0))
         if count := sum(name is not None for name in self._held):
             logger.info("%s holds %d of %d pictures: going on with the others", self.samples, count, len(wanted))
 
@@ -125,7 +125,7 @@ class SampleWriter:
         except OSError:
             if kind is None:  # else the first error says more
                 raise
-        if kind is not None and self._processes.world == 1:  # of several, another may still write
+        if kind is not None and self._processes.world_size == 1:  # of several, another may still write
             for folder in reversed(self._made):
                 with contextlib.suppress(OSError):
                     folder.rmdir()  # if nothing came into it
@@ -165,7 +165,7 @@ class SampleWriter:
 
         Another draws it, or it is there already; then it is gone past, and `watch` told of what need not be waited for.
         """
-        if number % self._processes.world != self._processes.rank:
+        if number % self._processes.world_size != self._processes.rank:
             self._index += count
             return True
         if not self.holds(count):
@@ -209,7 +209,7 @@ class SampleWriter:
             number = None if self._first is None else self._first + self._index
             metadata = self._metadata(image, prompt, own)
             path = save_png(image, self.samples, SAMPLE_NAME, metadata, number, self._announce)
-            picture = path if self._processes.world == 1 else image  # the memory of a long run stays as it is
+            picture = path if self._processes.world_size == 1 else image  # the memory of a long run stays as it is
             self.written += 1
         if not self._args.skip_grid:
             self._for_grid.append((self._index, picture))

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.files import atomic_write, write_new
+from ldm.files import atomic_write, write_exclusive
 
 
 def next_free_index(folder: str | Path, pattern: str) -> int:
@@ -39,7 +39,7 @@ def save_png(
     the folder is not writable. before: called with the whole file, just before that gets its name.
     """
     folder = Path(folder)
-    return write_new(folder, _numbered(folder, pattern, index), _png(image, metadata), before)
+    return write_exclusive(folder, _numbered(folder, pattern, index), _png(image, metadata), before)
 
 
 def save_png_named(
@@ -48,7 +48,7 @@ def save_png_named(
     """Write `image` to folder/NAME.png, or where that is taken NAME-1.png, NAME-2.png ...; otherwise as `save_png`."""
     folder = Path(folder)
     names = (folder / f"{name}{tail}.png" for tail in itertools.chain([""], (f"-{n}" for n in itertools.count(1))))
-    return write_new(folder, names, _png(image, metadata))
+    return write_exclusive(folder, names, _png(image, metadata))
 
 
 def replace_png(image: Image.Image, path: str | Path) -> None:
@@ -80,7 +80,7 @@ def save_animation(images: Sequence[Image.Image], folder: str | Path, pattern: s
         first.save(file, save_all=True, append_images=others, duration=durations, loop=0, **kinds[kind])
 
     folder = Path(folder)
-    return write_new(folder, _numbered(folder, pattern, None), write)
+    return write_exclusive(folder, _numbered(folder, pattern, None), write)
 
 
 def _numbered(folder: Path, pattern: str, index: int | None) -> Iterator[Path]:

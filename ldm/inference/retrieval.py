@@ -169,7 +169,7 @@ def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name")
-    with atomic_write(path, new=True) as partial, partial.open("wb") as file:
+    with atomic_write(path, exclusive=True) as partial, partial.open("wb") as file:
         np.savez(file, embeddings=embeddings, paths=np.array(names))
 
 

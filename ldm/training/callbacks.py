@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-from ldm.files import numbered, write_new
+from ldm.files import numbered, write_exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class SetupCallback(pl.Callback):
         for name, config in self.configs.items():
             content = OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
             names = numbered(self.folders[-1] / f"{self.now}-{name}.yaml")
-            write_new(self.folders[-1], names, partial(_write, content))
+            write_exclusive(self.folders[-1], names, partial(_write, content))
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Lightning's hook. The model has its weights by now, also those of the run that it goes on with."""

@@ -170,4 +170,4 @@ def write_new(image: Image.Image, folder: Path, stem: str) -> Path:
     """Write `folder`/`stem`.png, or `stem`_2.png if that is taken, and so on; an incomplete file does not stay."""
     folder.mkdir(parents=True, exist_ok=True)
     names = files.numbered(folder / f"{stem}.png", "_")
-    return files.write_new(folder, names, lambda file: image.save(file, format="PNG"))
+    return files.write_exclusive(folder, names, lambda file: image.save(file, format="PNG"))

@@ -64,7 +64,7 @@ def test_processes_that_share_a_run_need_not_skip(script, monkeypatch):
 
     @dataclass(frozen=True)
     class Shared(DistributedContext):
-        def agree(self, value):
+        def broadcast(self, value):
             return 0
 
         def gather(self, values):
