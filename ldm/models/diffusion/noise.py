@@ -36,6 +36,25 @@ class GeneratorNoise:
         return _moved(torch.randn(tuple(shape), generator=self.generator, device=self.generator.device), device)
 
 
+class SeededNoise:
+    """Noise from one generator per device, seeded as `torch.manual_seed` seeds the global ones: the same numbers.
+
+    Args:
+        seed: of every generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __call__(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Standard normal noise of `shape` on `device`, from the generator of that device."""
+        device = torch.device(device)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return torch.randn(tuple(shape), generator=self._generators[device], device=device)
+
+
 global_cpu_noise = GeneratorNoise(torch.default_generator)  # the same images on every device
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.distributed_rng import DistributedRNG
 from ldm.models.diffusion.gaussian import Condition
+from ldm.models.diffusion.noise import NoiseSource
 from ldm.models.diffusion.stages import freeze, images_of
 from ldm.models.diffusion.upscaling import augmented
 from ldm.util import instantiate_from_config
@@ -68,7 +69,9 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         return self.embedder(images)
 
     @torch.no_grad()
-    def embedding_condition(self, embeddings: Tensor, noise_level: int | Tensor | None = None) -> Tensor:
+    def embedding_condition(
+        self, embeddings: Tensor, noise_level: int | Tensor | None = None, noise: NoiseSource | None = None
+    ) -> Tensor:
         """Embeddings (B, D) as the network takes them (`c_adm`): noised, beside the level's own embedding, (B, 2 D).
 
         noise_level: one, levels (B,), or None for random ones. Zeros are what stands for no picture in guidance.
@@ -76,7 +79,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         """
         if self.noise_augmentor is None:
             return embeddings
-        return torch.cat(augmented(self, self.noise_augmentor, embeddings, noise_level), dim=1)
+        return torch.cat(augmented(self, self.noise_augmentor, embeddings, noise_level, noise), dim=1)
 
     @torch.no_grad()
     def get_input(self, batch: Mapping[str, Any], k: str, bs: int | None = None) -> tuple[Tensor, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.distributed_rng import DistributedRNG
 from ldm.models.diffusion.gaussian import Condition
+from ldm.models.diffusion.noise import NoiseSource
 from ldm.models.diffusion.stages import entry_of, images_of
 from ldm.modules.diffusionmodules.upscaling import AbstractLowScaleModel
 from ldm.util import instantiate_from_config
@@ -43,13 +44,15 @@ class LatentUpscaleDiffusion(LatentDiffusion):
         return self.low_scale_model.max_noise_level
 
     @torch.no_grad()
-    def low_scale_condition(self, x_low: Tensor, noise_level: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def low_scale_condition(
+        self, x_low: Tensor, noise_level: int | Tensor | None = None, noise: NoiseSource | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Small pictures (B, 3, h, w) in [-1, 1] with noise of one level, of levels (B,), or of random ones.
 
         Returns what the network takes as `c_concat`, of the same shape, and as `c_adm`, the levels (B,) int64.
         Raises ValueError for levels that are not 0 to `max_noise_level`.
         """
-        return augmented(self, self.low_scale_model, x_low, noise_level)
+        return augmented(self, self.low_scale_model, x_low, noise_level, noise)
 
     @torch.no_grad()
     def get_input(self, batch: Mapping[str, Any], k: str, bs: int | None = None) -> tuple[Tensor, Any]:
@@ -71,11 +74,15 @@ class LatentUpscaleDiffusion(LatentDiffusion):
 
 
 def augmented(
-    model: LatentDiffusion, augmentor: AbstractLowScaleModel, x: Tensor, noise_level: int | Tensor | None
+    model: LatentDiffusion,
+    augmentor: AbstractLowScaleModel,
+    x: Tensor,
+    noise_level: int | Tensor | None,
+    noise: NoiseSource | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `augmentor` makes of conditions x (B, ...) of `model`; random numbers are drawn for all of its processes."""
     draws = DistributedRNG.of(model)
     if noise_level is None:
         noise_level = draws.timesteps(len(x), max(augmentor.max_noise_level, 1), x.device)
     level = augmentor.levels(noise_level, len(x), x.device)
-    return augmentor(x, level, draws.randn_like(x))
+    return augmentor(x, level, draws.randn_like(x) if noise is None else noise(x.shape, x.device).to(x.dtype))
