@@ -26,7 +26,7 @@ from ldm.inference.loading import sampling_plan
 from ldm.inference.pipeline import Guided, decode, draw, drawing, resolve_size, seed_everything
 from ldm.models.diffusion.sampler import Choice
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder, square_picture
+from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder, crop_to_square
 from ldm.util import REPOSITORY
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def embed_folder(
 
 def clip_picture(path: str | Path, size: int) -> Tensor:
     """The picture in a file, (1, 3, size, size) in [-1, 1], as CLIP takes it. The errors are those of `load_image`."""
-    return square_picture(load_image(path, shrink_to=2 * size), size)
+    return crop_to_square(load_image(path, shrink_to=2 * size), size)
 
 
 @torch.no_grad()

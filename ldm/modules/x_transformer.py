@@ -1,8 +1,9 @@
-"""The text transformer of the first latent diffusion models, trained from scratch (Vaswani et al. 2017, pre-norm)."""
+"""Pre-norm transformer encoder (Vaswani et al. 2017) of the first latent diffusion models' text conditioning."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attending import attend
@@ -10,7 +11,7 @@ from ldm.modules.attention import FeedForward
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of every token on all, padding included, as published."""
+    """Multi-head self-attention without a mask: padding is attended to, as published."""
 
     def __init__(self, dim: int, heads: int = 8, dim_head: int = 64) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class Attention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` times attention and feed-forward, each after a layer norm, each residual."""
+    """Stack of `depth` pre-norm attention and feed-forward layers."""
 
     def __init__(self, dim: int, depth: int, heads: int = 8) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
 
 
 class AbsolutePositionalEmbedding(nn.Module):
-    """A learnt vector for every position."""
+    """Learned positional embedding."""
 
     def __init__(self, dim: int, max_seq_len: int) -> None:
         super().__init__()
@@ -56,18 +57,29 @@ class AbsolutePositionalEmbedding(nn.Module):
 
 
 class Logits(nn.Module):
-    """The head that published checkpoints hold and nothing reads: buffers, for which no optimiser or process waits."""
+    """Published output head; buffers rather than parameters, as conditioning does not train it."""
 
     def __init__(self, dim: int, num_tokens: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(num_tokens, dim))
         self.register_buffer("bias", torch.zeros(num_tokens))
 
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, dim) -> (B, L, num_tokens)
+        return F.linear(x, self.weight, self.bias)
+
 
 class TransformerWrapper(nn.Module):
-    """Token ids to features: embeddings, an encoder, a last norm.
+    """Token embeddings, transformer encoder, final norm and output head.
 
-    num_tokens: size of the vocabulary. max_seq_len: how many positions there are. emb_dropout: of the embeddings.
+    Args:
+        num_tokens: Size of the vocabulary.
+        max_seq_len: Number of positions.
+        dim: Width.
+        depth: Number of layers.
+        emb_dropout: Dropout of the embeddings.
     """
 
     def __init__(self, num_tokens: int, max_seq_len: int, dim: int, depth: int, emb_dropout: float = 0.0) -> None:
@@ -81,10 +93,15 @@ class TransformerWrapper(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.to_logits = Logits(dim, num_tokens)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L) to features (B, L, dim). ValueError for more tokens than there are positions."""
-        length = tokens.shape[1]
+    def forward(self, x: Tensor, return_embeddings: bool = False) -> Tensor:
+        """Encode ids (B, L) to features (B, L, dim), or without `return_embeddings` to logits (B, L, num_tokens).
+
+        Raises:
+            ValueError: If L exceeds `max_seq_len`.
+        """
+        length = x.shape[1]
         if length > self.max_seq_len:
             raise ValueError(f"{length} tokens are more than this transformer's max_seq_len of {self.max_seq_len}")
-        x = self.token_emb(tokens) + self.pos_emb(length)
-        return self.norm(self.attn_layers(self.emb_dropout(x)))
+        z = self.token_emb(x) + self.pos_emb(length)
+        z = self.norm(self.attn_layers(self.emb_dropout(z)))
+        return z if return_embeddings else self.to_logits(z)

@@ -121,7 +121,7 @@ def test_layout():
     tokens = layout_tokens(model, [[Box(7, 0.25, 0.5, 0.5, 0.5)], []])
     assert tokens.tolist() == [[7, 42, 97, 100, 100, 100, 0, 99], [100] * 6 + [0, 99]]
     with torch.no_grad():
-        context = model.cond_stage_model.transformer(tokens)
+        context = model.cond_stage_model.transformer(tokens, return_embeddings=True)
     images = layout2img(model, tokens, **QUICK)
     assert_same(images, drawn(model, lambda x, t: model.apply_model(x, t, {"c_crossattn": [context]}), 2))
     with pytest.raises(ValueError, match="at most 2 objects, not 3"):

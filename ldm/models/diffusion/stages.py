@@ -169,7 +169,7 @@ class LatentStages:
                 f"guidance leads away from no {self.cond_stage_key}, and nothing says what that is for this model: "
                 "name it (null_class; unconditional_guidance_label in log_images), or use scale 1"
             )
-        return encoder(batch_size)
+        return self.get_learned_conditioning(encoder(batch_size, device=self.device))
 
     @torch.no_grad()
     def empty_context(self, value: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""CLIP (Radford et al. 2021, arXiv:2103.00020) through transformers: texts and pictures as points of one space.
+"""CLIP embeddings of texts and images through transformers (Radford et al. 2021, arXiv:2103.00020).
 
-These are the conditions of retrieval-augmented diffusion (Blattmann et al. 2022, arXiv:2204.11824), made outside of
-the model. Weights come from a folder or the Hugging Face cache; nothing is downloaded.
+They are the conditions of retrieval-augmented diffusion (Blattmann et al. 2022, arXiv:2204.11824), computed outside the
+model. Weights come from a folder or the Hugging Face cache; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.images import image_to_tensor
-from ldm.modules.encoders.base import AbstractEncoder, check_length, check_vocabulary
+from ldm.modules.encoders.base import AbstractEncoder, check_length, check_vocabulary, token_ids
 from ldm.modules.encoders.clip_image import prepare
 from ldm.modules.encoders.tokenizer import CLIPTokenizer
 from ldm.util import public_path
@@ -29,13 +29,17 @@ OWN_PLACE = "models/clip-vit-large-patch14"  # in the repository's layout
 
 
 class FrozenCLIPTextEmbedder(AbstractEncoder):
-    """Prompts to CLIP's embeddings of them.
+    """CLIP text embeddings.
 
-    version: "ViT-L/14", or a folder with a CLIP in transformers' layout. device: accepted for public configs and
-    ignored: the work is done where the weights are. max_length: tokens a prompt is cut or padded to. n_repeat: how
-    often `encode` gives each embedding. normalize: to length 1.
+    Args:
+        version: "ViT-L/14", or a folder with a CLIP in transformers' layout, see `load_clip`.
+        device: Ignored: the encoder works on the device of its weights.
+        max_length: Tokens that prompts are truncated or padded to.
+        n_repeat: How often `encode` repeats each embedding.
+        normalize: Scale embeddings to length 1.
 
-    Raises what `load_clip` raises, and ValueError for a tower that does not know CLIP's tokens.
+    Raises:
+        ValueError: If the tower does not fit CLIP's tokenizer.
     """
 
     def __init__(
@@ -58,24 +62,24 @@ class FrozenCLIPTextEmbedder(AbstractEncoder):
         self.freeze()
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
-        """B prompts to (B, D). Prompts too long are cut, with a warning."""
-        projection = self.model.text_projection
-        tokens = self.tokenizer(text, self.max_length).to(projection.weight.device)  # (B, L)
-        z = projection(self.model.text_model(input_ids=tokens).pooler_output)
+        """Encode B prompts to (B, D). Prompts that are too long are truncated, with a warning."""
+        tokens = token_ids(self.tokenizer, text, self.max_length).to(self.device)  # (B, L)
+        z = self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
         return F.normalize(z, dim=-1) if self.normalize else z
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
-        """B prompts to a context (B, n_repeat, D)."""
+        """Encode B prompts to a context (B, n_repeat, D)."""
         return self(text)[:, None].repeat(1, self.n_repeat, 1)
 
 
 class FrozenClipImageEmbedder(AbstractEncoder):
-    """Pictures to CLIP's embeddings of them, which are not normalised.
+    """CLIP image embeddings, not normalised.
 
-    model: "ViT-L/14", or a folder with a CLIP in transformers' layout. jit, device: accepted for public configs and
-    ignored. antialias: smooth pictures before they are made smaller (see `clip_image.resize`).
-
-    Raises what `load_clip` raises.
+    Args:
+        model: "ViT-L/14", or a folder with a CLIP in transformers' layout, see `load_clip`.
+        jit: Ignored.
+        device: Ignored: the encoder works on the device of its weights.
+        antialias: Blur images before they are shrunk, see `clip_image.resize`.
     """
 
     def __init__(
@@ -88,18 +92,19 @@ class FrozenClipImageEmbedder(AbstractEncoder):
         self.antialias = antialias
         self.freeze()
 
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Resize and normalise images (B, 3, H, W) in [-1, 1] to (B, 3, image_size, image_size)."""
+        return prepare(x, self.image_size, self.antialias)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to (B, D). Those of `square_picture` are taken as they are."""
+        """Encode images (B, 3, H, W) in [-1, 1] to (B, D). `crop_to_square` prepares images as CLIP was trained."""
         weight = self.model.visual_projection.weight
-        x = prepare(x.to(weight.device), self.image_size, self.antialias).to(weight.dtype)
+        x = self.preprocess(x.to(weight.device)).to(weight.dtype)
         return self.model.visual_projection(self.model.vision_model(pixel_values=x).pooler_output)
 
 
-def square_picture(image: Image.Image, size: int) -> Tensor:
-    """A picture as CLIP was trained to see it, (1, 3, size, size) in [-1, 1]: the middle of it, not squeezed.
-
-    The shorter side becomes `size` pixels by Pillow's bicubic interpolation, and the rest is cut off on both sides.
-    """
+def crop_to_square(image: Image.Image, size: int) -> Tensor:
+    """Resize an image's shorter side to `size` (bicubic) and crop the centre: (1, 3, size, size) in [-1, 1]."""
     shorter = min(image.size)
     width, height = (size * side // shorter for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -108,10 +113,15 @@ def square_picture(image: Image.Image, size: int) -> Tensor:
 
 
 def load_clip(version: str = VIT_L_14) -> CLIPModel:
-    """Both towers of a CLIP in float32 on the CPU.
+    """Load both towers of a CLIP in float32 on the CPU.
 
-    version: a folder in transformers' layout; "ViT-L/14" is looked for in models/clip-vit-large-patch14 and in the
-    Hugging Face cache. Raises FileNotFoundError, saying what belongs there, ValueError for a folder of something else.
+    Args:
+        version: A folder in transformers' layout. "ViT-L/14" is searched in models/clip-vit-large-patch14 and in the
+            Hugging Face cache.
+
+    Raises:
+        FileNotFoundError: If the files are missing.
+        ValueError: If the folder holds something else.
     """
     own = public_path(f"{OWN_PLACE}/config.json")
     is_folder = version != VIT_L_14
@@ -123,14 +133,14 @@ def load_clip(version: str = VIT_L_14) -> CLIPModel:
 
     try:
         loaded: Any = CLIPModel.from_pretrained(str(place or HUB_NAME), local_files_only=True, output_loading_info=True)
-    except Exception as error:  # transformers and safetensors raise a dozen kinds for files that are broken or absent
+    except Exception as error:  # transformers and safetensors raise a dozen kinds for broken files
         if place is None and isinstance(error, OSError):
             raise FileNotFoundError(_missing(f"at {OWN_PLACE} or in the Hugging Face cache")) from error
         raise ValueError(f"{place or HUB_NAME} holds no CLIP that transformers can load: {error}") from error
     model, report = loaded
     if absent := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
         raise ValueError(
-            f"{place or HUB_NAME} holds no whole CLIP: it lacks {len(absent)} weights, such as {absent[0]}"
+            f"{place or HUB_NAME} holds an incomplete CLIP: {len(absent)} weights are missing, such as {absent[0]}"
         )
     return model.float().eval()
 
@@ -138,5 +148,5 @@ def load_clip(version: str = VIT_L_14) -> CLIPModel:
 def _missing(where: str) -> str:
     return (
         f"CLIP's weights are not {where}: download config.json and model.safetensors of {HUB_NAME} from the Hugging "
-        f"Face hub into {OWN_PLACE}, or name another folder that holds them with --clip FOLDER"
+        f"Face hub into {OWN_PLACE}, or pass another folder with --clip FOLDER"
     )

@@ -1,9 +1,9 @@
-"""The text tower of CLIP (Radford et al. 2021, arXiv:2103.00020, section 2.4), in published weight names."""
+"""CLIP's text transformer (Radford et al. 2021, arXiv:2103.00020, section 2.4) with the names of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 @dataclass(frozen=True)
 class CLIPTextConfig(TowerConfig):
-    """Size of a text tower, in the names that transformers uses; the defaults are ViT-L/14's, as in v1."""
+    """Sizes of a text tower under the names of transformers. The defaults are those of ViT-L/14."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -46,7 +46,7 @@ class CLIPTextConfig(TowerConfig):
 
 
 class CLIPTextOutput(NamedTuple):
-    """B prompts, L tokens, D channels, N layers."""
+    """Output of a text tower for B prompts, L tokens, D channels, N layers."""
 
     last_hidden_state: Tensor
     """(B, L, D), after the final norm"""
@@ -59,9 +59,8 @@ class CLIPTextOutput(NamedTuple):
 class CLIPTextModel(nn.Module):
     """CLIP's causal transformer over token ids.
 
-    Weights are named as in published checkpoints: `text_model.embeddings`, `text_model.encoder.layers.N`, ...
-    Loading also takes files that leave out `text_model.`, or `position_ids`, which is no weight but the numbers
-    0 to L - 1.
+    Weights are named `text_model.embeddings`, `text_model.encoder.layers.N`, ... as in published checkpoints. Loading
+    also accepts names without `text_model.`, and files without `position_ids`.
     """
 
     def __init__(self, config: CLIPTextConfig) -> None:
@@ -70,26 +69,61 @@ class CLIPTextModel(nn.Module):
         self.text_model = _TextTransformer(config)
         self.register_load_state_dict_pre_hook(_accept_every_layout)
 
-    def forward(self, input_ids: Tensor) -> CLIPTextOutput:
-        """(B, L) token ids to the states of every layer. ValueError if L exceeds max_position_embeddings."""
-        return self.text_model(input_ids)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool = True,
+        return_dict: bool = True,
+    ) -> CLIPTextOutput:
+        """Encode token ids (B, L). The last two arguments exist for callers of transformers' model.
+
+        Raises:
+            ValueError: If L exceeds `max_position_embeddings`.
+        """
+        return self.text_model(input_ids=input_ids, position_ids=position_ids)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.text_model.final_layer_norm.weight.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.text_model.embeddings.token_embedding = value
+
+    def resize_token_embeddings(self, new_num_tokens: int) -> nn.Module:
+        """Grow or shrink the token embedding, keeping its first rows; new rows are N(0, 0.02)."""
+        old = self.text_model.embeddings.token_embedding
+        new = nn.Embedding(new_num_tokens, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
+        nn.init.normal_(new.weight, std=0.02)
+        count = min(new_num_tokens, old.num_embeddings)
+        new.weight.data[:count] = old.weight.data[:count]
+        new.weight.requires_grad_(old.weight.requires_grad)
+        self.set_input_embeddings(new)
+        self.config = replace(self.config, vocab_size=new_num_tokens)
+        return new
 
 
 def _accept_every_layout(tower: CLIPTextModel, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Rename, in the state dict about to be loaded, the names of transformers 5; supply position_ids."""
+    """Add `text_model.` to names of transformers 5 in a state dict, and supply position_ids."""
     inner = prefix + "text_model."
     for part, _module in tower.text_model.named_children():
         for key in [key for key in state if key.startswith(f"{prefix}{part}.")]:
             published = inner + key.removeprefix(prefix)
             if published not in state:
                 state[published] = state.pop(key)
-    # Merged half-precision files carry rounded position_ids (40.97 for 41), so the file's are never used.
+    # merged half-precision files have rounded position_ids (40.97 for 41)
     own = tower.text_model.embeddings.position_ids
     state[inner + "embeddings.position_ids"] = _position_ids(tower.config).to(own.device)
 
 
 def _position_ids(config: CLIPTextConfig) -> Tensor:
-    # On the CPU even under torch.device("meta"): no checkpoint need bring it.
+    # on the CPU even under torch.device("meta"): checkpoints may lack it
     places = check_number(config.max_position_embeddings, "max_position_embeddings", 10**6)
     return torch.arange(places, device="cpu")[None]
 
@@ -103,14 +137,12 @@ class _TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         _initialise(self, config)
 
-    def forward(self, input_ids: Tensor) -> CLIPTextOutput:  # ids (B, L)
-        states = [self.embeddings(input_ids)]  # (B, L, D)
-        for layer in self.encoder.layers:
-            states.append(layer(states[-1]))
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> CLIPTextOutput:  # ids (B, L)
+        states = self.encoder(inputs_embeds=self.embeddings(input_ids=input_ids, position_ids=position_ids))
         last = self.final_layer_norm(states[-1])
         end = (input_ids == self.eos_token_id).int().argmax(dim=-1)  # (B,) the first end token: v1 pads with it too
         pooled = last[torch.arange(len(last), device=last.device), end]
-        return CLIPTextOutput(last, pooled, tuple(states))
+        return CLIPTextOutput(last, pooled, states)
 
 
 class _Embeddings(nn.Module):
@@ -119,19 +151,34 @@ class _Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.position_ids: Tensor
-        self.register_buffer("position_ids", _position_ids(config))  # (1, L), read by other tools only
+        self.register_buffer("position_ids", _position_ids(config))  # (1, L), read by other tools
 
-    def forward(self, input_ids: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
-        length, limit = input_ids.shape[-1], self.position_embedding.num_embeddings
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:  # (B, L) -> (B, L, D)
+        x = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        length, limit = x.shape[1], self.position_embedding.num_embeddings
         if length > limit:
             raise ValueError(f"{length} tokens, but the text tower reads at most {limit}")
-        return self.token_embedding(input_ids) + self.position_embedding.weight[:length]
+        if position_ids is not None:
+            return x + self.position_embedding(position_ids)
+        return x + self.position_embedding.weight[:length]
 
 
 class _Encoder(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, inputs_embeds: Tensor) -> tuple[Tensor, ...]:
+        """Return the input (B, L, D) and the output of every layer."""
+        states = [inputs_embeds]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return tuple(states)
 
 
 class _Layer(nn.Module):
@@ -164,7 +211,7 @@ class _CausalAttention(nn.Module):
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, D / heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Padding is not masked: v1 was trained that way, and causality keeps it away from the text itself.
+        # padding is not masked: v1 was trained that way, and it comes after the text
         out = attend(q, k, v, causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
 
@@ -182,7 +229,7 @@ class _MLP(nn.Module):
 
 @torch.no_grad()
 def _initialise(model: _TextTransformer, config: CLIPTextConfig) -> None:
-    """CLIP's start values: what each layer adds shrinks with depth, so that the sum keeps its size."""
+    """Initialise as CLIP does: residual branches are scaled down with depth."""
     width = config.hidden_size
     residual = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
     stds = {"token_embedding": 0.02, "position_embedding": 0.01, "out_proj": residual, "fc2": residual}

@@ -20,8 +20,8 @@ from ldm.modules.encoders import modules
 from ldm.modules.encoders.clip_features import (
     FrozenClipImageEmbedder,
     FrozenCLIPTextEmbedder,
+    crop_to_square,
     load_clip,
-    square_picture,
 )
 from ldm.modules.encoders.clip_image import MEAN, STD
 from tests.golden import assert_agrees, tensor
@@ -76,7 +76,7 @@ def test_pictures_are_prepared_as_by_transformers(size):
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, do_rescale=False, do_normalize=False
     )
     expected = theirs(image, return_tensors="np")["pixel_values"][0]
-    assert_agrees((square_picture(image, 28)[0] + 1) * 127.5, expected)
+    assert_agrees((crop_to_square(image, 28)[0] + 1) * 127.5, expected)
 
 
 def test_public_names_are_where_configs_look_for_them():
@@ -116,7 +116,7 @@ def test_other_files_are_refused(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["text_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights, such as text_projection\.weight"):
+    with pytest.raises(ValueError, match=r"incomplete CLIP: 1 weights are missing, such as text_projection\.weight"):
         load_clip(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ValueError, match="holds no CLIP that transformers can load"):
@@ -132,4 +132,4 @@ def test_a_photo_keeps_its_middle(tmp_path):
     image = Image.new("RGB", (90, 30), "black")
     image.paste((255, 255, 255), (30, 0, 60, 30))
     image.save(tmp_path / "photo.png")
-    assert square_picture(load_image(tmp_path / "photo.png"), 30).min() == 1.0
+    assert crop_to_square(load_image(tmp_path / "photo.png"), 30).min() == 1.0

@@ -9,8 +9,7 @@ import torch
 
 from ldm.checkpoint import build_on_meta
 from ldm.modules.encoders.modules import BERTEmbedder, ClassEmbedder, SpatialRescaler
-from ldm.modules.encoders.tokenizer import WordTokenizer
-from ldm.modules.encoders.wordpiece import BERTTokenizer
+from ldm.modules.encoders.tokenizer import WordPieceTokenizer, WordTokenizer
 from ldm.modules.x_transformer import TransformerWrapper
 from tests.golden import assert_agrees, filled, goldens, tensor
 
@@ -96,7 +95,7 @@ def test_tokens_may_hold_any_character_of_unicode(vocab, tmp_path):
     tokens = vocab.read_text(encoding="utf-8").split("\n")
     tokens[5000:5003] = ["\u2028", "x\x85y", "\x1c"]  # each ends a line to str.splitlines
     (tmp_path / "vocab.txt").write_bytes("\r\n".join(tokens).encode())
-    assert torch.equal(BERTTokenizer(str(tmp_path))("a photo", 5), BERTTokenizer(str(vocab))("a photo", 5))
+    assert torch.equal(WordPieceTokenizer(str(tmp_path))("a photo", 5), WordPieceTokenizer(str(vocab))("a photo", 5))
 
 
 TEXTS = ["", "A Photograph of cafés, unaffable!", "a 中中 photo xyz of a", "a, a! " * 40]
@@ -106,13 +105,13 @@ def test_agrees_with_transformers(vocab):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.BertTokenizerFast(str(vocab), do_lower_case=True)
     ids = theirs(TEXTS, truncation=True, max_length=20, padding="max_length", return_tensors="pt")["input_ids"]
-    tokenizer = BERTTokenizer(str(vocab))
+    tokenizer = WordPieceTokenizer(str(vocab))
     assert torch.equal(tokenizer(TEXTS, 20), ids)
     assert tokenizer.decode(ids[1]) == "a photograph of cafes, unaffable!"
 
 
 def test_texts_too_long_are_reported(vocab, caplog):
-    BERTTokenizer(str(vocab))(["a photo of a"], 4)
+    WordPieceTokenizer(str(vocab))(["a photo of a"], 4)
     assert "cut off (2 tokens): 'of a'" in caplog.text
 
 
@@ -124,17 +123,17 @@ def test_where_the_vocabulary_is_looked_for(vocab, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"in .*hub: download https://.*vocab.txt and put it at models/"):
         embedder("a")
     with pytest.raises(FileNotFoundError, match="is not at none.txt: download"):
-        BERTTokenizer("none.txt")("a", 4)
+        WordPieceTokenizer("none.txt")("a", 4)
     (tmp_path / "bad.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"bad.txt is not the vocabulary of bert-base-uncased \(2 tokens\)"):
-        BERTTokenizer(str(tmp_path / "bad.txt"))("a", 4)
+        WordPieceTokenizer(str(tmp_path / "bad.txt"))("a", 4)
     snapshot = tmp_path / "hub/models--google-bert--bert-base-uncased/snapshots/1"
     snapshot.mkdir(parents=True)
     (snapshot / "vocab.txt").symlink_to(vocab)
-    assert BERTTokenizer()("a", 4).tolist() == [[101, 2000, 102, 0]]
+    assert WordPieceTokenizer()("a", 4).tolist() == [[101, 2000, 102, 0]]
     own = tmp_path / "models/bert-base-uncased"
     own.mkdir(parents=True)
     (own / "vocab.txt").write_text("a\nb\n")  # comes before the cache, and can be named as a folder
-    for tokenizer in (BERTTokenizer(), BERTTokenizer(str(own))):
+    for tokenizer in (WordPieceTokenizer(), WordPieceTokenizer(str(own))):
         with pytest.raises(ValueError, match="bert-base-uncased/vocab.txt is not the vocabulary"):
             tokenizer("a", 4)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ldm.checkpoint import build_on_meta
-from ldm.modules.encoders.clip_image import CLIP, VisionTowerConfig, prepare, resize
+from ldm.modules.encoders.clip_image import prepare, resize
 from ldm.modules.encoders.modules import ClipImageEmbedder, FrozenOpenCLIPEmbedder, FrozenOpenCLIPImageEmbedder
-from ldm.modules.encoders.open_clip import TextTowerConfig, Transformer
+from ldm.modules.encoders.open_clip import CLIP, TextTowerConfig, Transformer, VisionTowerConfig
 from ldm.modules.encoders.tokenizer import OpenCLIPTokenizer, WordTokenizer
 from tests import witness
 from tests.golden import REFERENCE, assert_agrees, filled, golden_configs, goldens, tensor
@@ -105,11 +105,17 @@ def test_towers_agree_with_transformers(quick):
     ids = torch.tensor([[37, 3, 14, 15, 38, 39, 0, 0, 0], [37, 9, 26, 5, 35, 8, 9, 7, 39]])
     theirs = witness.clip_text_with_projection(config["text_cfg"], state)
     wanted = theirs(ids, output_hidden_states=True)
-    assert_agrees(model.text_features(ids), wanted.last_hidden_state, 1e-5)
-    ends = model.text_features(ids)[[0, 1], ids.argmax(dim=1)]
+    last, earlier = (
+        FrozenOpenCLIPEmbedder(config=config["text_cfg"], tokenizer=WORDS, max_length=9, layer=layer)
+        for layer in FrozenOpenCLIPEmbedder.LAYERS
+    )
+    for text in (last, earlier):
+        text.model.load_state_dict({name: value for name, value in state.items() if not name.startswith("visual.")})
+    assert_agrees(last.encode_with_transformer(ids), wanted.last_hidden_state, 1e-5)
+    ends = last.encode_with_transformer(ids)[[0, 1], ids.argmax(dim=1)]
     assert_agrees(ends @ model.text_projection, wanted.text_embeds, 1e-5)
     penultimate = theirs.text_model.final_layer_norm(wanted.hidden_states[-2])
-    assert_agrees(model.text_features(ids, leave_out=1), penultimate, 1e-5)
+    assert_agrees(earlier.encode_with_transformer(ids), penultimate, 1e-5)
     images = tensor("images", 2, 3, 28, 28)
     assert_agrees(model.visual(images), witness.clip_vision(config["vision_cfg"], state)(images).image_embeds, 1e-5)
 

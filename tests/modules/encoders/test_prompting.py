@@ -209,7 +209,7 @@ def test_layers_of_open_clip_count_from_the_published_one():
         (clip, PromptOptions(clip_skip=0), "got 0"),
         (lambda: open_clip(layer="penultimate"), PromptOptions(clip_skip=3), "to 2, the first; got 3"),
         (bert, PromptOptions(clip_skip=2), "clip_skip 2 is for CLIP text encoders"),
-        (lambda: clip(layer="pooled"), PromptOptions(clip_skip=2), "this encoder gives the 'pooled' one"),
+        (lambda: clip(layer="pooled"), PromptOptions(clip_skip=2), "this encoder uses the 'pooled' one"),
         (lambda: clip(layer="pooled"), EMPHASIS, "one output per token; this one has 1 for 12"),
         (nn.Identity, EMPHASIS, "Identity does not encode text"),
         (lambda: BERTEmbedder(16, 1, vocab_size=20, use_tokenizer=False), LONG, "BERTEmbedder does not encode text"),
