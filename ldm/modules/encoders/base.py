@@ -67,7 +67,7 @@ def resolve_tokenizer(
     return instantiate_from_config(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer
 
 
-def token_ids(tokenizer: Tokenizer, text: Any, max_length: int) -> Tensor:
+def token_ids(tokenizer: Any, text: Any, max_length: int) -> Tensor:
     """Tokenize texts to ids (B, max_length), calling the tokenizer as published code calls those of transformers."""
     batch = tokenizer(
         text,

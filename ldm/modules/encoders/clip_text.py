@@ -148,7 +148,7 @@ class _TextTransformer(nn.Module):
 class _Embeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding: Any = nn.Embedding(config.vocab_size, config.hidden_size)  # users replace it
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.position_ids: Tensor
         self.register_buffer("position_ids", _position_ids(config))  # (1, L), read by other tools

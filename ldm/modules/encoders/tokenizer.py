@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,13 +152,7 @@ class Tokenizer(ABC):
                 run.append(i)
         return " ".join(parts + [self._join(run)] * bool(run))
 
-    @overload
-    def __call__(self, text: str | Sequence[str], max_length: int) -> Tensor: ...
-
-    @overload
-    def __call__(self, text: str | Sequence[str], max_length: int | None = None, **options: Any) -> BatchEncoding: ...
-
-    def __call__(self, text: Any, max_length: int | None = None, **options: Any) -> Tensor | BatchEncoding:
+    def __call__(self, text: str | Sequence[str], max_length: int | None = None, **options: Any) -> Any:
         """Encode a batch of texts.
 
         `tokenizer(texts, max_length)` returns int64 ids (B, max_length), truncated and padded. With options, as in
