@@ -1,0 +1,113 @@
+"""CelebA-HQ and FFHQ, as lists of files.
+
+The lists and folders are in `root`, by default data in the working directory: celebahqtrain.txt lists .npy files in
+celebahq/, ffhqtrain.txt images in ffhq/, and the same for validation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.data.base import ImagePaths, NumpyPaths, WrappedPaths, check_folder, read_list
+
+ROOT = "data"
+
+
+def _paths(name: str, part: str, root: str) -> list[str]:
+    folder = check_folder(os.path.join(root, name), "the images of " + {"celebahq": "CelebA-HQ", "ffhq": "FFHQ"}[name])
+    return read_list(os.path.join(root, f"{name}{part}.txt"), folder)
+
+
+class CelebAHQTrain(WrappedPaths):
+    """CelebA-HQ, of arrays (1, 3, 1024, 1024) of uint8 in .npy files."""
+
+    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
+        self.data = NumpyPaths(_paths("celebahq", "train", root), size)
+        self.keys = keys
+
+
+class CelebAHQValidation(WrappedPaths):
+    """CelebA-HQ, for validation."""
+
+    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
+        self.data = NumpyPaths(_paths("celebahq", "validation", root), size)
+        self.keys = keys
+
+
+class FFHQTrain(WrappedPaths):
+    """FFHQ, of image files."""
+
+    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
+        self.data = ImagePaths(_paths("ffhq", "train", root), size)
+        self.keys = keys
+
+
+class FFHQValidation(WrappedPaths):
+    """FFHQ, for validation."""
+
+    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
+        self.data = ImagePaths(_paths("ffhq", "validation", root), size)
+        self.keys = keys
+
+
+class _FacesHQ(Dataset):
+    """CelebA-HQ (class 0) and FFHQ (class 1), one after the other.
+
+    Args:
+        size: resize the shorter side to so many pixels, and cut the centre square.
+        keys: what the items hold of the images' entries.
+        crop_size: side of a smaller square to cut out of it.
+        coord: add `coord` (H, W, 1), each pixel's position in the uncropped square over the number of its pixels.
+    """
+
+    random_crop = False
+
+    def __init__(
+        self,
+        size: int | None,
+        keys: Sequence[str] | None = None,
+        crop_size: int | None = None,
+        coord: bool = False,
+        root: str = ROOT,
+    ) -> None:
+        part = "train" if self.random_crop else "validation"
+        celeba = {"train": CelebAHQTrain, "validation": CelebAHQValidation}[part]
+        ffhq = {"train": FFHQTrain, "validation": FFHQValidation}[part]
+        self.datasets = [celeba(size, keys, root), ffhq(size, keys, root)]
+        self.crop_size = crop_size
+        self.coord = coord
+
+    def __len__(self) -> int:
+        return sum(map(len, self.datasets))
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        kind = int(i >= len(self.datasets[0]))
+        item = dict(self.datasets[kind][i - kind * len(self.datasets[0])])
+        height, width = item["image"].shape[:2]
+        if self.coord:
+            places = np.arange(height * width, dtype=np.float32) / (height * width)
+            item["coord"] = places.reshape(height, width, 1)
+        if self.crop_size is not None:
+            spare = height - self.crop_size, width - self.crop_size
+            if min(spare) < 0:
+                raise ValueError(f"crop_size={self.crop_size} is larger than the images, {width}x{height}: raise size")
+            down, across = np.random.random(2) if self.random_crop else (0.5, 0.5)
+            top, left = int(down * (spare[0] + 1)), int(across * (spare[1] + 1))
+            for key in ("image", "coord") if self.coord else ("image",):
+                item[key] = item[key][top : top + self.crop_size, left : left + self.crop_size]
+        return {**item, "class": kind}
+
+
+class FacesHQTrain(_FacesHQ):
+    """CelebA-HQ and FFHQ with a random crop."""
+
+    random_crop = True
+
+
+class FacesHQValidation(_FacesHQ):
+    """CelebA-HQ and FFHQ with a centre crop."""
