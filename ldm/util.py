@@ -45,6 +45,9 @@ UNCONDITIONAL = "__is_unconditional__"
 FIRST_STAGE = "__is_first_stage__"
 MARKERS = (UNCONDITIONAL, FIRST_STAGE)
 
+_FACES, _PARTS = ("CelebAHQ", "FFHQ", "FacesHQ"), ("Train", "Validation")
+_TRANSFORMS = ("Compose", "Resize", "CenterCrop", "RandomCrop", "RandomHorizontalFlip", "ToTensor", "Normalize")
+
 # Public `target:` paths whose code lives elsewhere here: configs and old checkpoints keep working.
 ALIASES: dict[str, str] = {
     "taming.modules.vqvae.quantize.VectorQuantizer2": "ldm.modules.quantize.VectorQuantizer",
@@ -61,6 +64,12 @@ ALIASES: dict[str, str] = {
     "main.ImageLogger": "ldm.training.images.ImageLogger",
     "main.SetupCallback": "ldm.training.callbacks.SetupCallback",
     "main.CUDACallback": "ldm.training.callbacks.CUDACallback",
+    **{f"taming.data.faceshq.{name}{part}": f"ldm.data.faceshq.{name}{part}" for name in _FACES for part in _PARTS},
+    "taming.data.custom.CustomTrain": "ldm.data.base.CustomTrain",
+    "taming.data.custom.CustomTest": "ldm.data.base.CustomTest",
+    "ldm.data.previews.pytorch_dataset.PreviewsTrain": "ldm.data.simple.PreviewsTrain",
+    "ldm.data.previews.pytorch_dataset.PreviewsValidation": "ldm.data.simple.PreviewsValidation",
+    **{f"torchvision.transforms.{name}": f"ldm.data.image_transforms.{name}" for name in _TRANSFORMS},
     "ldm.modules.attention.MemoryEfficientCrossAttention": "ldm.modules.attention.CrossAttention",
     "ldm.modules.diffusionmodules.model.MemoryEfficientAttnBlock": "ldm.modules.diffusionmodules.model.AttnBlock",
 }

@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldm.data.base import ImagePaths, NumpyPaths, WrappedPaths, check_folder, read_list
+from ldm.data.image_transforms import square_box
 
 ROOT = "data"
 
@@ -93,13 +94,11 @@ class _FacesHQ(Dataset):
             places = np.arange(height * width, dtype=np.float32) / (height * width)
             item["coord"] = places.reshape(height, width, 1)
         if self.crop_size is not None:
-            spare = height - self.crop_size, width - self.crop_size
-            if min(spare) < 0:
+            if self.crop_size > min(height, width):
                 raise ValueError(f"crop_size={self.crop_size} is larger than the images, {width}x{height}: raise size")
-            down, across = np.random.random(2) if self.random_crop else (0.5, 0.5)
-            top, left = int(down * (spare[0] + 1)), int(across * (spare[1] + 1))
+            left, top, right, bottom = square_box((width, height), self.crop_size, random=self.random_crop)
             for key in ("image", "coord") if self.coord else ("image",):
-                item[key] = item[key][top : top + self.crop_size, left : left + self.crop_size]
+                item[key] = item[key][top:bottom, left:right]
         return {**item, "class": kind}
 
 

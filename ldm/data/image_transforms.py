@@ -122,6 +122,13 @@ class Normalize:
         return (x - self.mean) / self.std
 
 
+def square_box(size: tuple[int, int], side: int, random: bool) -> tuple[int, int, int, int]:
+    """Box (left, top, right, bottom) of a square in an image of `size` (width, height), in the middle or at random."""
+    across, down = np.random.random(2) if random else (0.5, 0.5)
+    left, top = int(across * (size[0] - side + 1)), int(down * (size[1] - side + 1))
+    return left, top, left + side, top + side
+
+
 def build_transforms(configs: Any) -> Compose:
     """Build the transforms of an `image_transforms` section: a config, or a list of configs or callables."""
     if configs is None:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from ldm.data.base import ImagePaths, check_folder
-from ldm.data.image_transforms import to_array
+from ldm.data.image_transforms import square_box, to_array
 from ldm.images import load_image
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light, resize
 
@@ -104,8 +104,11 @@ class ImageNetBase(Dataset):
                 chosen.add(entry)
                 continue
             synsets = synsets or {index: synset for synset, index in self._published_indices().items()}
-            first, _, last = entry.partition("-")
-            chosen |= {synsets[index] for index in range(int(first), int(last or first) + 1)}
+            try:
+                first, _, last = entry.partition("-")
+                chosen |= {synsets[index] for index in range(int(first), int(last or first) + 1)}
+            except (ValueError, KeyError):
+                raise ValueError(f"sub_indices {text!r}: {entry!r} is no class of {self.idx2syn}") from None
         return chosen
 
     def _published_indices(self) -> dict[str, int]:
@@ -247,13 +250,8 @@ class DegradedImages(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         example = dict(self.base[i])
         image = load_image(example["file_path_"])
-        fraction, down, across = np.random.random(3)
-        shorter = min(image.size)
-        side = max(1, int((self.min_crop_f + fraction * (self.max_crop_f - self.min_crop_f)) * shorter))
-        if self.center_crop:
-            down = across = 0.5
-        top, left = int(down * (image.height - side + 1)), int(across * (image.width - side + 1))
-        pixels = np.asarray(image.crop((left, top, left + side, top + side)))
+        side = max(1, int(np.random.uniform(self.min_crop_f, self.max_crop_f) * min(image.size)))
+        pixels = np.asarray(image.crop(square_box(image.size, side, random=not self.center_crop)))
         pixels = _to_uint8(resize(pixels, (self.size, self.size), "area"))
         example["image"] = (pixels / 127.5 - 1.0).astype(np.float32)
         example["LR_image"] = to_array(Image.fromarray(self.degradation_process(pixels)))

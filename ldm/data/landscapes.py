@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.base import check_folder
 from ldm.data.folder import scan
-from ldm.data.image_transforms import Resize, to_array
+from ldm.data.image_transforms import Resize, square_box, to_array
 from ldm.data.segmentation import one_hot_map, read_segmentation
 from ldm.images import load_image
 
@@ -71,9 +71,7 @@ class _Landscapes(Dataset):
         classes = Image.fromarray(ids.numpy().astype(np.int32))
         image, classes = Resize(shorter, "bicubic")(image), Resize(shorter, "nearest")(classes)
         if self.crop_size is not None:
-            down, across = np.random.random(2) if self.part == "train" else (0.5, 0.5)
-            left, top = int(across * (image.width - self.crop_size + 1)), int(down * (image.height - self.crop_size + 1))
-            box = (left, top, left + self.crop_size, top + self.crop_size)
+            box = square_box(image.size, self.crop_size, random=self.part == "train")
             image, classes = image.crop(box), classes.crop(box)
         planes = one_hot_map(torch.from_numpy(np.asarray(classes).astype(np.int64)), CLASSES)[0]
         return {

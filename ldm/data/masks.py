@@ -46,9 +46,9 @@ class MaskedImages:
         return {**item, "mask": mask, "masked_image": image * (1.0 - mask)}
 
 
-def random_mask(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A float32 mask (height, width, 1) of zeros and ones: all ones, or one to four rectangles or strokes."""
-    if rng.random() < WHOLE:
+def random_mask(height: int, width: int, rng: np.random.Generator, full: float = WHOLE) -> np.ndarray:
+    """Random float32 mask (height, width, 1) of 0 and 1: all ones (probability `full`), or boxes or strokes."""
+    if rng.random() < full:
         return np.ones((height, width, 1), np.float32)
     picture = Image.new("L", (width, height))
     draw = ImageDraw.Draw(picture)

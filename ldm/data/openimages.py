@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.base import ImagePaths, WrappedPaths, check_folder
 from ldm.data.folder import scan
-from ldm.data.image_transforms import to_array
+from ldm.data.image_transforms import square_box, to_array
 from ldm.data.imagenet import DegradedImages
 from ldm.data.layouts import Box, LayoutTokens
 from ldm.images import load_image
@@ -117,11 +117,10 @@ class _OpenImagesBBox(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         path = self.paths[i]
         image = load_image(path)
-        side = min(image.size)
-        along = np.random.random() if self.part == "train" else 0.5
-        left, top = (int(along * (length - side + 1)) for length in image.size)
-        square = image.crop((left, top, left + side, top + side)).resize((self.size, self.size))
         width, height = image.size
+        side = min(width, height)
+        left, top, right, bottom = square_box(image.size, side, random=self.part == "train")
+        square = image.crop((left, top, right, bottom)).resize((self.size, self.size))
         crop = (left / width, top / height, side / width, side / height)
         tokens = self.tokens.encode(self.boxes[path.stem][: self.tokens.max_objects], crop)
         return {"image": to_array(square), "coordinates_bbox": np.array(tokens), "file_path_": str(path)}

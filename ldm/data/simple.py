@@ -93,7 +93,9 @@ def read_captions(path: Path) -> dict[str, str]:
             return {str(name): str(caption) for name, caption in content.items()}
         return {str(entry["file_name"]): str(entry["text"]) for entry in content}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} must hold entries such as {{"file_name": "a.jpg", "text": "..."}}: {error!r}') from None
+        raise ValueError(
+            f'{path} must hold entries such as {{"file_name": "a.jpg", "text": "..."}}: {error!r}'
+        ) from None
 
 
 class hf_dataset(Dataset):
@@ -119,7 +121,7 @@ class hf_dataset(Dataset):
     ) -> None:
         folder = check_folder(name, "a data set saved by datasets' save_to_disk (nothing is downloaded)")
         try:
-            from datasets import DatasetDict, load_from_disk
+            from datasets import DatasetDict, load_from_disk  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
             raise ImportError("ldm.data.simple.hf_dataset needs the package datasets: pip install datasets") from None
         data = load_from_disk(str(folder))
