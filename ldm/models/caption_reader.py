@@ -1,28 +1,34 @@
-"""A text encoder taught to read: what a small diffusion model has in place of CLIP's pre-training."""
+"""Pre-training of a small text encoder, in place of CLIP's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.lightning import pl
+from ldm.models.training import lr_schedules
 from ldm.util import instantiate_from_config
 
 
 class CaptionReader(pl.LightningModule):
     """A text encoder with a linear classifier on its end token for each attribute that a caption can state.
 
-    Stable Diffusion starts from a text encoder that CLIP has taught to read, and cannot be expected to learn language
-    from noise predictions; neither can a small model. Batches hold `caption`, B strings, and `attributes`, (B, K)
-    int64. The checkpoint's `cond_stage_model.*` are what `FrozenCLIPEmbedder(ckpt_path=...)` takes from it.
+    Noise predictions teach a text encoder little language, so Stable Diffusion starts from CLIP's encoder and a small
+    model from this one. Batches hold `caption`, B strings, and `attributes`, (B, K) int64. The checkpoint's
+    `cond_stage_model.*` are the weights that `FrozenCLIPEmbedder(ckpt_path=...)` loads.
 
-    cond_stage_config: the text encoder. classes: the number of values of each of the K attributes. width: the encoder's
-    output channels. scheduler_config: of the learning rate, as diffusion models take it.
+    Args:
+        cond_stage_config: the text encoder.
+        classes: number of values of each of the K attributes.
+        width: output channels of the encoder.
+        scheduler_config: learning-rate schedule.
     """
+
+    learning_rate: float  # set by the training script
 
     def __init__(
         self,
@@ -44,33 +50,28 @@ class CaptionReader(pl.LightningModule):
     def forward(self, captions: Sequence[str]) -> list[Tensor]:
         """B captions to the logits of each attribute, K of (B, classes[k])."""
         states = self.cond_stage_model.encode(captions)  # (B, L, D)
-        # Every caption is padded with end tokens, and the last one has seen the whole caption.
+        # captions are padded with end tokens, and attention is causal: the last one has seen everything
         return list(self.head(states[:, -1]).split(self.classes, dim=1))
 
     def shared_step(self, batch: Mapping[str, Any], split: str) -> Tensor:
-        """Sum of the attributes' cross-entropies; logs it, and the share of captions read without a mistake."""
+        """Sum of the attributes' cross-entropies; logs it, and the fraction of captions with every attribute right."""
         logits, attributes = self(batch["caption"]), batch["attributes"]  # (B, K)
         losses = [F.cross_entropy(logit, attributes[:, k]) for k, logit in enumerate(logits)]
         loss = torch.stack(losses).sum()
-        read = torch.stack([logit.argmax(1) == attributes[:, k] for k, logit in enumerate(logits)]).all(0)
+        right = torch.stack([logit.argmax(1) == attributes[:, k] for k, logit in enumerate(logits)]).all(0)
         size = len(attributes)
-        self.log_dict({f"{split}/loss": loss, f"{split}/read": read.float().mean()}, prog_bar=True, batch_size=size)
+        self.log_dict({f"{split}/loss": loss, f"{split}/read": right.float().mean()}, prog_bar=True, batch_size=size)
         return loss
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Lightning's hook."""
+        """Loss of a training batch."""
         return self.shared_step(batch, "train")
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Lightning's hook."""
+        """Log the loss of a validation batch."""
         self.shared_step(batch, "val")
 
-    learning_rate: float  # set from outside
-
     def configure_optimizers(self) -> Any:
-        """Lightning's hook: AdamW at `self.learning_rate`, with the config's schedule every step."""
+        """AdamW at `self.learning_rate`, with `scheduler_config` at every step."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
-        if self.scheduler_config is None:
-            return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, instantiate_from_config(self.scheduler_config).schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return [optimizer], lr_schedules([optimizer], self.scheduler_config)

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionDepth2ImgPipeline
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import Checkpoint, build_on_meta, fill_model, save_checkpoint
-from ldm.models.diffusion.depth import LatentDepth2ImageDiffusion
+from ldm.models.diffusion.special_models import LatentDepth2ImageDiffusion
 from ldm.util import instantiate_from_config
 from tests.golden import REFERENCE, assert_agrees, filled, tensor
 from tests.modules.test_midas import SMALL
@@ -123,7 +123,7 @@ def test_starting_from_a_model_without_depth(tmp_path, caplog):
     path = save_checkpoint(tmp_path / "v2.ckpt", filled(instantiate_from_config(tiny_config())).state_dict())
     model = instantiate_from_config(depth_config(ckpt_path=str(path)))
     assert model.model.diffusion_model.input_blocks[0][0].weight[:, 4].eq(0).all()
-    assert "brings no weights to estimate depth with" in caplog.text and model.depth_model is None
+    assert "has no weights to estimate depth" in caplog.text and model.depth_model is None
     assert torch.isfinite(model.shared_step(batch(midas_in=tensor("depth", 2, 32, 32)))[0])
     with pytest.raises(ValueError, match="no weights to estimate depth"):
         model.shared_step(batch())
@@ -172,7 +172,7 @@ def test_a_file_without_midas_takes_depth_from_a_picture(filled_model):
     fill_model(model, Checkpoint(REFERENCE / "depth.ckpt", without_depth(filled_model)))
     depth = tensor("depth", 1, 1, 32, 32)
     assert torch.equal(model.depth_condition(depth, (16, 16)), filled_model.depth_condition(depth, (16, 16)))
-    with pytest.raises(ValueError, match=r"no weights to estimate depth with \(depth_model\.\*\): .* \(--depth\)"):
+    with pytest.raises(ValueError, match=r"no weights to estimate depth \(depth_model\.\*\): .* \(--depth\)"):
         model.estimate_depth(torch.zeros(1, 3, 64, 64))
     assert set(model.state_dict()) == set(without_depth(filled_model))
 

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint import build_on_meta, save_checkpoint
 from ldm.data.masks import MaskedImages
-from ldm.models.diffusion.finetuning import LatentFinetuneDiffusion
-from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
+from ldm.models.diffusion.special_models import LatentFinetuneDiffusion
+from ldm.models.diffusion.special_models import LatentInpaintDiffusion
 from ldm.util import instantiate_from_config
 from tests.golden import assert_agrees, filled, tensor
 from tests.test_own_pictures import CONFIGS, config, photos, shrink  # noqa: F401
@@ -122,11 +122,11 @@ def test_a_concatenated_latent_is_shown():
     batch = {"jpg": tensor("jpg", 1, 32, 32, 3).clamp(-1, 1), "txt": ["a red circle"], "mask": torch.zeros(1, 32, 32)}
     batch["masked_image"] = tensor("masked", 1, 32, 32, 3).clamp(-1, 1)
     torch.manual_seed(3)
-    _, cond, log = model._originals(batch, 1)
+    _, cond, log = model._log_inputs(batch, 1)
     assert torch.equal(log["c_concat_decoded"], model.decode_first_stage(cond["c_concat"][0][:, 1:]))
     assert torch.equal(log["masked_image"], batch["masked_image"].movedim(-1, 1))
-    model.logged_channels = (None, None)
-    assert "c_concat_decoded" not in model._originals(batch, 1)[2]
+    model.c_concat_log_start = model.c_concat_log_end = None
+    assert "c_concat_decoded" not in model._log_inputs(batch, 1)[2]
 
 
 # ---- training ----

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from ldm.checkpoint import build_on_meta, fill_model, read_checkpoint, save_checkpoint
 from ldm.models.autoencoder import AutoencoderKL, VQModel, VQModelInterface
-from ldm.models.first_stage import psnr
+from ldm.models.autoencoder import psnr
 from ldm.util import instantiate_from_config
 
 REFERENCE = Path(__file__).parents[1] / "reference"

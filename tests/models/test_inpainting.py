@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.finetuning import LatentFinetuneDiffusion
-from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
+from ldm.models.diffusion.special_models import LatentFinetuneDiffusion
+from ldm.models.diffusion.special_models import LatentInpaintDiffusion
 from ldm.util import instantiate_from_config
 from tests.golden import assert_agrees, filled, tensor
 from tests.models.test_finetuning import inpainting

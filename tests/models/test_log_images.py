@@ -7,8 +7,8 @@ import torch
 
 from ldm.images import text_to_tensor
 from ldm.models.diffusion.ddpm import DDPM
-from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
-from ldm.models.diffusion.pictures import row
+from ldm.models.diffusion.special_models import LatentInpaintDiffusion
+from ldm.models.diffusion.batches import image_row
 from tests.golden import golden_configs
 from tests.models.test_diffusion_training import Point, point
 from tests.models.test_training import batch, build
@@ -119,7 +119,7 @@ def test_inpainting_models(trainable):
 
 def test_rows_run_from_left_to_right():
     panels = [torch.full((2, 3, 4, 5), float(i)) for i in range(3)]
-    picture = row(panels)
+    picture = image_row(panels)
     assert picture.shape == (1, 3, 8, 15)
     assert picture[0, 0, 0].tolist() == [0.0] * 5 + [1.0] * 5 + [2.0] * 5
 

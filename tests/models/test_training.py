@@ -9,9 +9,9 @@ import torch
 from ldm.checkpoint import save_checkpoint
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.gaussian import square
-from ldm.models.diffusion.inpainting import LatentInpaintDiffusion
-from ldm.models.diffusion.wrapper import DiffusionWrapper
+from ldm.models.diffusion.ddpm import image_sides
+from ldm.models.diffusion.special_models import LatentInpaintDiffusion
+from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.util import instantiate_from_config
 from tests.golden import golden_configs
 from tests.reference.fill import fill
@@ -186,4 +186,4 @@ def test_mistakes_are_named(change, message):
 @pytest.mark.parametrize("size", ["x", [4], [4, 0], [1, 2, 3], 2.5])
 def test_an_image_size_that_is_none(size):
     with pytest.raises(ValueError, match="image_size must be"):
-        square(size)
+        image_sides(size)

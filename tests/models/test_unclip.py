@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.checkpoint import save_checkpoint
-from ldm.models.diffusion.unclip import ImageEmbeddingConditionedLatentDiffusion
+from ldm.models.diffusion.special_models import ImageEmbeddingConditionedLatentDiffusion
 from ldm.modules.diffusionmodules.schedule import timestep_embedding
 from tests.golden import filled, golden_configs
 from tests.tiny import TEXT
@@ -129,7 +129,7 @@ def test_pictures_of_training():
 def test_guidance_leaves_the_picture_out():
     model = build()
     cond = {"c_crossattn": [torch.randn(2, 12, 24)], "c_adm": torch.randn(2, 2 * WIDTH)}
-    uncond = model._unconditional(cond, 2, None)
+    uncond = model._unconditional_like(cond, 2, None)
     assert uncond.keys() == cond.keys() and not uncond["c_adm"].any()
     assert torch.equal(uncond["c_crossattn"][0][0], model.get_learned_conditioning([""])[0])
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.upscaling import LatentUpscaleDiffusion
+from ldm.models.diffusion.special_models import LatentUpscaleDiffusion
 from ldm.modules.diffusionmodules.upscaling import ImageConcatWithNoiseAugmentation
 from tests.golden import assert_agrees, golden_configs, goldens, latent_diffusion, tensor
 from tests.tiny import TEXT
