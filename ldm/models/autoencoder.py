@@ -125,7 +125,7 @@ class FirstStage(pl.LightningModule):
     # ---- training ----
 
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
-        """Images `batch[k]`, (B, H, W, C) or (B, H, W), as (B, C, H, W) float32; ValueError for sizes that do not fit."""
+        """Images `batch[k]`, (B, H, W, C) or (B, H, W), as (B, C, H, W) float32; ValueError for a wrong size."""
         x = batch[k]
         if x.ndim == 3:
             x = x[..., None]
@@ -431,7 +431,7 @@ class VQModel(FirstStage):
         return self.decoder(self.post_quant_conv(quant))
 
     def decode_code(self, code_b: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Codebook indices (B, h, w), or of any shape with the `shape` (B, h, w, embed_dim) they stand for, to an image."""
+        """Codebook indices (B, h, w), or any with the `shape` (B, h, w, embed_dim) of their entries, to an image."""
         return self.decode(self.quantize.get_codebook_entry(code_b, shape or (*code_b.shape, self.embed_dim)))
 
     def forward(self, input: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:

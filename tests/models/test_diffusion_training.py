@@ -9,11 +9,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from ldm.models.training import TimestepBuckets
 from ldm.models.diffusion.batches import ConditionDropout
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.distributed_rng import DistributedRNG, seeded
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.training import TimestepBuckets
 from ldm.modules.diffusionmodules.schedule import (
     make_beta_schedule,
     min_snr_weights,

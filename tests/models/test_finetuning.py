@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint import build_on_meta, save_checkpoint
 from ldm.data.masks import MaskedImages
-from ldm.models.diffusion.special_models import LatentFinetuneDiffusion
-from ldm.models.diffusion.special_models import LatentInpaintDiffusion
+from ldm.models.diffusion.special_models import LatentFinetuneDiffusion, LatentInpaintDiffusion
 from ldm.util import instantiate_from_config
 from tests.golden import assert_agrees, filled, tensor
 from tests.test_own_pictures import CONFIGS, config, photos, shrink  # noqa: F401

@@ -17,8 +17,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ldm.checkpoint import build_on_meta, fill_model, read_checkpoint, save_checkpoint
-from ldm.models.autoencoder import AutoencoderKL, VQModel, VQModelInterface
-from ldm.models.autoencoder import psnr
+from ldm.models.autoencoder import AutoencoderKL, VQModel, VQModelInterface, psnr
 from ldm.util import instantiate_from_config
 
 REFERENCE = Path(__file__).parents[1] / "reference"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.special_models import LatentFinetuneDiffusion
-from ldm.models.diffusion.special_models import LatentInpaintDiffusion
+from ldm.models.diffusion.special_models import LatentFinetuneDiffusion, LatentInpaintDiffusion
 from ldm.util import instantiate_from_config
 from tests.golden import assert_agrees, filled, tensor
 from tests.models.test_finetuning import inpainting

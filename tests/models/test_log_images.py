@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ldm.images import text_to_tensor
+from ldm.models.diffusion.batches import image_row
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.special_models import LatentInpaintDiffusion
-from ldm.models.diffusion.batches import image_row
 from tests.golden import golden_configs
 from tests.models.test_diffusion_training import Point, point
 from tests.models.test_training import batch, build

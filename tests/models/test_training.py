@@ -8,10 +8,8 @@ import torch
 
 from ldm.checkpoint import save_checkpoint
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.ddpm import image_sides
+from ldm.models.diffusion.ddpm import DiffusionWrapper, LatentDiffusion, image_sides
 from ldm.models.diffusion.special_models import LatentInpaintDiffusion
-from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.util import instantiate_from_config
 from tests.golden import golden_configs
 from tests.reference.fill import fill

@@ -198,9 +198,7 @@ class NoisyLatentImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW at `self.learning_rate`, with `scheduler_config` at every step."""
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         return ([optimizer], lr_schedules([optimizer], self.scheduler_config)) if self.use_scheduler else optimizer
 
     @torch.no_grad()

@@ -68,15 +68,7 @@ from ldm.modules.ema import LitEma
 from ldm.util import FIRST_STAGE, UNCONDITIONAL, instantiate_from_config
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.special_models import (
-        ImageEmbeddingConditionedLatentDiffusion,
-        LatentDepth2ImageDiffusion,
-        LatentFinetuneDiffusion,
-        LatentInpaintDiffusion,
-        LatentUpscaleDiffusion,
-        LatentUpscaleFinetuneDiffusion,
-        Layout2ImgDiffusion,
-    )
+    pass
 
 __all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion", "disabled_train", "image_sides", "uniform_on_device"]
 
@@ -692,8 +684,8 @@ class DDPM(pl.LightningModule):
 class LatentDiffusion(DDPM):
     """Diffusion in the latents of a first stage, conditioned on what an encoder makes of the batch.
 
-    A batch may hold, in place of images, a first stage's outputs: `moments` (B, 2C, h, w) of a KL posterior or `latents`
-    (B, C, h, w), neither scaled; and `context` (B, L, D), the encoded condition.
+    A batch may hold, in place of images, a first stage's outputs, not scaled: `moments` (B, 2C, h, w) of a KL posterior
+    or `latents` (B, C, h, w); and `context` (B, L, D), the encoded condition.
 
     Args:
         first_stage_config: the autoencoder.
@@ -1221,12 +1213,12 @@ class LatentDiffusion(DDPM):
             mask, x0: keep the latent x0 where mask is 1.
             noise: random numbers from elsewhere than torch's global generator.
         """
-        x = self._start(x_T, shape, noise)
+        x = start = self._start(x_T, shape, noise)
         log_every_t = log_every_t or self.log_every_t
         steps = min(n for n in (timesteps, start_T, self.num_timesteps) if n is not None)
         options: dict[str, Any] = {"quantize_denoised": quantize_denoised} | ({"noise": noise} if noise else {})
         intermediates = [x]
-        for i, x, _ in self._p_sample_steps(cond, x, steps, verbose, mask, x0, **options):
+        for i, x, _ in self._p_sample_steps(cond, start, steps, verbose, mask, x0, **options):
             if i % log_every_t == 0 or i == steps - 1:
                 intermediates.append(x)
             if callback:
@@ -1264,7 +1256,7 @@ class LatentDiffusion(DDPM):
         """
         if batch_size is not None:
             shape, cond = (batch_size, *shape[-3:]), first_rows(cond, batch_size)
-        x = self._start(x_T, shape, None)
+        x = start = self._start(x_T, shape, None)
         log_every_t = log_every_t or self.log_every_t
         steps = min(start_T or self.num_timesteps, self.num_timesteps)
         options = {
@@ -1275,7 +1267,7 @@ class LatentDiffusion(DDPM):
             "corrector_kwargs": corrector_kwargs,
         }
         predictions = []
-        for i, x, predicted in self._p_sample_steps(cond, x, steps, verbose, mask, x0, temperature, **options):
+        for i, x, predicted in self._p_sample_steps(cond, start, steps, verbose, mask, x0, temperature, **options):
             if i % log_every_t == 0 or i == steps - 1:
                 predictions.append(predicted)
             if callback:
