@@ -1,4 +1,4 @@
-"""k-diffusion's wrappers around our models, and its samplers beside ours. `pip install k-diffusion` (extra "clients")."""
+"""k-diffusion around our models, and its samplers beside ours. `pip install k-diffusion`, of the extra "clients"."""
 
 from __future__ import annotations
 
