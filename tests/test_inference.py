@@ -213,7 +213,7 @@ def test_every_step_count_can_be_laid_out(model, sampler, steps):
 
 
 def t_range(solver) -> tuple[float, float]:
-    return float(solver.schedule.timesteps.min()), float(solver.schedule.timesteps.max())
+    return float(solver.steps.timesteps.min()), float(solver.steps.timesteps.max())
 
 
 @pytest.mark.parametrize("part", ["model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_out.bias"])

@@ -15,7 +15,7 @@ from ldm.inference.pipeline import OnStep, decode, draw, drawing, resolve_size, 
 from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
 from ldm.inference.seamless import seamless
 from ldm.models.diffusion.noise import InterpolatedNoise, PerImageNoise, slerp
-from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.schedules import ScheduleChoice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,7 +76,7 @@ def interpolate(
     sampler: str | None = None,
     eta: float = 0.0,
     scale: float | Sequence[float] | None = None,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
     tiling: str | None = None,
     on_step: OnStep | None = None,

@@ -30,7 +30,7 @@ from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
 from ldm.inference.text_to_image import encode_pixels
 from ldm.inference.tiling import padded
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.schedules import ScheduleChoice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,7 +59,7 @@ def inpaint(
     sampler: str | None = None,
     eta: float = 0.0,
     scale: float | Sequence[float] | None = None,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,

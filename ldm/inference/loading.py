@@ -20,9 +20,8 @@ from ldm.devices import choose_device, choose_precision
 from ldm.inference.conditioning import TEXT, Task, require, task_of
 from ldm.inference.lowvram import lodge
 from ldm.models.diffusion.guidance import CFG_PP_SCALE, Guidance
-from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
-from ldm.models.diffusion.schedules import SCHEDULES
+from ldm.models.diffusion.schedules import SCHEDULES, ScheduleChoice
 from ldm.models.model_info import ModelInfo, SamplingDefaults
 from ldm.modules.layout import lay_out
 from ldm.util import public_path
@@ -236,7 +235,7 @@ def sampling_plan(
     sampler: str | None = None,
     scale: float | Sequence[float] | None = None,
     eta: float = 0.0,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Guidance]:
     """What `draw` and `redraw` take of these options, and the guidance that they ask for.

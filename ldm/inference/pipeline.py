@@ -21,8 +21,8 @@ from ldm.inference.shortcuts import Shortcuts
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition, Guidance
 from ldm.models.diffusion.noise import NoiseSource, global_noise
-from ldm.models.diffusion.sampler import Choice
 from ldm.models.diffusion.samplers import make_sampler
+from ldm.models.diffusion.schedules import ScheduleChoice
 from ldm.modules.attention import remembering_contexts
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def draw(
     """
     solver = make_sampler(model, sampler)
     if on_step is not None:
-        options["img_callback"] = lambda x0, i: on_step(x0, i + 1, len(solver.schedule))
+        options["img_callback"] = lambda x0, i: on_step(x0, i + 1, len(solver.steps))
     latents, _ = solver.sample(
         S=steps,
         batch_size=batch_size,
@@ -193,7 +193,7 @@ def redraw(
     steps: int,
     sampler: str,
     eta: float = 0.0,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     noise: NoiseSource = global_noise,
     on_step: OnStep | None = None,
     progress: bool = True,
@@ -209,7 +209,7 @@ def redraw(
     if count == 0:
         return latents
     if on_step is not None:
-        total = len(solver.schedule.until(count))
+        total = len(solver.steps.until(count))
         options["img_callback"] = lambda x0, i: on_step(x0, i + 1, total)
     noised = solver.stochastic_encode(latents, count, noise=noise(latents.shape, latents.device))
     return solver.decode(

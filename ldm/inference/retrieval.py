@@ -24,7 +24,7 @@ from ldm.images import load_image
 from ldm.inference.conditioning import NEIGHBOURS, require
 from ldm.inference.loading import sampling_plan
 from ldm.inference.pipeline import Guided, decode, draw, drawing, resolve_size, seed_everything
-from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.schedules import ScheduleChoice
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder, crop_to_square
 from ldm.util import REPOSITORY
@@ -251,7 +251,7 @@ def knn2img(
     sampler: str | None = None,
     eta: float = 0.0,
     scale: float | Sequence[float] | None = None,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,

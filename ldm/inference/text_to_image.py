@@ -30,7 +30,7 @@ from ldm.inference.pipeline import (
 from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
 from ldm.inference.seamless import seamless
 from ldm.models.diffusion.noise import NoiseSource, PerImageNoise, global_noise
-from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.schedules import ScheduleChoice
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def txt2img(
     sampler: str | None = None,
     eta: float = 0.0,
     scale: float | Sequence[float] | None = None,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | Sequence[int] | None = None,
     noise: NoiseSource = global_noise,
@@ -130,7 +130,7 @@ def img2img(
     sampler: str | None = None,
     eta: float = 0.0,
     scale: float | Sequence[float] | None = None,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | Sequence[int] | None = None,
     noise: NoiseSource = global_noise,

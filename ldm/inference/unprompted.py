@@ -23,7 +23,7 @@ from ldm.inference.loading import sampling_plan
 from ldm.inference.pipeline import Guided, decode, draw, drawing, seed_everything
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition
-from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.schedules import ScheduleChoice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,7 +110,7 @@ def _drawn(
     sampler: str | None = None,
     eta: float = 0.0,
     scale: float | Sequence[float] | None = None,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from ldm.inference.pipeline import Guided, decode, draw, drawing, first_stage_dt
 from ldm.inference.tiling import padded, tiled
 from ldm.models.diffusion.gaussian import square
 from ldm.models.diffusion.guidance import Condition, Guidance
-from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.schedules import ScheduleChoice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +40,7 @@ def upscale(
     sampler: str | None = None,
     eta: float = 0.0,
     scale: float | Sequence[float] | None = None,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -124,7 +123,7 @@ class TiledModel:
     """
 
     def __init__(self, model: LatentDiffusion, tile: int, progress: bool = True) -> None:
-        for name in ("alphas_cumprod", "num_timesteps", "parameterization", "device", "first_stage_model"):
+        for name in ("alphas_cumprod", "num_timesteps", "parameterization", "device", "first_stage_model", "model"):
             setattr(self, name, getattr(model, name))
         self._model = model
         self._tile = tile
@@ -139,10 +138,6 @@ class TiledModel:
             return self._model.apply_model(part[:, :channels], t, under)
 
         return tiled(look, torch.cat([x, *cond["c_concat"]], dim=1), self._tile, multiple=MULTIPLE)
-
-    def perturbed_attention(self) -> AbstractContextManager[None]:
-        """As of the model."""
-        return self._model.perturbed_attention()
 
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """As of the model: z (B, C, h, w) to pictures (B, 3, f h, f w)."""

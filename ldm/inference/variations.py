@@ -12,7 +12,7 @@ from ldm.images import image_to_tensor
 from ldm.inference.conditioning import PICTURE, require
 from ldm.inference.loading import sampling_plan
 from ldm.inference.pipeline import decode, draw, drawing, resolve_size, seed_everything, text_condition
-from ldm.models.diffusion.sampler import Choice
+from ldm.models.diffusion.schedules import ScheduleChoice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,7 +66,7 @@ def variations(
     sampler: str | None = None,
     eta: float = 0.0,
     scale: float | Sequence[float] | None = None,
-    schedule: Choice | None = None,
+    schedule: ScheduleChoice | None = None,
     guidance: Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,

@@ -50,11 +50,16 @@ class FeatureCache:
             self._timestep, self._step = timestep, self._step + 1
             self._counts.clear()
             self._kept = {key: kept for key, kept in self._kept.items() if self._step - kept.step < self._every}
-        kind = (x.shape, any(part.alone for part in self._attending), *map(id, conditions))
+        kind = (x.shape, self._perturbed(), *map(id, conditions))
         self._counts[kind] += 1
         key = (*kind, self._counts[kind])
         self._call = key, conditions
         return self._kept[key].features if key in self._kept else None
+
+    def _perturbed(self) -> bool:
+        """Whether the forward of self-attention is overridden, as perturbed-attention guidance does."""
+        parts = (getattr(part, "attn1", part) for part in self._attending)
+        return any("forward" in vars(part) for part in parts)
 
     def keep(self, features: Tensor) -> None:
         """Keep features of the call that began last."""

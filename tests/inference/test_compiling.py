@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.inference.compiling import compile_network
-from ldm.modules.attention import seeing_themselves_alone
+from ldm.models.diffusion.guidance import identity_self_attention
 from tests.golden import golden_configs, latent_diffusion, tensor
 
 
@@ -24,13 +24,13 @@ X, T, C = tensor("x", 2, 4, 16, 16), torch.tensor([3, 500]), tensor("c", 2, 5, 2
 @torch.no_grad()
 def test_numbers_and_names_stay(model, caplog):
     names, plain = list(model.state_dict()), model.apply_model(X, T, C)
-    with seeing_themselves_alone(model.model):
+    with identity_self_attention(model.model):
         perturbed = model.apply_model(X, T, C)
     caplog.set_level(logging.INFO)
     assert compile_network(model, backend="aot_eager")
     torch.testing.assert_close(model.apply_model(X, T, C), plain)
     assert "compiled, and asked for the first time" in caplog.text
-    with seeing_themselves_alone(model.model):  # another way through a block
+    with identity_self_attention(model.model):  # another way through a block
         torch.testing.assert_close(model.apply_model(X, T, C), perturbed)
     torch.testing.assert_close(model.apply_model(X, T, C), plain)
     assert list(model.state_dict()) == names

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.sampler import batch_of
 from ldm.models.diffusion.samplers import make_sampler
 from ldm.modules.diffusionmodules.schedule import make_beta_schedule, rescale_zero_terminal_snr
 
@@ -63,7 +64,7 @@ def run(name: str, steps: int, model: Gaussian, **options: object) -> tuple[torc
     sampler = make_sampler(model, name)
     x, _ = sampler.sample(steps, 3, SHAPE, x_T=start(), verbose=False, **options)
     assert x.dtype == torch.float64
-    return x, exact(start(), sampler.schedule.a[-1], sampler.schedule.a_prev[0])
+    return x, exact(start(), sampler.steps.alphas_cumprod[-1], sampler.steps.alphas_cumprod_prev[0])
 
 
 def error(name: str, steps: int, alphas_cumprod: np.ndarray, kind: str = "eps", **options: object) -> float:
@@ -90,13 +91,18 @@ def error_going_on(name: str, steps: int, kind: str) -> float:
     """
     sampler = make_sampler(Gaussian(EVEN, kind), name)
     sampler.make_schedule(steps, "even")
-    s = sampler.schedule
-    state = sampler._run(s, None, None, Guidance())
-    x = start()
-    for i, index in enumerate(reversed(range(2, steps))):
-        x = exact(start(), s.a[-1], s.a[index]) if i < 4 else x
-        x, _ = sampler.step(state, x, index)
-    return float((x - exact(start(), s.a[-1], s.a_prev[2])).abs().max())
+    first = float(sampler.steps.alphas_cumprod[-1])
+    x, memory = start(), []
+    state = None if name == "plms" else sampler._state(sampler.steps, None, None, Guidance())
+    for i, step in zip(range(steps - 2), sampler.steps.steps()):
+        x = exact(start(), first, step.alpha_bar) if i < 4 else x
+        if name == "plms":
+            t, t_next = (batch_of(t, x) for t in (step.t, step.t_prev))
+            x, _, eps = sampler.p_sample_plms(x, None, t, step.index, old_eps=memory, t_next=t_next)
+            memory = [*memory[-2:], eps]
+        else:
+            x, _ = sampler.step(state, x, step)
+    return float((x - exact(start(), first, step.alpha_bar_prev)).abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)

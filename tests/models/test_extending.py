@@ -65,10 +65,10 @@ def test_a_term(examples, draw):
 
 
 def test_what_the_term_takes_back(examples):
-    from ldm.models.diffusion.guidance import Branches, Network
+    from ldm.models.diffusion.guidance import ConditionalModel, ModelOutputs
 
     cond, output = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    point = Branches(Network(lambda x, t, c: cond, None), cond, torch.zeros(2), 0.5)
+    point = ModelOutputs(ConditionalModel(lambda x, t, c: cond, None), cond, torch.zeros(2), 0.5)
     left = TERMS["project"].apply(output, point, 1.0) - cond
     torch.testing.assert_close((left * cond).sum((1, 2, 3)), torch.zeros(2), atol=1e-4, rtol=0)
 

@@ -1,11 +1,17 @@
-"""Guidance on hand-made conditions and a network that says what it was given."""
+"""Guidance on hand-made conditions and a network that returns its inputs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ldm.models.diffusion.guidance import Branches, Guidance, Network, condition_batch_size, join_conditions
+from ldm.models.diffusion.guidance import (
+    ConditionalModel,
+    Guidance,
+    ModelOutputs,
+    condition_batch_size,
+    join_conditions,
+)
 
 A, B = torch.zeros(2, 3), torch.ones(2, 3)
 
@@ -30,10 +36,10 @@ def test_misfits_are_named(first, second, message):
         join_conditions(first, second)
 
 
-def answer(network, cond, uncond, guidance, a=0.5):
-    """What `guidance` makes of a network at one point; x and t as below."""
+def guided(network, cond, uncond, guidance, a=0.5):
+    """The guided output of a network, and x and t."""
     x, t = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([3.0, 4.0])
-    return guidance(Branches(Network(network, cond, uncond), x, t, a), 0), x, t
+    return guidance(ModelOutputs(ConditionalModel(network, cond, uncond), x, t, a), guidance.scale_at(0)), x, t
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 7.5])
@@ -44,14 +50,14 @@ def test_formula_and_number_of_calls(scale):
         calls.append(x.shape[0])
         return c[:, :1] * t[:, None] + x
 
-    (out, onward), x, t = answer(network, B, A, Guidance(scale))
+    (out, uncond), x, t = guided(network, B, A, Guidance(scale))
     torch.testing.assert_close(out, x + scale * t[:, None])  # the unconditional answer is x, the other x + t
     assert calls == ([2] if scale == 1.0 else [4])  # one batch of both, or the conditional half alone
-    assert onward is None
+    assert uncond is None
 
 
 def test_without_unconditional_condition():
-    (out, _), _, _ = answer(lambda x, t, c: c, B, None, Guidance(7.5))
+    (out, _), _, _ = guided(lambda x, t, c: c, B, None, Guidance(7.5))
     assert out is B
 
 
@@ -61,7 +67,7 @@ def test_batch_size():
 
 
 @pytest.mark.parametrize("cfg_pp, scale", [(False, 7.5), (True, 0.6)])
-def test_one_by_one_is_the_same_in_two_calls(cfg_pp, scale):
+def test_sequential_guidance_is_the_same_in_two_calls(cfg_pp, scale):
     sizes = []
 
     def network(x, t, cond):
@@ -71,9 +77,11 @@ def test_one_by_one_is_the_same_in_two_calls(cfg_pp, scale):
     x, t = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([3.0, 4.0])
     cond, uncond = torch.full((2, 2), 5.0), torch.full((2, 2), 7.0)
     together, apart = (
-        Guidance(scale, cfg_pp=cfg_pp)(Branches(Network(network, cond, uncond, one_by_one=apart), x, t, 0.5), 0)
-        for apart in (False, True)
+        Guidance(scale, cfg_pp=cfg_pp)(
+            ModelOutputs(ConditionalModel(network, cond, uncond, sequential=sequential), x, t, 0.5), scale
+        )
+        for sequential in (False, True)
     )
     assert sizes == [4, 2, 2]
     assert together.output.equal(apart.output)
-    assert together.onward is None or together.onward.equal(apart.onward)
+    assert together.uncond is None or together.uncond.equal(apart.uncond)

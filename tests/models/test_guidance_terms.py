@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.guidance import TERMS, Branches, Guidance, Network
+from ldm.models.diffusion.guidance import TERMS, ConditionalModel, Guidance, ModelOutputs, identity_self_attention
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock
 from ldm.modules.diffusionmodules.schedule import eps_and_x0, make_beta_schedule
@@ -22,25 +22,25 @@ from tests.tiny import tiny_config
 from tests.unprompted import toy
 
 V1 = np.cumprod(1 - make_beta_schedule("linear", 1000, 0.00085, 0.012))
-PLUS_PLUS = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "dpmpp_2m_sde")
+CFG_PP = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "dpmpp_2m_sde")
 
 
 # ---- terms ----
 
 
-def branches(kind: str = "eps", a: float = 0.3) -> Branches:
-    """A network whose answers are fixed: cond, uncond and perturbed noise of its own."""
-    x, cond, uncond, perturbed = (tensor(name, 2, 4, 8, 8) for name in ("x_T", "x0", "z", "noise"))
-    network = Network(lambda x, t, c: torch.zeros_like(x), None, None, kind)
-    point = Branches(network, x, torch.zeros(2), a)
-    point._known |= {"cond": cond, "uncond": uncond, "perturbed": perturbed}
+def model_outputs(kind: str = "eps", a: float = 0.3) -> ModelOutputs:
+    """Outputs of a model that are fixed."""
+    x, cond, uncond, identity = (tensor(name, 2, 4, 8, 8) for name in ("x_T", "x0", "z", "noise"))
+    network = ConditionalModel(lambda x, t, c: torch.zeros_like(x), None, None, kind)
+    point = ModelOutputs(network, x, torch.zeros(2), a)
+    point._cache |= {"cond": cond, "uncond": uncond, "identity": identity}
     return point
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.7, 1.0])
 def test_rescale_is_diffusers(strength):
-    point = branches()
-    output = 7.5 * point.cond() - 6.5 * point._known["uncond"]
+    point = model_outputs()
+    output = 7.5 * point.cond() - 6.5 * point._cache["uncond"]
     theirs = rescale_noise_cfg(output, point.cond(), guidance_rescale=strength)
     assert_agrees(TERMS["rescale"].apply(output, point, strength), theirs, 1e-6)
 
@@ -49,10 +49,10 @@ def test_rescale_is_diffusers(strength):
 @pytest.mark.parametrize("share", [0.9, 0.995, 1.0])
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_threshold_is_imagens_in_units_of_the_conditional_prediction(kind, share, scale):
-    point = branches(kind)
-    output = point._known["uncond"] + scale * (point.cond() - point._known["uncond"])
-    (_, guided), (_, own) = (eps_and_x0(y, point.x, point.a, kind) for y in (output, point.cond()))
-    _, x0 = eps_and_x0(TERMS["threshold"].apply(output, point, share), point.x, point.a, kind)
+    point = model_outputs(kind)
+    output = point._cache["uncond"] + scale * (point.cond() - point._cache["uncond"])
+    (_, guided), (_, own) = (eps_and_x0(y, point.x, point.alpha_bar, kind) for y in (output, point.cond()))
+    _, x0 = eps_and_x0(TERMS["threshold"].apply(output, point, share), point.x, point.alpha_bar, kind)
     for i in range(2):
         unit, p = (np.quantile(np.abs(y[i].numpy()), share, method="inverted_cdf") for y in (own, guided))
         imagens = guided[i].numpy() / unit  # whose range is now from -1 to 1
@@ -61,18 +61,18 @@ def test_threshold_is_imagens_in_units_of_the_conditional_prediction(kind, share
 
 
 def test_pag():
-    point = branches()
+    point = model_outputs()
     output = TERMS["pag"].apply(torch.zeros_like(point.x), point, 3.0)
-    torch.testing.assert_close(output, 3.0 * (point.cond() - point.perturbed()))
-    with pytest.raises(ValueError, match="needs a network with self-attention in its middle"):
-        Branches(Network(lambda x, t, c: x, None), point.x, point.t, 0.5).perturbed()
+    torch.testing.assert_close(output, 3.0 * (point.cond() - point.identity_attention()))
+    with pytest.raises(ValueError, match="needs a network with a middle block"):
+        ModelOutputs(ConditionalModel(lambda x, t, c: x, None), point.x, point.t, 0.5).identity_attention()
 
 
 def test_corrections_come_last():
-    point = branches()
-    point.network = Network(lambda x, t, c: x, None, point.x)
+    point = model_outputs()
+    point.model = ConditionalModel(lambda x, t, c: x, None, point.x)
     both = [
-        Guidance(3.0, terms=terms)(point, 0).output
+        Guidance(3.0, terms=terms)(point, 3.0).output
         for terms in ({"rescale": 1.0, "pag": 2.0}, [("pag", 2.0), ("rescale", 1.0)])
     ]
     assert both[0].equal(both[1])
@@ -155,32 +155,32 @@ def drawn(name: str, guidance: Guidance, steps: int = 12, model=None, cond=Gauss
     return make_sampler(model or Gaussians(), name).sample(steps, 4, (1, 4, 4), cond, **options)[0]
 
 
-@pytest.mark.parametrize("name", PLUS_PLUS)
-def test_plus_plus_at_0_is_unconditional_exactly(name):
+@pytest.mark.parametrize("name", CFG_PP)
+def test_cfg_pp_at_0_is_unconditional_exactly(name):
     guided = drawn(name, Guidance(0.0, cfg_pp=True))
     assert guided.equal(drawn(name, Guidance(), cond=Gaussians.uncond, uncond=None))
     assert not guided.equal(drawn(name, Guidance(0.5, cfg_pp=True)))
 
 
-def test_plus_plus_is_for_those_that_go_on_along_eps():
-    assert {name for name, make in SAMPLERS.items() if make.func.cfg_pp} == {*PLUS_PLUS, "dpm_solver", "ddpm"}
-    for name in SAMPLERS.keys() - {*PLUS_PLUS, "dpm_solver", "ddpm"}:
-        with pytest.raises(ValueError, match="CFG.. is for samplers that go on along eps .*euler.*, not for"):
+def test_cfg_pp_is_for_samplers_that_renoise_with_eps():
+    assert {name for name, make in SAMPLERS.items() if make.func.cfg_pp} == {*CFG_PP, "dpm_solver", "ddpm"}
+    for name in SAMPLERS.keys() - {*CFG_PP, "dpm_solver", "ddpm"}:
+        with pytest.raises(ValueError, match="CFG.. works with .*euler.*, not with"):
             drawn(name, Guidance(0.5, cfg_pp=True))
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler"])
 @pytest.mark.parametrize("scale", [0.3, 1.0])
-def test_plus_plus_is_plain_guidance_with_scales_of_its_own(name, scale):
+def test_cfg_pp_is_plain_guidance_with_scales_of_its_own(name, scale):
     """A step of CFG++ at lambda is one of plain guidance at lambda sigma / (sigma - sigma'), in DDIM without noise."""
     solver = make_sampler(Gaussians(), name)
     solver.make_schedule(12, verbose=False)
-    sigma, after = (np.sqrt((1 - a) / a) for a in (solver.schedule.a, solver.schedule.a_prev))
+    sigma, after = (np.sqrt((1 - a) / a) for a in (solver.steps.alphas_cumprod, solver.steps.alphas_cumprod_prev))
     scales = (scale * sigma / (sigma - after))[::-1].tolist()
     torch.testing.assert_close(drawn(name, Guidance(scale, cfg_pp=True)), drawn(name, Guidance(scales)))
 
 
-def test_plus_plus_at_1_ends_in_the_conditional_prediction():
+def test_cfg_pp_at_1_ends_in_the_conditional_prediction():
     """To clean data a step goes to x0 alone, and that is the conditional one."""
     model, x = Gaussians(), START
     options = {"unconditional_conditioning": model.uncond, "x_T": x, "verbose": False, "schedule": "trailing"}
@@ -218,7 +218,7 @@ MATCHED = [(0.2, 2.0), (0.4, 5.0), (0.6, 7.5)]
 
 
 @pytest.mark.parametrize("cfg_pp, plain", MATCHED)
-def test_plus_plus_returns_from_inversion_where_plain_guidance_does_not(cfg_pp, plain):
+def test_cfg_pp_returns_from_inversion_where_plain_guidance_does_not(cfg_pp, plain):
     """In few steps. CFG++ guides more the more steps there are, which plain guidance does not."""
     model = Gaussians()
     unguided = returned(Guidance(), 10, model)  # the error of discretisation
@@ -227,6 +227,10 @@ def test_plus_plus_returns_from_inversion_where_plain_guidance_does_not(cfg_pp, 
 
 
 # ---- perturbed attention ----
+
+
+def middle_block(model):
+    return model.model.diffusion_model.middle_block
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +246,7 @@ def test_perturbed_attention_is_diffusers(text_model):
     x, t, c = tensor("x_T", 2, 4, 16, 16), torch.tensor([7, 900]), tensor("c", 2, 12, 24)
     with torch.no_grad():
         plain = text_model.apply_model(x, t, c)
-        with text_model.perturbed_attention():
+        with identity_self_attention(middle_block(text_model)):
             perturbed = text_model.apply_model(x, t, c)
         # there the first half of a batch is as ever, the second perturbed
         both = theirs(torch.cat([x, x]), torch.cat([t, t]), encoder_hidden_states=torch.cat([c, c])).sample
@@ -253,26 +257,32 @@ def test_perturbed_attention_is_diffusers(text_model):
 
 
 def test_nothing_stays_after_an_exception(text_model):
-    with pytest.raises(RuntimeError, match="out of memory"), text_model.perturbed_attention():
+    with pytest.raises(RuntimeError, match="out of memory"), identity_self_attention(text_model):
+        assert any("forward" in vars(module) for module in text_model.modules())
         raise RuntimeError("out of memory")
-    assert not any(getattr(module, "alone", False) for module in text_model.modules())
+    assert not any("forward" in vars(module) for module in text_model.modules())
 
 
 def test_attention_without_a_transformer():
     block, x = filled(AttentionBlock(32, 2)), tensor("x_T", 2, 32, 4, 4)
     with torch.no_grad():
-        attending, block.alone = block(x), True
+        plain = block(x)
         heads = block.qkv(block.norm(x.flatten(2))).unflatten(1, (2, 3, 16))  # (B, heads, 3, 16, N)
         values = heads[:, :, 2].flatten(1, 2)
-        assert_agrees(block(x), x + block.proj_out(values).view_as(x), 1e-6)
-        assert not block(x).equal(attending)
+        with identity_self_attention(block):
+            assert_agrees(block(x), x + block.proj_out(values).view_as(x), 1e-6)
+            assert not block(x).equal(plain)
+        assert block(x).equal(plain)
 
 
 def test_networks_without_self_attention_in_their_middle():
     config = tiny_config()
     config["params"]["unet_config"]["params"]["disable_middle_self_attn"] = True
     model = instantiate_from_config(config)
-    with pytest.raises(ValueError, match="needs self-attention in the middle"), model.perturbed_attention():
+    with (
+        pytest.raises(ValueError, match="needs self-attention in the middle"),
+        identity_self_attention(middle_block(model)),
+    ):
         pass
 
 
@@ -290,11 +300,11 @@ def test_pag_with_and_without_a_condition(text_model):
         )
         with torch.no_grad():
             plain = model.apply_model(x, t, cond)
-            with model.perturbed_attention():
+            with identity_self_attention(middle_block(model)):
                 eps = plain + 2.0 * (plain - model.apply_model(x, t, cond))
             if cond is not None:
                 eps = eps + 3.0 * (plain - model.apply_model(x, t, uncond))
-        a, a_prev = (float(y[0]) for y in (solver.schedule.a, solver.schedule.a_prev))
+        a, a_prev = (float(y[0]) for y in (solver.steps.alphas_cumprod, solver.steps.alphas_cumprod_prev))
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         assert_agrees(ours, math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps, 1e-4)
 
@@ -335,5 +345,5 @@ def test_what_goes_together():
 
 
 def test_what_needs_an_unconditional_prediction_says_so():
-    with pytest.raises(ValueError, match="leads away from an unconditional prediction, and there is none"):
+    with pytest.raises(ValueError, match="needs an unconditional prediction"):
         Counting().run(Guidance(0.5, cfg_pp=True), guided=False)

@@ -6,7 +6,7 @@ else has the host wait is a copy from one device to the other, which is counted,
 
 from __future__ import annotations
 
-import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
 from ldm.modules.attention import remembering_contexts
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
 from ldm.modules.diffusionmodules.schedule import make_beta_schedule, schedule_buffers
 from tests.golden import golden_configs, tensor
 
@@ -54,7 +54,8 @@ class Anything:
 
     num_timesteps, parameterization, device = 1000, "eps", META
     alphas_cumprod = schedule_buffers(make_beta_schedule("linear", 1000, 0.00085, 0.012))["alphas_cumprod"]
-    perturbed_attention = contextlib.nullcontext
+    middle_block = torch.nn.Sequential(AttentionBlock(32))  # of the network, to be perturbed
+    model = SimpleNamespace(diffusion_model=SimpleNamespace(middle_block=middle_block))
 
     def apply_model(self, x, t, c):
         return x * t[:, None, None, None] + c.mean()

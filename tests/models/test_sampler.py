@@ -7,6 +7,7 @@ import torch
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.noise import PerImageNoise
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
 from ldm.models.diffusion.schedules import SCHEDULES
@@ -15,7 +16,7 @@ from tests.golden import golden_configs, latent_diffusion, tensor
 from tests.models.test_convergence import MEAN, STD, V1, Gaussian
 
 SHAPE = (4, 16, 16)
-PUBLISHED = ("ddim", "plms")  # image to image of these noises one step more than is taken away
+LEGACY = ("ddim", "plms")  # image to image of these noises one step more than is taken away
 NOISY = ("ddpm", "euler_a", "dpmpp_2m_sde")
 
 
@@ -73,9 +74,9 @@ def test_masks_keep_what_they_must(name, schedule):
     x, _ = sampler.sample(20, 2, SHAPE, mask=mask, x0=x0, schedule=schedule, verbose=False)
     error = (x - x0).abs()
     assert error[..., 8:].mean() > 2.0
-    assert error[..., :8].mean() < (0.3 if name in PUBLISHED else 0.05)
-    assert error[..., :8].max() < (1.0 if name in PUBLISHED else 0.2)
-    if sampler.schedule.a_prev[0] == 1 and name not in PUBLISHED:
+    assert error[..., :8].mean() < (0.3 if name in LEGACY else 0.05)
+    assert error[..., :8].max() < (1.0 if name in LEGACY else 0.2)
+    if sampler.steps.alphas_cumprod_prev[0] == 1 and name not in LEGACY:
         torch.testing.assert_close(x[..., :8], x0[..., :8])
     with pytest.raises(ValueError, match="mask needs x0"):
         sampler.sample(2, 2, SHAPE, mask=mask, verbose=False)
@@ -121,7 +122,7 @@ def test_inversion_returns(schedule, kind):
     """Up the schedule and down again, to discretisation error, whatever the model predicts."""
     sampler = DDIMSampler(Gaussian(V1, kind))
     sampler.make_schedule(100, schedule, verbose=False)
-    steps = len(sampler.schedule)
+    steps = len(sampler.steps)
     x0 = MEAN + STD * torch.randn(1, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     encoded, _ = sampler.encode(x0, None, steps, schedule_timesteps=True, verbose=False)
     back = sampler.decode(encoded, None, steps, verbose=False)
@@ -179,7 +180,7 @@ def test_image_to_image_lands_on_the_data(name, t):
     solver.make_schedule(50, verbose=False)
     x0 = torch.full((64, *SHAPE), 1.0)
     x = solver.decode(solver.stochastic_encode(x0, t), None, t, verbose=False)
-    a = float(solver.schedule.a[min(t, 49) if name in PUBLISHED else t - 1])
+    a = float(solver.steps.alphas_cumprod[min(t, 49) if name in LEGACY else t - 1])
     # the exact flow of standard normal data leaves x as it is, and noise on the way its mean square
     if name in NOISY:
         assert x.square().mean() == pytest.approx(1, abs=0.15)
@@ -191,20 +192,26 @@ def test_image_to_image_lands_on_the_data(name, t):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_image_to_image_starts_where_decode_does(name, schedule):
     """At every strength: x is at the level that the network is first asked about, but in the published two."""
+    seen = []
+
+    class Recorded(Guidance):
+        def __call__(self, outputs, scale):
+            seen.append(outputs.alpha_bar)
+            return super().__call__(outputs, scale)
+
     solver = make_sampler(IdealForNoise(), name)
     solver.make_schedule(7, schedule, verbose=False)
     x0 = torch.ones(1, 1, 1, 1)
-    for t in range(1, len(solver.schedule) + 1):
-        seen = []
-        solver.predict = lambda run, x, t, a: seen.append(a) or (x, x)  # noqa: B023
-        solver.decode(x0, None, t, verbose=False)
+    for t in range(1, len(solver.steps) + 1):
+        seen.clear()
+        solver.decode(x0, None, t, guidance=Recorded(), verbose=False)
         signal = float(solver.stochastic_encode(x0, t, noise=torch.zeros(1)))
-        levels = [*solver.schedule.a, solver.schedule.a[-1]]
+        levels = [*solver.steps.alphas_cumprod, solver.steps.alphas_cumprod[-1]]
         assert seen[0] == levels[t - 1]
-        assert signal**2 == pytest.approx(levels[t] if name in PUBLISHED else levels[t - 1], rel=1e-5)
-    if name not in PUBLISHED:
+        assert signal**2 == pytest.approx(levels[t] if name in LEGACY else levels[t - 1], rel=1e-5)
+    if name not in LEGACY:
         assert float(solver.stochastic_encode(x0, 0, noise=torch.zeros(1))) ** 2 == pytest.approx(
-            solver.schedule.a_prev[0]
+            solver.steps.alphas_cumprod_prev[0]
         )
 
 
@@ -277,7 +284,7 @@ def test_schedules_need_no_float64_on_the_device(name):
     model.alphas_cumprod = WithoutFloat64(model.alphas_cumprod)
     solver = make_sampler(model, name)
     solver.make_schedule(10, verbose=False)
-    assert len(solver.schedule) == 10
+    assert len(solver.steps) == 10
 
 
 def test_the_network_is_asked_at_the_given_timestep(model, c):

@@ -17,7 +17,7 @@ import torch
 from diffusers.schedulers import scheduling_lms_discrete
 
 from ldm.models.diffusion.samplers import make_sampler
-from ldm.models.diffusion.schedules import Levels, Schedule, sigma_of
+from ldm.models.diffusion.schedules import NoiseLevels, Schedule, sigma_of
 from ldm.modules.diffusionmodules.schedule import make_beta_schedule
 
 SHAPE = (2, 4, 4)
@@ -56,7 +56,7 @@ def ours(name: str, kind: str, steps: int, **options: Any) -> tuple[list[torch.T
     sampler = make_sampler(Curved(kind), name)
     noise = seeded(torch.float32 if name == "dpmpp_2m_sde" else torch.float64)
     _, kept = sampler.sample(steps, 2, SHAPE, x_T=start(), log_every_t=1, verbose=False, noise=noise, **options)
-    return kept["x_inter"][1:], sampler.schedule
+    return kept["x_inter"][1:], sampler.steps
 
 
 def assert_same_path(path: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> None:
@@ -129,7 +129,8 @@ def by_sigmas(scheduler: Any, kind: str, sigmas: np.ndarray, timesteps: np.ndarr
 
 def arrays(s: Schedule) -> tuple[np.ndarray, np.ndarray]:
     """(sigmas, timesteps) of a schedule, from noise to data."""
-    return np.append(sigma_of(s.a)[::-1], sigma_of(s.a_prev[0])), np.array(s.timesteps[::-1], np.float64)
+    sigmas = np.append(sigma_of(s.alphas_cumprod)[::-1], sigma_of(s.alphas_cumprod_prev[0]))
+    return sigmas, np.array(s.timesteps[::-1], np.float64)
 
 
 def config(kind: str, **more: Any) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def test_one_call_a_step(name, kind, schedule, steps, monkeypatch):
     monkeypatch.setattr(scheduling_lms_discrete, "integrate", integrate, raising=False)
     path, s = ours(name, kind, steps, schedule=schedule)
     make, more = ONE_CALL_A_STEP[name]
-    ends = "zero" if s.a_prev[0] == 1 else "sigma_min"
+    ends = "zero" if s.alphas_cumprod_prev[0] == 1 else "sigma_min"
     more = {"final_sigmas_type": ends, **more} if name in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc") else more
     scheduler = make(**config(kind, **more))
     scheduler.set_timesteps(steps)
@@ -187,7 +188,7 @@ def between(s: Schedule) -> tuple[np.ndarray, np.ndarray]:
     """(sigmas, timesteps) in the middle of all steps but the last, from noise to data."""
     sigmas = arrays(s)[0][:-1]
     middle = np.sqrt(sigmas[1:] * sigmas[:-1])
-    return middle, Levels(V1).time_of(middle)
+    return middle, NoiseLevels(V1).time_of(middle)
 
 
 def woven(first: np.ndarray, second: np.ndarray) -> np.ndarray:

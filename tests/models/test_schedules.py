@@ -12,7 +12,7 @@ import torch
 
 from ldm.models.diffusion.noise import PerImageNoise
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
-from ldm.models.diffusion.schedules import SCHEDULES, Levels, lay_out, sigma_of
+from ldm.models.diffusion.schedules import SCHEDULES, NoiseLevels, make_schedule, sigma_of
 from tests.models.test_convergence import BETAS, KINDS, MEAN, STD, V1, ZERO_SNR, Gaussian
 
 ALIGNED = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # Sabour et al. 2024, Stable Diffusion v1.5, 10 steps
@@ -31,7 +31,7 @@ def ids(choice: object) -> str:
 def test_whole_timesteps_are_those_of_diffusers(spacing, steps):
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=1)
     scheduler.set_timesteps(steps)
-    assert lay_out(spacing, steps, V1).timesteps.tolist() == scheduler.timesteps.tolist()[::-1]
+    assert make_schedule(spacing, steps, V1).timesteps.tolist() == scheduler.timesteps.tolist()[::-1]
 
 
 @pytest.mark.parametrize("choice", ["karras", "exponential"])
@@ -43,24 +43,25 @@ def test_sigmas_are_those_of_diffusers(choice):
         warnings.simplefilter("ignore", DeprecationWarning)  # theirs, of numpy 2
         scheduler = diffusers.EulerDiscreteScheduler(trained_betas=betas, **{f"use_{choice}_sigmas": True})
         scheduler.set_timesteps(20)
-    s = lay_out(choice, 20, V1)
-    np.testing.assert_allclose(sigma_of(s.a)[::-1], scheduler.sigmas[:-1].numpy(), rtol=1e-4)
+    s = make_schedule(choice, 20, V1)
+    np.testing.assert_allclose(sigma_of(s.alphas_cumprod)[::-1], scheduler.sigmas[:-1].numpy(), rtol=1e-4)
     # between timesteps they interpolate log sigma, where log a is as near the truth
     np.testing.assert_allclose(s.timesteps[::-1], scheduler.timesteps.numpy(), atol=0.2)
-    assert s.a_prev[0] == 1 and scheduler.sigmas[-1] == 0
+    assert s.alphas_cumprod_prev[0] == 1 and scheduler.sigmas[-1] == 0
 
 
 def test_leading_goes_all_the_way_up():
     """diffusers' 600 leading steps are the lower 600 timesteps, which do not begin where there is only noise."""
-    assert lay_out("leading", 600, V1).timesteps[-1] > 990
+    assert make_schedule("leading", 600, V1).timesteps[-1] > 990
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 30, 101, 999, 1000])
 @pytest.mark.parametrize("levels", [V1, ZERO_SNR], ids=["v1", "zero_snr"])
 @pytest.mark.parametrize("choice", CHOICES, ids=ids)
 def test_every_step_leads_down(choice, levels, steps):
-    s = lay_out(choice, steps, levels)
-    assert (np.diff(s.timesteps) > 0).all() and (s.a < s.a_prev).all() and (s.a > 0).all()
+    s = make_schedule(choice, steps, levels)
+    assert (np.diff(s.timesteps) > 0).all() and (s.alphas_cumprod > 0).all()
+    assert (s.alphas_cumprod < s.alphas_cumprod_prev).all()
     if choice in ("uniform", "quad"):
         return  # as published, these give more or fewer steps, and need not begin at noise
     assert len(s) == steps
@@ -69,31 +70,31 @@ def test_every_step_leads_down(choice, levels, steps):
 
 def test_trailing_begins_in_pure_noise():
     """Lin et al. 2023, table 1 and section 3.3: the last timestep, where there is no signal, is asked about."""
-    s = lay_out("trailing", 25, ZERO_SNR)
-    assert s.timesteps[-1] == 999 and s.a[-1] <= 1e-20 and s.a_prev[0] == 1
-    assert (lay_out("trailing", 10, V1).timesteps == np.arange(99, 1000, 100)).all()
+    s = make_schedule("trailing", 25, ZERO_SNR)
+    assert s.timesteps[-1] == 999 and s.alphas_cumprod[-1] <= 1e-20 and s.alphas_cumprod_prev[0] == 1
+    assert (make_schedule("trailing", 10, V1).timesteps == np.arange(99, 1000, 100)).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("last", range(990, 1000))
 def test_a_table_for_another_number_of_steps_begins_where_it_says(last, steps):
     """To the bit. Of these, 993 came out of logarithms as 992.9999999999999; with other releases of numpy, others."""
-    assert lay_out([10, 200, 500, last], steps, V1).timesteps[-1] == last
+    assert make_schedule([10, 200, 500, last], steps, V1).timesteps[-1] == last
 
 
 def test_tables():
     """In any order; for another number of steps log sigma is interpolated between its entries."""
-    s = lay_out(ALIGNED, 10, V1)
-    assert s.timesteps.tolist() == ALIGNED[::-1] and (s.a == V1[ALIGNED[::-1]]).all() and s.a_prev[0] == 1
-    more = lay_out(ALIGNED, 19, V1)
+    s = make_schedule(ALIGNED, 10, V1)
+    assert s.timesteps.tolist() == ALIGNED[::-1] and s.alphas_cumprod_prev[0] == 1
+    assert (s.alphas_cumprod == V1[ALIGNED[::-1]]).all()
+    more = make_schedule(ALIGNED, 19, V1)
     np.testing.assert_allclose(more.timesteps[::2], s.timesteps, atol=1e-6)
-    np.testing.assert_allclose(
-        np.log(sigma_of(more.a[1::2])), np.log(sigma_of(s.a[:-1]) * sigma_of(s.a[1:])) / 2, atol=1e-6
-    )
+    log_sigmas, between = np.log(sigma_of(s.alphas_cumprod)), np.log(sigma_of(more.alphas_cumprod[1::2]))
+    np.testing.assert_allclose(between, (log_sigmas[:-1] + log_sigmas[1:]) / 2, atol=1e-6)
 
 
 def test_levels_and_their_timesteps_are_each_others_inverse():
-    levels = Levels(V1)
+    levels = NoiseLevels(V1)
     t = np.linspace(0, 999, 777)
     np.testing.assert_allclose(levels.time_of(sigma_of(levels.at(t))), t, atol=1e-8)
 
@@ -105,7 +106,7 @@ def test_levels_and_their_timesteps_are_each_others_inverse():
 )  # fmt: skip
 def test_mistakes_are_named(choice, steps, words):
     with pytest.raises(ValueError, match=words):
-        lay_out(choice, steps, V1)
+        make_schedule(choice, steps, V1)
 
 
 # ---- every sampler on every schedule ----

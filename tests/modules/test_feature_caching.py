@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ldm.modules.attention import seeing_themselves_alone
+from ldm.models.diffusion.guidance import identity_self_attention
 from ldm.modules.diffusionmodules.openaimodel import OUTER, UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.feature_caching import caching_features
@@ -97,7 +97,7 @@ def test_calls_of_other_kinds_keep_to_themselves(network, kind):
 
     def other(t):
         if kind == "perturbed":
-            with seeing_themselves_alone(network.middle_block):
+            with identity_self_attention(network.middle_block):
                 return ask(network, t, "y")
         return ask(network, t, "y", **OTHERS[kind])
 

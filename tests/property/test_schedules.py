@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.models.diffusion.schedules import RHO, SCHEDULES, Levels, ddim_sigmas, lay_out, sigma_of
+from ldm.models.diffusion.schedules import RHO, SCHEDULES, NoiseLevels, make_schedule, sigma_of
 from ldm.modules.diffusionmodules.schedule import (
     PARAMETERIZATIONS,
+    ddim_sigmas,
     eps_and_x0,
     make_beta_schedule,
     output_of,
@@ -44,22 +45,23 @@ def runs(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 @given(runs(), st.sampled_from(sorted(SCHEDULES)), st.floats(0, 1))
 def test_every_step_leads_to_less_noise(run, name, eta):
     a, steps = run
-    s = lay_out(name, steps, a, eta)
+    s = make_schedule(name, steps, a, eta)
     assert s.timesteps[0] >= 0 and s.timesteps[-1] <= len(a) - 1
     assert (np.diff(s.timesteps) > 0).all()  # so none comes twice
-    assert (s.a > 0).all() and (s.a < 1).all() and (s.a_prev <= 1).all()
-    assert (s.a_prev[1:] == s.a[:-1]).all() and (s.a < s.a_prev).all()
-    assert np.isfinite(s.sigma).all() and (s.sigma >= 0).all()
-    assert (s.sigma**2 <= 1 - s.a_prev + 1e-12).all()  # no more noise is added than the next level has
+    assert (s.alphas_cumprod > 0).all() and (s.alphas_cumprod < 1).all() and (s.alphas_cumprod_prev <= 1).all()
+    assert (s.alphas_cumprod_prev[1:] == s.alphas_cumprod[:-1]).all()
+    assert (s.alphas_cumprod < s.alphas_cumprod_prev).all()
+    assert np.isfinite(s.sigmas).all() and (s.sigmas >= 0).all()
+    assert (s.sigmas**2 <= 1 - s.alphas_cumprod_prev + 1e-12).all()  # no more noise is added than the next level has
 
 
 @quick
 @given(runs(), st.sampled_from(sorted(SCHEDULES)))
 def test_a_run_ends_where_its_schedule_says(run, name):
     a, steps = run
-    s = lay_out(name, steps, a)
+    s = make_schedule(name, steps, a)
     data = name in TO_THE_DATA or (name == "leading" and steps == len(a))
-    assert s.a_prev[0] == (1.0 if data else a[0])
+    assert s.alphas_cumprod_prev[0] == (1.0 if data else a[0])
     if name in ("even", *TO_THE_DATA):
         assert s.timesteps[-1] == len(a) - 1
     if name in ("even", "leading", "trailing"):
@@ -73,16 +75,16 @@ def test_a_run_ends_where_its_schedule_says(run, name):
 def test_timesteps_are_their_closed_forms(run):
     a, steps = run
     count, k = len(a), np.arange(steps)
-    np.testing.assert_allclose(lay_out("even", steps, a).timesteps, (count - 1) * (k + 1) / steps, rtol=1e-12)
-    trailing = lay_out("trailing", steps, a).timesteps
+    np.testing.assert_allclose(make_schedule("even", steps, a).timesteps, (count - 1) * (k + 1) / steps, rtol=1e-12)
+    trailing = make_schedule("trailing", steps, a).timesteps
     np.testing.assert_array_equal(trailing, np.round(trailing))
     np.testing.assert_allclose(trailing, count / steps * (k + 1) - 1, rtol=0, atol=0.5 + 1e-9)  # the nearest
     np.testing.assert_array_equal(
-        lay_out("leading", steps, a).timesteps, k if steps == count else [i * count // steps + 1 for i in k]
+        make_schedule("leading", steps, a).timesteps, k if steps == count else [i * count // steps + 1 for i in k]
     )
     stride = count // steps
     published = sorted({min(i + 1, count - 1) for i in range(0, count, stride)})
-    np.testing.assert_array_equal(lay_out("uniform", steps, a).timesteps, published)
+    np.testing.assert_array_equal(make_schedule("uniform", steps, a).timesteps, published)
 
 
 @quick
@@ -90,16 +92,16 @@ def test_timesteps_are_their_closed_forms(run):
 def test_sigmas_are_their_closed_forms(run):
     """Evenly in sigma^(1/7), or in log sigma; the last is where the model's own schedule ends."""
     a, steps = run
-    low, high = Levels(a).sigmas()
+    low, high = NoiseLevels(a).sigma_range()
     places = np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
     wanted = {
         "karras": (low ** (1 / RHO) + places * (high ** (1 / RHO) - low ** (1 / RHO))) ** RHO,
         "exponential": low * (high / low) ** places,
     }
     for name, sigmas in wanted.items():
-        s = lay_out(name, steps, a)
-        np.testing.assert_allclose(s.timesteps[:-1], Levels(a).time_of(sigmas)[:-1], atol=1e-6)
-        np.testing.assert_allclose(sigma_of(s.a)[:-1], sigmas[:-1], rtol=1e-6)
+        s = make_schedule(name, steps, a)
+        np.testing.assert_allclose(s.timesteps[:-1], NoiseLevels(a).time_of(sigmas)[:-1], atol=1e-6)
+        np.testing.assert_allclose(sigma_of(s.alphas_cumprod)[:-1], sigmas[:-1], rtol=1e-6)
 
 
 @quick
@@ -107,16 +109,16 @@ def test_sigmas_are_their_closed_forms(run):
 def test_a_table_is_taken_as_it_is(run, places):
     a, _ = run
     table = sorted({round(place * (len(a) - 1)) for place in places})
-    s = lay_out(table[::-1], len(table), a)
-    assert s.timesteps.tolist() == table and s.a_prev[0] == 1.0
-    assert (s.a == np.maximum(a[table], 1e-20)).all()
+    s = make_schedule(table[::-1], len(table), a)
+    assert s.timesteps.tolist() == table and s.alphas_cumprod_prev[0] == 1.0
+    assert (s.alphas_cumprod == np.maximum(a[table], 1e-20)).all()
 
 
 @quick
 @given(runs())
 def test_levels_and_timesteps_are_each_others_inverse(run):
     a, _ = run
-    levels = Levels(a)
+    levels = NoiseLevels(a)
     t = np.linspace(0, len(a) - 2, 50)  # the last may be pure noise, whose sigma says nothing
     np.testing.assert_allclose(levels.time_of(sigma_of(levels.at(t))), t, atol=1e-5)
 

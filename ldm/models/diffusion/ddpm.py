@@ -52,7 +52,6 @@ from ldm.models.training import (
     lr_schedules,
     make_optimizer,
 )
-from ldm.modules.attention import seeing_themselves_alone
 from ldm.modules.diffusionmodules.schedule import (
     PARAMETERIZATIONS,
     extract_into_tensor,
@@ -1069,10 +1068,6 @@ class LatentDiffusion(DDPM):
         return normal_kl(mean, log_variance, 0.0, 0.0).flatten(1).mean(dim=1) / math.log(2.0)
 
     # ---- sampling ----
-
-    def perturbed_attention(self) -> AbstractContextManager[None]:
-        """A context in which self-attention in the network's middle is the identity, for `pag` guidance."""
-        return seeing_themselves_alone(self.model.diffusion_model.middle_block)
 
     def p_mean_variance(  # type: ignore[override]
         self,

@@ -1,31 +1,33 @@
-"""Guidance: how predictions under several conditions become one. Its only home; samplers do not know it exists.
+"""Guidance: combine a model's outputs under several conditions into one.
 
-A term of guidance is a function (output, branches, strength) -> output. Register another one as `rescale` below is, and
-the scripts take it: `--guidance name=strength`.
+A term of guidance is a function (output, outputs, strength) -> output. Register another one as `rescale` is below, and
+every script accepts it: `--guidance name=strength`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.diffusionmodules.openaimodel import AttentionBlock
 from ldm.modules.diffusionmodules.schedule import eps_and_x0, output_of
 
 Condition = Any  # a tensor, a list of tensors, or a dict of lists: c_concat, c_crossattn, and c_adm as a tensor
 
 
 def join_conditions(first: Condition, second: Condition) -> Condition:
-    """One batch of two conditions of the same structure: `first` on top of `second`.
+    """Concatenate two conditions of the same structure along the batch axis, `first` before `second`.
 
-    Tensors (or what they hold: lists and dicts of them, to any depth) are concatenated along the batch axis.
+    Raises:
+        ValueError: if they differ in structure or in the shape of an item.
     """
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         if first.keys() != second.keys():
@@ -43,82 +45,155 @@ def join_conditions(first: Condition, second: Condition) -> Condition:
 
 
 def condition_batch_size(cond: Condition) -> int | None:
-    """The batch size of a condition, or None where it holds no tensor."""
+    """The batch size of a condition, or None where it contains no tensor."""
+    return next((tensor.shape[0] for tensor in _tensors(cond)), None)
+
+
+def _tensors(cond: Condition) -> Iterator[Tensor]:
+    """The tensors of a condition, in order."""
     if isinstance(cond, Tensor):
-        return cond.shape[0]
-    entries: Sequence[Any] = list(cond.values()) if isinstance(cond, Mapping) else cond or ()
-    sizes = [condition_batch_size(entry) for entry in entries if not isinstance(entry, str)]
-    return next((size for size in sizes if size is not None), None)
+        yield cond
+    elif isinstance(cond, (Mapping, list, tuple)):
+        for entry in cond.values() if isinstance(cond, Mapping) else cond:
+            yield from _tensors(entry)
 
 
-# ---- what guidance is made from ----
+# ---- model outputs ----
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network and the conditions to ask it under; parameterization: what it predicts.
+@dataclass(eq=False)
+class ConditionalModel:
+    """A model with the conditions of a sampling run.
 
-    perturbed: a context in which its self-attention in the middle sees each place alone. one_by_one: ask it under one
-    condition after the other where both are wanted, which takes less memory than both as one batch.
+    Args:
+        apply_model: (x, t, cond) -> output.
+        cond, uncond: the conditions; uncond is None where there is no guidance.
+        parameterization: what the output is: "eps", "x0" or "v".
+        middle_block: the network's middle block, for perturbed-attention guidance.
+        sequential: evaluate cond and uncond one after the other, which takes less memory than one batch of both.
     """
 
     apply_model: Callable[[Tensor, Tensor, Condition], Tensor]
     cond: Condition
     uncond: Condition = None
     parameterization: str = "eps"
-    perturbed: Callable[[], AbstractContextManager[Any]] | None = None
-    one_by_one: bool = False
+    middle_block: nn.Module | None = None
+    sequential: bool = False
+    _joined: tuple[list[tuple[Tensor, int]], Condition] | None = field(default=None, repr=False)
 
-    @cached_property
-    def both(self) -> Condition:
-        """Both conditions as one batch: [unconditional, conditional], as published."""
-        return join_conditions(self.uncond, self.cond)
+    def joined(self) -> Condition:
+        """[uncond, cond] as one batch, as in the public code.
+
+        The same tensors at every step while the conditions do not change, so that keys and values can be cached.
+        """
+        tensors = [*_tensors(self.uncond), *_tensors(self.cond)]
+        if any(tensor.is_inference() for tensor in tensors):  # changes to these cannot be seen
+            return join_conditions(self.uncond, self.cond)
+        state = [(tensor, tensor._version) for tensor in tensors]
+        before, joined = self._joined or ([], None)
+        same = len(state) == len(before) and all(a is b and n == m for (a, n), (b, m) in zip(state, before))
+        if not same or not state:
+            joined = join_conditions(self.uncond, self.cond)
+            self._joined = state, joined
+        return joined
 
 
-class Branches:
-    """What a network says of x (B, ...) at timesteps t (B,) and level a, under each condition; asked once for each."""
+class ModelOutputs:
+    """A model's outputs for x (B, ...) at timesteps t (B,) and noise level alpha_bar, each evaluated at most once."""
 
-    def __init__(self, network: Network, x: Tensor, t: Tensor, a: float) -> None:
-        self.network, self.x, self.t, self.a = network, x, t, a
-        self._known: dict[str, Tensor] = {}
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """The outputs without and with the condition, from one batch or `one_by_one`. ValueError without both."""
-        if self.network.uncond is None:
-            raise ValueError("this guidance leads away from an unconditional prediction, and there is none here")
-        if "uncond" not in self._known and self.network.one_by_one:
-            self._known["uncond"] = self.network.apply_model(self.x, self.t, self.network.uncond)
-        elif "uncond" not in self._known:
-            out = self.network.apply_model(torch.cat([self.x, self.x]), torch.cat([self.t, self.t]), self.network.both)
-            self._known["uncond"], self._known["cond"] = out.chunk(2)
-        return self._known["uncond"], self.cond()
+    def __init__(self, model: ConditionalModel, x: Tensor, t: Tensor, alpha_bar: float) -> None:
+        self.model, self.x, self.t, self.alpha_bar = model, x, t, alpha_bar
+        self._cache: dict[str, Tensor] = {}
 
     def cond(self) -> Tensor:
         """The output with the condition."""
-        if "cond" not in self._known:
-            self._known["cond"] = self.network.apply_model(self.x, self.t, self.network.cond)
-        return self._known["cond"]
+        if "cond" not in self._cache:
+            self._cache["cond"] = self.model.apply_model(self.x, self.t, self.model.cond)
+        return self._cache["cond"]
 
-    def perturbed(self) -> Tensor:
-        """The output with the condition, and with self-attention that sees each place alone."""
-        if "perturbed" not in self._known:
-            if self.network.perturbed is None:
-                raise ValueError("perturbed-attention guidance needs a network with self-attention in its middle")
-            with self.network.perturbed():
-                self._known["perturbed"] = self.network.apply_model(self.x, self.t, self.network.cond)
-        return self._known["perturbed"]
+    def cond_and_uncond(self) -> tuple[Tensor, Tensor]:
+        """The outputs with and without the condition; ValueError if the run has no unconditional condition."""
+        if self.model.uncond is None:
+            raise ValueError("this guidance needs an unconditional prediction: pass unconditional_conditioning")
+        if "uncond" not in self._cache and self.model.sequential:
+            self._cache["uncond"] = self.model.apply_model(self.x, self.t, self.model.uncond)
+        elif "uncond" not in self._cache:
+            x, t = torch.cat([self.x] * 2), torch.cat([self.t] * 2)
+            self._cache["uncond"], self._cache["cond"] = self.model.apply_model(x, t, self.model.joined()).chunk(2)
+        return self.cond(), self._cache["uncond"]
+
+    def identity_attention(self) -> Tensor:
+        """The output with the condition and with identity self-attention in the middle block."""
+        if "identity" not in self._cache:
+            if self.model.middle_block is None:
+                raise ValueError("perturbed-attention guidance needs a network with a middle block")
+            with identity_self_attention(self.model.middle_block):
+                self._cache["identity"] = self.model.apply_model(self.x, self.t, self.model.cond)
+        return self._cache["identity"]
+
+
+@contextlib.contextmanager
+def identity_self_attention(module: nn.Module) -> Iterator[None]:
+    """Replace the self-attention maps within `module` by the identity (Ahn et al. 2024, section 4.2).
+
+    Each position then attends to itself alone, so the result is the projected values. Overrides instance `forward`s and
+    restores what was there.
+
+    Raises:
+        ValueError: if `module` has no self-attention.
+    """
+    forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+    for part in module.modules():
+        if isinstance(part, BasicTransformerBlock) and not part.disable_self_attn:
+            forwards[part.attn1] = _values_of_attention(part.attn1)
+        elif isinstance(part, AttentionBlock):
+            forwards[part] = _values_of_block(part)
+    if not forwards:
+        raise ValueError("perturbed-attention guidance needs self-attention in the middle block: it has none")
+    before = {part: vars(part).get("forward") for part in forwards}
+    try:
+        for part, forward in forwards.items():
+            part.forward = forward
+        yield
+    finally:
+        for part, forward in before.items():
+            del part.forward
+            if forward is not None:
+                part.forward = forward
+
+
+def _values_of_attention(attention: Any) -> Callable[..., Tensor]:
+    """`CrossAttention.forward` for an identity attention map."""
+    return lambda x, *args, **kwargs: attention.to_out(attention.to_v(x))
+
+
+def _values_of_block(block: Any) -> Callable[..., Tensor]:
+    """`AttentionBlock.forward` for an identity attention map."""
+
+    def forward(x: Tensor) -> Tensor:
+        qkv = block.qkv(block.norm(x.flatten(2)))  # (B, 3C, N)
+        if block.use_new_attention_order:
+            values = qkv.chunk(3, dim=1)[2]
+        else:
+            values = qkv.unflatten(1, (block.num_heads, 3, -1))[:, :, 2].flatten(1, 2)
+        return x + block.proj_out(values).reshape(x.shape)
+
+    return forward
 
 
 # ---- terms ----
 
 
 class Term(NamedTuple):
-    """A term of guidance: `apply` gives the new output for (output, branches, strength).
+    """A term of guidance.
 
-    corrects: it only undoes what other guidance overdoes. low, high: between which its strength lies.
+    Args:
+        apply: (output, outputs, strength) -> the new output.
+        corrects: whether it only limits the effect of other guidance; such terms come last.
+        low, high: the range of its strength.
     """
 
-    apply: Callable[[Tensor, Branches, float], Tensor]
+    apply: Callable[[Tensor, ModelOutputs, float], Tensor]
     corrects: bool = False
     low: float = -math.inf
     high: float = math.inf
@@ -128,7 +203,7 @@ TERMS: dict[str, Term] = {}
 
 
 def register(name: str, **about: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a term known as `name`; `about` as in `Term`."""
+    """Register a term as `name`; `about`: other fields of `Term`."""
 
     def _register(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
         TERMS[name] = Term(apply, **about)
@@ -138,65 +213,66 @@ def register(name: str, **about: Any) -> Callable[[Callable[..., Tensor]], Calla
 
 
 @register("pag")
-def perturbed_attention(output: Tensor, branches: Branches, strength: float) -> Tensor:
-    """Leads away from a network whose self-attention in the middle is the identity (Ahn et al. 2024, eq. 15)."""
-    return output + strength * (branches.cond() - branches.perturbed())
+def perturbed_attention(output: Tensor, outputs: ModelOutputs, strength: float) -> Tensor:
+    """Guide away from the output with identity self-attention in the middle block (Ahn et al. 2024, eq. 15)."""
+    return output + strength * (outputs.cond() - outputs.identity_attention())
 
 
 @register("rescale", corrects=True, low=0, high=1)
-def rescale(output: Tensor, branches: Branches, strength: float) -> Tensor:
-    """Brings the output's spread back to that of the conditional one (Lin et al. 2023, eq. 15 and 16)."""
+def rescale(output: Tensor, outputs: ModelOutputs, strength: float) -> Tensor:
+    """Rescale the output to the standard deviation of the conditional one (Lin et al. 2023, eq. 15 and 16)."""
     axes = tuple(range(1, output.ndim))
-    cond = branches.cond()
+    cond = outputs.cond()
     rescaled = output * (cond.std(dim=axes, keepdim=True) / output.std(dim=axes, keepdim=True))
     return strength * rescaled + (1 - strength) * output
 
 
 @register("threshold", corrects=True, low=0.5, high=1)
-def dynamic_threshold(output: Tensor, branches: Branches, strength: float) -> Tensor:
-    """Clips x0 to [-s, s] and scales it by u / s, s = max(p, u), where p is a percentile of x0's magnitudes.
+def dynamic_threshold(output: Tensor, outputs: ModelOutputs, strength: float) -> Tensor:
+    """Clip x0 to [-s, s] and scale it by u / s, s = max(p, u), where p is a percentile of |x0|.
 
-    So do Saharia et al. 2022 (section 2.3) with u = 1, the range of pixels. Latents have no such range: u is here the
-    same percentile of the conditional x0, in pixels too, so that nothing ends up beyond what it would be unguided.
-    strength: the percentile as a share, such as 0.995.
+    Saharia et al. 2022 (section 2.3) have u = 1, the range of pixels. Latents have no fixed range, so u is the same
+    percentile of the conditional x0. strength: the percentile as a fraction, such as 0.995.
     """
-    x, a, kind = branches.x, branches.a, branches.network.parameterization
-    _, x0 = eps_and_x0(output, x, a, kind)
-    _, own = eps_and_x0(branches.cond(), x, a, kind)
-    unit = _percentile(own, strength)
+    x, alpha_bar, kind = outputs.x, outputs.alpha_bar, outputs.model.parameterization
+    _, x0 = eps_and_x0(output, x, alpha_bar, kind)
+    _, x0_cond = eps_and_x0(outputs.cond(), x, alpha_bar, kind)
+    unit = _percentile(x0_cond, strength)
     bound = torch.maximum(_percentile(x0, strength), unit)
-    return output_of(x0.clamp(-bound, bound) * (unit / bound), x, a, kind)
+    return output_of(x0.clamp(-bound, bound) * (unit / bound), x, alpha_bar, kind)
 
 
-def _percentile(x: Tensor, share: float) -> Tensor:
-    """The least magnitude (B, 1, ...) in x (B, ...) that a share of its magnitudes does not exceed."""
+def _percentile(x: Tensor, fraction: float) -> Tensor:
+    """The percentile (B, 1, ...) of |x| for x (B, ...)."""
     magnitudes = x.flatten(1).abs().float()  # torch.quantile refuses more than 2^24 numbers
-    bound = magnitudes.sort(dim=1).values[:, math.ceil(share * magnitudes.shape[1]) - 1]
+    bound = magnitudes.sort(dim=1).values[:, math.ceil(fraction * magnitudes.shape[1]) - 1]
     return bound.clamp(min=1e-6).to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 # ---- guidance ----
 
-CFG_PP_SCALE = 0.6  # what Chung et al. find to go as far as a scale of 7.5 without CFG++
+CFG_PP_SCALE = 0.6  # Chung et al. 2024 match it to scale 7.5 without CFG++
 
 
-class Answer(NamedTuple):
-    """A guided output, and the one whose eps leads on from its x0, if that is another (CFG++)."""
+class GuidedOutput(NamedTuple):
+    """A guided output. `uncond`: the output whose eps a CFG++ step adds back, None for the same."""
 
     output: Tensor
-    onward: Tensor | None = None
+    uncond: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (Ho and Salimans 2021), uncond + scale * (cond - uncond), and what goes with it.
+    """Classifier-free guidance, uncond + scale * (cond - uncond) (Ho and Salimans 2021), and its variants.
 
-    scale: 1 for none; or several that a run goes through evenly, from its first step to its last. interval: (low, high)
-    in sigma = noise / signal, without any guidance outside of it (Kynkaanniemi et al. 2024). cfg_pp: CFG++ (Chung et
-    al. 2024): x0 is guided, at scales from 0 to 1, and the step goes on along the unconditional eps. terms: strengths
-    of `TERMS` by their names, or pairs; one after the other, those that correct others last.
+    Args:
+        scale: 1 for none; a list is interpolated over the run, from its first step to its last.
+        interval: (low, high): apply guidance only while low < sigma <= high (Kynkaanniemi et al. 2024).
+        cfg_pp: CFG++ (Chung et al. 2024): guide x0, at a scale from 0 to 1, and renoise it with the unconditional eps.
+        terms: strengths of `TERMS` by name, applied in order; terms that correct others come last.
 
-    ValueError for what has no meaning, or none together.
+    Raises:
+        ValueError: for settings that are out of range, or have no meaning together.
     """
 
     scale: float | Sequence[float] = 1.0
@@ -205,75 +281,75 @@ class Guidance:
     terms: Mapping[str, float] | Sequence[tuple[str, float]] = ()
 
     def __post_init__(self) -> None:
-        terms, scales = dict(self.terms), self._scales
+        terms, scales = dict(self.terms), self.scales
         if unknown := [name for name in terms if name not in TERMS]:
             raise ValueError(f"guidance {unknown[0]!r} is not one of {', '.join(TERMS)}")
         for name, strength in terms.items():
             if not TERMS[name].low <= strength <= TERMS[name].high:
                 raise ValueError(f"guidance {name} is from {TERMS[name].low} to {TERMS[name].high}, not {strength}")
         if not scales or not all(math.isfinite(number) for number in (*scales, *terms.values())):
-            raise ValueError(f"guidance is in finite numbers, not scale={self.scale} with {terms}")
+            raise ValueError(f"guidance takes finite numbers, not scale={self.scale} with {terms}")
         if self.interval is not None and not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1]):
-            raise ValueError(f"a guidance interval is a low and a high sigma, from 0 up, not {tuple(self.interval)}")
+            raise ValueError(f"the guidance interval is a low and a high sigma, 0 <= low < high, not {self.interval}")
         if self.cfg_pp:
-            self._check_plus_plus(terms, scales)
+            self._check_cfg_pp(terms, scales)
         elif not self.needs_uncond:
             self._check_without_scale(terms)
 
-    def _check_plus_plus(self, terms: Mapping[str, float], scales: Sequence[float]) -> None:
+    def _check_cfg_pp(self, terms: Mapping[str, float], scales: Sequence[float]) -> None:
         if wrong := [scale for scale in scales if not 0 <= scale <= 1]:
             raise ValueError(f"CFG++ takes scales from 0 to 1 ({CFG_PP_SCALE} is usual), not {wrong[0]:g}")
         if self.interval:
-            raise ValueError("CFG++ goes along the unconditional noise in every step: leave the interval out")
+            raise ValueError("CFG++ needs the unconditional prediction at every step: leave the interval out")
         if "rescale" in terms:
-            raise ValueError("CFG++ stays between two predictions, so there is nothing to rescale: leave rescale out")
+            raise ValueError("CFG++ interpolates between two predictions and needs no rescaling: leave rescale out")
         if "pag" in terms:
-            raise ValueError("CFG++ stays between two predictions, and pag leads away from both: leave one of them out")
+            raise ValueError("CFG++ interpolates between two predictions, pag extrapolates: leave one of them out")
 
     def _check_without_scale(self, terms: Mapping[str, float]) -> None:
-        leading = [name for name in terms if not TERMS[name].corrects]
-        if terms and not leading:
+        guiding = [name for name in terms if not TERMS[name].corrects]
+        if terms and not guiding:
             name = next(iter(terms))
-            raise ValueError(f"{name} corrects what guidance overdoes, and at scale 1 there is none: leave {name} out")
-        if self.interval and not leading:
+            raise ValueError(f"{name} corrects other guidance, and at scale 1 there is none: leave {name} out")
+        if self.interval and not guiding:
             raise ValueError("an interval limits guidance, and at scale 1 there is none: leave the interval out")
 
     @property
-    def _scales(self) -> Sequence[float]:
+    def scales(self) -> Sequence[float]:
+        """The scale as a list."""
         return [self.scale] if isinstance(self.scale, (int, float)) else list(self.scale)
 
     @property
     def needs_uncond(self) -> bool:
-        """Whether the network is to be asked without the condition, too."""
-        return self.cfg_pp or any(scale != 1.0 for scale in self._scales)
+        """Whether the unconditional output is needed."""
+        return self.cfg_pp or any(scale != 1.0 for scale in self.scales)
 
     def over(self, steps: int) -> Guidance:
-        """The same for a run of so many steps, with one scale for each if there are several."""
-        scales = self._scales
+        """The same guidance with a list of scales interpolated to `steps` steps."""
+        scales = self.scales
         if isinstance(self.scale, (int, float)) or len(scales) == steps:
             return self
-        places = np.linspace(0, len(scales) - 1, steps)
-        return replace(self, scale=np.interp(places, np.arange(len(scales)), scales).tolist())
+        positions = np.linspace(0, len(scales) - 1, steps)
+        return replace(self, scale=np.interp(positions, np.arange(len(scales)), scales).tolist())
 
     def scale_at(self, step: int) -> float:
-        """The scale of a run's step `step`, counted from its beginning."""
+        """The scale at step `step` of the run, counted from its beginning."""
         return float(self.scale if isinstance(self.scale, (int, float)) else self.scale[step])
 
-    def __call__(self, branches: Branches, step: int) -> Answer:
-        """The guided output at one point of a run that this is laid out `over`."""
-        if not self._inside(branches.a):
-            return Answer(branches.cond())
-        scale = self.scale_at(step)
-        if not self.cfg_pp and (scale == 1.0 or branches.network.uncond is None):
-            return Answer(self._with_terms(branches.cond(), branches))
-        without, with_ = branches.pair()
-        output = self._with_terms(without + scale * (with_ - without), branches)
-        return Answer(output, without if self.cfg_pp else None)
+    def __call__(self, outputs: ModelOutputs, scale: float) -> GuidedOutput:
+        """Combine a model's outputs at one step, at this scale."""
+        if not self._in_interval(outputs.alpha_bar):
+            return GuidedOutput(outputs.cond())
+        if not self.cfg_pp and (scale == 1.0 or outputs.model.uncond is None):
+            return GuidedOutput(self._with_terms(outputs.cond(), outputs))
+        cond, uncond = outputs.cond_and_uncond()
+        output = self._with_terms(uncond + scale * (cond - uncond), outputs)
+        return GuidedOutput(output, uncond if self.cfg_pp else None)
 
-    def _inside(self, a: float) -> bool:
-        return self.interval is None or self.interval[0] < ((1 - a) / a) ** 0.5 <= self.interval[1]
+    def _in_interval(self, alpha_bar: float) -> bool:
+        return self.interval is None or self.interval[0] < ((1 - alpha_bar) / alpha_bar) ** 0.5 <= self.interval[1]
 
-    def _with_terms(self, output: Tensor, branches: Branches) -> Tensor:
+    def _with_terms(self, output: Tensor, outputs: ModelOutputs) -> Tensor:
         for name, strength in sorted(dict(self.terms).items(), key=lambda term: TERMS[term[0]].corrects):
-            output = TERMS[name].apply(output, branches, strength)
+            output = TERMS[name].apply(output, outputs, strength)
         return output

@@ -1,16 +1,14 @@
-"""The one sampling loop. It walks the schedule, blends masks, calls a subclass's update rule, and reports.
+"""The sampling loop that all samplers share. An update rule is a subclass of `Sampler` with a `step`.
 
-A sampler sees its model as a duck with `apply_model`, `alphas_cumprod`, `num_timesteps`, `parameterization` and
-`device`, and perhaps with `perturbed_attention` and `one_by_one` (see `guidance.Network`). An update rule is a subclass
-with a `step`; `self.predict` is where guidance and parameterization end, so every rule works with every model, and
-masks, callbacks and intermediates work with every rule.
+A sampler needs little of its model: `apply_model`, `alphas_cumprod`, `num_timesteps`, `parameterization` and `device`;
+perturbed-attention guidance needs `model.diffusion_model`, too.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,57 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.guidance import Branches, Condition, Guidance, Network, condition_batch_size
+from ldm.models.diffusion.guidance import Condition, ConditionalModel, Guidance, ModelOutputs, condition_batch_size
 from ldm.models.diffusion.noise import NoiseSource, global_noise
-from ldm.models.diffusion.schedules import TINY, Levels, Schedule, ddim_sigmas, lay_out
-from ldm.modules.diffusionmodules.schedule import eps_and_x0
+from ldm.models.diffusion.schedules import (
+    NoiseLevels,
+    Schedule,
+    ScheduleChoice,
+    Step,
+    make_schedule,
+    original_schedule,
+)
+from ldm.modules.diffusionmodules.schedule import eps_and_x0, sqrt
 
 logger = logging.getLogger(__name__)
-
-Choice = str | Sequence[float]  # of a schedule: a name in `schedules.SCHEDULES`, or timesteps
-
-
-@dataclass
-class Run:
-    """What holds for one walk: the schedule, the network and its guidance, and the caller's wishes."""
-
-    schedule: Schedule
-    network: Network
-    guidance: Guidance
-    noise: NoiseSource = global_noise
-    temperature: float = 1.0
-    noise_dropout: float = 0.0
-    repeat_noise: bool = False
-    quantize: Callable[[Tensor], Tensor] | None = None
-    keep: Callable[..., Tensor] | None = None  # puts known data in where the mask is 1
-    correct: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    history: list[Any] = field(default_factory=list)  # the update rule's own
-    step: int = 0  # steps taken so far
-
-    def fresh(self, x: Tensor) -> Tensor:
-        """Standard normal noise of x's shape (B, ...) and kind; the same for every item with `repeat_noise`."""
-        shape = (1, *x.shape[1:]) if self.repeat_noise else x.shape
-        return self.noise(shape, x.device).expand(x.shape).to(x.dtype)
-
-    def added(self, x: Tensor, sigma: float) -> Tensor:
-        """What a step to x (B, ...) adds: noise of standard deviation sigma, but for temperature and dropout.
-
-        It is drawn even where sigma is 0, as published: the random stream of a whole run depends on it.
-        """
-        noise = sigma * self.temperature * self.fresh(x)
-        return F.dropout(noise, p=self.noise_dropout) if self.noise_dropout > 0.0 else noise
-
-
-def transfer(x0: Tensor, eps: Tensor, a: float) -> Tensor:
-    """x at level a, made up of x0 and eps (B, ...)."""
-    return float(np.sqrt(a)) * x0 + float(np.sqrt(1 - a)) * eps
-
 
 SAMPLERS: dict[str, functools.partial[Sampler]] = {}
 
 
 def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sampler]]:
-    """Make a sampler known as `name`, built with `options`."""
+    """Register a sampler as `name`, built with `options`."""
 
     def _register(kind: type[Sampler]) -> type[Sampler]:
         SAMPLERS[name] = functools.partial(kind, **options)
@@ -79,20 +45,87 @@ def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sample
     return _register
 
 
+@dataclass
+class SamplerState:
+    """The state of one sampling run: its model, guidance and schedule, and what the update rule remembers."""
+
+    schedule: Schedule
+    model: ConditionalModel
+    guidance: Guidance
+    noise: NoiseSource = global_noise
+    temperature: float = 1.0
+    noise_dropout: float = 0.0
+    quantize: Callable[[Tensor], Tensor] | None = None
+    score_corrector: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    mask: Tensor | None = None
+    x0: Tensor | None = None  # the known data where the mask is 1
+    history: list[Any] = field(default_factory=list)  # the update rule's own
+    step: int = 0  # steps taken so far
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal noise like x (B, ...)."""
+        return self.noise(x.shape, x.device).to(x.dtype)
+
+    def scaled_noise(self, x: Tensor, sigma: float) -> Tensor:
+        """Noise of standard deviation sigma like x (B, ...), after temperature and dropout.
+
+        Drawn even where sigma is 0, as in the public code: the random numbers of the whole run depend on it.
+        """
+        noise = sigma * self.temperature * self.randn_like(x)
+        return F.dropout(noise, p=self.noise_dropout) if self.noise_dropout > 0.0 else noise
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps."""
+    return sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * eps
+
+
+def ddim_step(x: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float) -> Tensor:
+    """A deterministic DDIM step of x (B, ...) along eps (Song et al. 2021, eq. 13); up or down."""
+    return add_noise((x - sqrt(1 - alpha_bar) * eps) / sqrt(alpha_bar), eps, alpha_bar_prev)
+
+
+def blend(mask: Tensor, known: Tensor, x: Tensor) -> Tensor:
+    """`known` where the mask is 1, x where it is 0."""
+    return mask * known + (1.0 - mask) * x
+
+
+class Intermediates:
+    """The intermediates of a run, and its callbacks after every step."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        callback: Callable[[int], None] | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        log_every_t: int = 100,
+    ) -> None:
+        self.callback, self.img_callback, self.log_every_t = callback, img_callback, log_every_t
+        self.images: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
+
+    def record(self, x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
+        """Record step i of a run, which `index` more steps follow."""
+        if self.callback:
+            self.callback(i)
+        if self.img_callback:
+            self.img_callback(pred_x0, i)
+        if index % self.log_every_t == 0 or i == 0:
+            self.images["x_inter"].append(x)
+            self.images["pred_x0"].append(pred_x0)
+
+
 class Sampler:
     """Base of all samplers. A subclass supplies `step`."""
 
-    supports_eta = (
-        False  # whether the rule adds as much noise as it is told; the others add none, or as much as they do
-    )
-    default_schedule: Choice = "even"
+    supports_eta = False  # whether the amount of noise can be chosen
+    default_schedule: ScheduleChoice = "even"
+    cfg_pp = False  # whether a step renoises with the eps of `predict`, as CFG++ needs
+    legacy_public = False  # whether masks and img2img follow the public DDIM and PLMS samplers
+    ignores_unknown_arguments = False  # as `sample` of the three public samplers does
     sequential_guidance = False  # evaluate the two conditions one after the other, which takes less memory
-    ddim_eta = 0.0  # of the schedule, once there is one
-    cfg_pp = False  # whether the rule goes on along the eps that `predict` gives, as CFG++ needs
-    published = False  # whether masks and image to image are as the public code has them, for its numbers to come out
+    ddim_eta = 0.0
 
-    def __init__(self, model: Any, schedule: str = "linear", device: Any = None) -> None:
-        """`schedule` and `device` are accepted as published; both are the model's."""
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.parameterization = model.parameterization
         self.ddpm_num_timesteps = int(model.num_timesteps)
@@ -102,70 +135,72 @@ class Sampler:
     def make_schedule(
         self,
         ddim_num_steps: int,
-        ddim_discretize: Choice | None = None,
+        ddim_discretize: ScheduleChoice | None = None,
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Lay out `ddim_num_steps` steps with noise `ddim_eta` (0: none, 1: as much as DDPM).
+        """Prepare a schedule of `ddim_num_steps` steps, `self.steps`.
 
-        ddim_discretize: a name in `schedules.SCHEDULES` or a list of timesteps; None is the sampler's own.
+        Args:
+            ddim_discretize: a name in `schedules.SCHEDULES` or a list of timesteps; None for the sampler's default.
+            ddim_eta: noise of DDIM steps: 0 for none, 1 for as much as DDPM.
         """
-        if not self.supports_eta and ddim_eta != 0:
-            raise ValueError(f"{type(self).__name__} has no eta to set: eta must be 0, not {ddim_eta}")
+        self._check_eta(ddim_eta)
         choice = self.default_schedule if ddim_discretize is None else ddim_discretize
-        self.levels = Levels(self._alphas_cumprod())
-        self.schedule = lay_out(choice, ddim_num_steps, self.levels.a, ddim_eta)
+        self._reset_levels()
+        self.steps = make_schedule(choice, ddim_num_steps, self.levels.alphas_cumprod, ddim_eta)
         self.ddim_eta = ddim_eta
 
-    def _alphas_cumprod(self) -> np.ndarray:
-        return np.asarray(self.model.alphas_cumprod.detach().cpu().double())  # MPS has no float64
+    def _check_eta(self, eta: float) -> None:
+        if eta != 0 and not self.supports_eta:
+            raise ValueError(f"{type(self).__name__} does not support eta: it must be 0, not {eta}")
 
     @functools.cached_property
-    def levels(self) -> Levels:
-        """The model's levels, between timesteps too."""
-        return Levels(self._alphas_cumprod())
+    def levels(self) -> NoiseLevels:
+        """The model's noise levels."""
+        return NoiseLevels(np.asarray(self.model.alphas_cumprod.detach().cpu().double()))  # MPS has no float64
 
-    def _original_schedule(self) -> Schedule:
-        """Every timestep of the model, ending at the data itself."""
-        a = np.maximum(self._alphas_cumprod(), TINY)
-        a_prev = np.append(1.0, a[:-1])
-        return Schedule(np.arange(len(a)), a, a_prev, ddim_sigmas(a, a_prev, self.ddim_eta))
+    @functools.cached_property
+    def _original_steps(self) -> Schedule:
+        return original_schedule(self.levels.alphas_cumprod, self.ddim_eta)
 
-    def _select(self, use_original_steps: bool) -> Schedule:
+    def _reset_levels(self) -> None:
+        """Forget what was computed from the model's noise levels, which may have changed."""
+        for name in ("levels", "_original_steps"):
+            self.__dict__.pop(name, None)
+
+    def _schedule(self, use_original_steps: bool) -> Schedule:
         if use_original_steps:
-            return self._original_schedule()
-        if not hasattr(self, "schedule"):
-            raise ValueError("call make_schedule (or sample) first, so that there are steps to walk")
-        return self.schedule
-
-    # Public names of the schedule's columns.
-    ddim_timesteps = property(lambda self: self.schedule.timesteps)
-    ddim_alphas = property(lambda self: self.schedule.a)
-    ddim_alphas_prev = property(lambda self: self.schedule.a_prev)
-    ddim_sigmas = property(lambda self: self.schedule.sigma)
+            return self._original_steps
+        if not hasattr(self, "steps"):
+            raise ValueError("there is no schedule yet: call make_schedule or sample first")
+        return self.steps
 
     # ---- the update rule ----
 
-    def predict(self, run: Run, x: Tensor, t: float, a: float) -> tuple[Tensor, Tensor]:
-        """(eps, x0) that the guided network sees in x (B, ...) at timestep t and cumulative alpha a.
+    def predict(self, state: SamplerState, x: Tensor, t: float, alpha_bar: float) -> tuple[Tensor, Tensor]:
+        """Evaluate the guided model on x (B, ...) at timestep t and noise level alpha_bar.
 
-        The two make up x, but under CFG++, where eps is the unconditional one, to go on along.
+        Returns:
+            (eps, x0), where x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, except with CFG++, where eps is the
+            unconditional one, to renoise x0 with.
         """
-        batch_t = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long if t == int(t) else torch.float32)
-        output, onward = run.guidance(Branches(run.network, x, batch_t, float(a)), run.step)
-        if run.correct is not None:
-            output = run.correct(output, x, batch_t)
-        eps, x0 = eps_and_x0(output, x, a, self.parameterization)
-        x0 = run.quantize(x0) if run.quantize else x0
-        if onward is not None:
-            eps, _ = eps_and_x0(onward, x, a, self.parameterization)
-        if run.keep and not self.published:  # of a mask, the public rules see x alone, and end in what they predict
-            x0 = run.keep(x0)
-            eps = run.keep(eps, (x - float(np.sqrt(a)) * x0) / float(np.sqrt(1 - a)))
+        batch_t = batch_of(t, x)
+        outputs = ModelOutputs(state.model, x, batch_t, alpha_bar)
+        output, uncond = state.guidance(outputs, state.guidance.scale_at(state.step))
+        if state.score_corrector is not None:
+            output = state.score_corrector(output, x, batch_t)
+        eps, x0 = eps_and_x0(output, x, alpha_bar, self.parameterization)
+        x0 = state.quantize(x0) if state.quantize else x0
+        if uncond is not None:
+            eps, _ = eps_and_x0(uncond, x, alpha_bar, self.parameterization)
+        if state.mask is not None and state.x0 is not None:  # the run then ends in the known data exactly
+            x0 = blend(state.mask, state.x0, x0)
+            eps = blend(state.mask, (x - sqrt(alpha_bar) * x0) / sqrt(1 - alpha_bar), eps)
         return eps, x0
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step of `run.schedule`, from entry `index` down: (the next x, the x0 that it aims at)."""
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """One step from x (B, ...): (x at `step.alpha_bar_prev`, the predicted x0)."""
         raise NotImplementedError
 
     # ---- the loop ----
@@ -196,79 +231,103 @@ class Sampler:
         dynamic_threshold: None = None,
         ucg_schedule: Sequence[float] | None = None,
         *,
-        schedule: Choice | None = None,
+        schedule: ScheduleChoice | None = None,
         guidance: Guidance | None = None,
         noise: NoiseSource = global_noise,
+        **kwargs: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Draw `batch_size` latents of `shape` (C, H, W) in S steps.
+        """Sample latents in S steps.
 
-        conditioning, unconditional_conditioning, unconditional_guidance_scale: see `guidance`. x_T: start from this
-        latent instead of noise. eta: noise of the update, where the rule has any. mask, x0: keep x0 where mask
-        (B, 1, H, W) is 1. ucg_schedule: a guidance scale for every step. callback(i), img_callback(x0, i): called
-        after every step. log_every_t: keep an intermediate every so many steps. quantize_x0, temperature,
-        noise_dropout, score_corrector, corrector_kwargs: as in the public code. normals_sequence, dynamic_threshold:
-        in the public signature, and of no effect there; anything but None is refused.
+        Args:
+            shape: (C, H, W) of a latent.
+            conditioning, unconditional_conditioning, unconditional_guidance_scale: see `guidance`.
+            callback, img_callback: called after every step as callback(i) and img_callback(pred_x0, i).
+            quantize_x0: quantize each predicted x0 with the first stage's codebook.
+            eta: noise of DDIM steps.
+            mask, x0: keep the latents x0 (B, C, H, W) where the mask (B, 1, H, W) is 1.
+            temperature, noise_dropout: scale and thin the noise that steps add.
+            score_corrector, corrector_kwargs: an object whose `modify_score` changes each predicted eps.
+            x_T: start from this latent instead of noise.
+            log_every_t: record an intermediate every so many steps.
+            ucg_schedule: a guidance scale per step.
+            normals_sequence, dynamic_threshold: of the public signature; anything but None is refused.
+            schedule: see `make_schedule`.
+            guidance: a `Guidance` instead of a scale.
+            noise: where random numbers come from, see `ldm.models.diffusion.noise`.
 
-        schedule: see `make_schedule`. guidance: instead of a scale, whatever `Guidance` can do. noise: where random
-        numbers come from, see `ldm.models.diffusion.noise`.
-
-        Returns latents (batch_size, C, H, W) and {"x_inter": [...], "pred_x0": [...]}.
+        Returns:
+            Latents (batch_size, C, H, W), and {"x_inter": [...], "pred_x0": [...]}.
         """
+        if kwargs and not self.ignores_unknown_arguments:
+            raise TypeError(f"{type(self).__name__}.sample() got an unexpected keyword argument {next(iter(kwargs))!r}")
         size = condition_batch_size(conditioning)
         if size is not None and size != batch_size:
-            logger.warning("%d conditionings for a batch of %d", size, batch_size)
+            logger.warning("Got %d conditionings for a batch of %d", size, batch_size)
         if normals_sequence is not None or dynamic_threshold is not None:
             raise ValueError("normals_sequence and dynamic_threshold are not supported: leave them out")
-        keep = self._pasting(mask, x0)
-        self.make_schedule(S, schedule, ddim_eta=eta, verbose=verbose)
-        if ucg_schedule is not None and len(ucg_schedule) != len(self.schedule):
-            raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(self.schedule)} steps")
-        guidance = guidance or Guidance(unconditional_guidance_scale if ucg_schedule is None else ucg_schedule)
-        run = self._run(
-            self.schedule,
+        self._check_mask(mask, x0)
+        chosen = {} if schedule is None else {"ddim_discretize": schedule}
+        self.make_schedule(ddim_num_steps=S, **chosen, ddim_eta=eta, verbose=verbose)
+        if ucg_schedule is not None and len(ucg_schedule) != len(self.steps):
+            raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(self.steps)} steps")
+        if guidance is None:
+            guidance = Guidance(unconditional_guidance_scale if ucg_schedule is None else ucg_schedule)
+        return self._sample(
             conditioning,
+            (batch_size, *shape),
+            x_T,
             unconditional_conditioning,
             guidance,
             noise=noise,
+            callback=callback,
+            img_callback=img_callback,
+            quantize_denoised=quantize_x0,
+            mask=mask,
+            x0=x0,
+            log_every_t=log_every_t,
             temperature=temperature,
             noise_dropout=noise_dropout,
-            quantize=self._quantize if quantize_x0 else None,
-            keep=keep,
-            correct=self._corrector(score_corrector, conditioning, corrector_kwargs),
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            verbose=verbose,
         )
-        x = noise((batch_size, *shape), self.model.device) if x_T is None else x_T
-        intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
 
-        def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
-            """What comes after every step: callbacks, and an intermediate every `log_every_t` steps."""
-            if callback:
-                callback(i)
-            if img_callback:
-                img_callback(pred_x0, i)
-            if index % log_every_t == 0 or i == 0:
-                intermediates["x_inter"].append(x)
-                intermediates["pred_x0"].append(pred_x0)
-
-        return self._walk(run, x, x0, after, verbose), intermediates
-
-    def _walk(
+    def _sample(
         self,
-        run: Run,
-        x: Tensor,
-        known: Tensor | None = None,
-        after: Callable[[Tensor, Tensor, int, int], None] | None = None,
-        verbose: bool = True,
-    ) -> Tensor:
-        total, noise = len(run.schedule), None
-        for i in tqdm(range(total), desc=type(self).__name__, disable=not verbose, leave=None):
-            index, run.step = total - 1 - i, i
-            if run.keep and known is not None:  # without known data there is no mask
-                # new noise at every step, as published, would not go together with what a rule remembers of it
-                noise = run.fresh(known) if noise is None or self.published else noise
-                x = run.keep(x, transfer(known, noise, run.schedule.a[index]))
-            x, pred_x0 = self.step(run, x, index)
-            if after:
-                after(x, pred_x0, i, index)
+        cond: Condition,
+        shape: Sequence[int],
+        x_T: Tensor | None,
+        uncond: Condition,
+        guidance: Guidance,
+        *,
+        noise: NoiseSource,
+        callback: Callable[[int], None] | None,
+        img_callback: Callable[[Tensor, int], None] | None,
+        quantize_denoised: bool,
+        log_every_t: int,
+        score_corrector: Any,
+        corrector_kwargs: dict[str, Any] | None,
+        verbose: bool,
+        **options: Any,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """`sample` along `self.steps`; `options`: other fields of `SamplerState`."""
+        state = self._state(self.steps, cond, uncond, guidance, noise=noise, **options)
+        state.quantize = self._quantize if quantize_denoised else None
+        state.score_corrector = self._corrector(score_corrector, cond, corrector_kwargs)
+        x = noise(shape, self.model.device) if x_T is None else x_T
+        intermediates = Intermediates(x, callback, img_callback, log_every_t)
+        return self._denoise(state, x, intermediates, verbose), intermediates.images
+
+    def _denoise(self, state: SamplerState, x: Tensor, intermediates: Intermediates, verbose: bool) -> Tensor:
+        noise = None
+        for i, step in enumerate(progress_bar(state.schedule.steps(), len(state.schedule), verbose)):
+            state.step = i
+            if state.mask is not None and state.x0 is not None:
+                # the same noise at every step, or it would contradict what a multi-step rule remembers
+                noise = state.randn_like(state.x0) if noise is None else noise
+                x = blend(state.mask, add_noise(state.x0, noise, step.alpha_bar), x)
+            x, pred_x0 = self.step(state, x, step)
+            intermediates.record(x, pred_x0, i, step.index)
         return x
 
     # ---- image to image ----
@@ -277,17 +336,13 @@ class Sampler:
     def stochastic_encode(
         self, x0: Tensor, t: Tensor | int, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
-        """Noise x0 (B, ...) to where `decode(..., t)` starts: t steps from the end, one number for all or one each.
-
-        DDIM and PLMS noise it by one step more, as published: to entry t of the schedule, where decode starts at t - 1.
-        A t beyond the schedule's beginning, which full strength asks them for, means the beginning.
-        """
+        """Noise x0 (B, ...) to where `decode(..., t)` starts, t steps from the end; t is one number or (B,)."""
         noise = torch.randn_like(x0) if noise is None else noise
-        schedule = self._select(use_original_steps)
-        levels = schedule.a if self.published else np.append(schedule.a_prev[0], schedule.a)
-        index = np.atleast_1d(torch.as_tensor(t).cpu().numpy()).clip(0, len(levels) - 1)
-        a = torch.tensor(levels[index], dtype=torch.float32).to(x0.device).reshape(-1, *(1,) * (x0.ndim - 1))
-        return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * noise
+        schedule = self._schedule(use_original_steps)
+        levels = np.append(schedule.alphas_cumprod_prev[0], schedule.alphas_cumprod)
+        index = np.atleast_1d(torch.as_tensor(t).cpu().numpy()).clip(0, len(schedule))
+        alpha_bar = torch.tensor(levels[index], dtype=torch.float32).to(x0.device).reshape(-1, *(1,) * (x0.ndim - 1))
+        return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
 
     @torch.no_grad()
     def decode(
@@ -307,34 +362,39 @@ class Sampler:
         noise: NoiseSource = global_noise,
         img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> Tensor:
-        """Walk the last `t_start` steps of the schedule from x_latent (B, C, H, W) to the data.
+        """Denoise x_latent (B, C, H, W) along the last `t_start` steps of the schedule.
 
         mask, x0, guidance, noise, img_callback: as in `sample`.
         """
-        schedule = self._select(use_original_steps).until(t_start)
+        self._check_mask(mask, x0)
+        schedule = self._schedule(use_original_steps).until(t_start)
         guidance = guidance or Guidance(unconditional_guidance_scale)
-        keep = self._pasting(mask, x0)
-        run = self._run(schedule, cond, unconditional_conditioning, guidance, keep=keep, noise=noise)
-
-        def after(x: Tensor, pred_x0: Tensor, i: int, index: int) -> None:
-            """What comes after every step: callbacks."""
-            if callback:
-                callback(i)
-            if img_callback:
-                img_callback(pred_x0, i)
-
-        return self._walk(run, x_latent, x0, after, verbose)
+        state = self._state(schedule, cond, unconditional_conditioning, guidance, noise=noise, mask=mask, x0=x0)
+        return self._denoise(state, x_latent, Intermediates(x_latent, callback, img_callback), verbose)
 
     # ---- parts of a run ----
 
-    def _run(self, schedule: Schedule, cond: Condition, uncond: Condition, guidance: Guidance, **options: Any) -> Run:
+    def _state(
+        self, schedule: Schedule, cond: Condition, uncond: Condition, guidance: Guidance, **options: Any
+    ) -> SamplerState:
+        self._check_guidance(guidance)
+        return SamplerState(schedule, self._conditional(cond, uncond), guidance.over(len(schedule)), **options)
+
+    def _check_guidance(self, guidance: Guidance) -> None:
         if guidance.cfg_pp and not self.cfg_pp:
             able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "cfg_pp", False))
-            raise ValueError(f"CFG++ is for samplers that go on along eps ({able}), not for {type(self).__name__}")
-        perturbed = getattr(self.model, "perturbed_attention", None)
-        one_by_one = self.sequential_guidance or getattr(self.model, "one_by_one", False)
-        network = Network(self.model.apply_model, cond, uncond, self.parameterization, perturbed, one_by_one)
-        return Run(schedule, network, guidance.over(len(schedule)), **options)
+            raise ValueError(f"CFG++ works with {able}, not with {type(self).__name__}")
+
+    @staticmethod
+    def _check_mask(mask: Tensor | None, x0: Tensor | None) -> None:
+        if mask is not None and x0 is None:
+            raise ValueError("mask needs x0, the latents to keep where the mask is 1")
+
+    def _conditional(self, cond: Condition, uncond: Condition) -> ConditionalModel:
+        network = getattr(getattr(self.model, "model", None), "diffusion_model", None)
+        middle_block = getattr(network, "middle_block", None)
+        kind, sequential = self.parameterization, self.sequential_guidance or getattr(self.model, "one_by_one", False)
+        return ConditionalModel(self.model.apply_model, cond, uncond, kind, middle_block, sequential)
 
     def _quantize(self, x0: Tensor) -> Tensor:
         quantized: Tensor = self.model.first_stage_model.quantize(x0)[0]
@@ -349,11 +409,12 @@ class Sampler:
             raise ValueError(f"score_corrector needs an eps model, not {self.model.parameterization!r}")
         return lambda eps, x, t: corrector.modify_score(self.model, eps, x, t, cond, **(kwargs or {}))
 
-    @staticmethod
-    def _pasting(mask: Tensor | None, x0: Tensor | None) -> Callable[..., Tensor] | None:
-        """What puts x0, or x0 as it is noised, into an x where the mask is 1; None without a mask."""
-        if mask is None:
-            return None
-        if x0 is None:
-            raise ValueError("mask needs x0, the latent to keep where the mask is 1")
-        return lambda x, known=x0: mask * known + (1.0 - mask) * x
+
+def batch_of(t: float, x: Tensor) -> Tensor:
+    """Timestep t for every item of x (B, ...): int64, or float32 where it is fractional."""
+    return torch.full((x.shape[0],), t, device=x.device, dtype=torch.long if t == int(t) else torch.float32)
+
+
+def progress_bar(steps: Iterable[Any], total: int, verbose: bool, desc: str = "Sampling") -> Iterable[Any]:
+    """`steps` with a progress bar, if `verbose`."""
+    return tqdm(steps, desc=desc, total=total, disable=not verbose, leave=None)

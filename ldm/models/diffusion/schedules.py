@@ -1,144 +1,165 @@
-"""Where a sampler's steps lie: one choice for every sampler.
+"""Sampling schedules: which timesteps a sampler visits.
 
-A level is a cumulative alpha a in (0, 1]; sigma = sqrt((1 - a) / a) is the same in the notation of Karras et al. 2022.
+Noise levels come in three notations: alpha_bar (alphas_cumprod) in (0, 1], sigma = sqrt((1 - alpha_bar) / alpha_bar)
+of Karras et al. 2022, and lambda = -log(sigma), half the log signal-to-noise ratio of Lu et al. 2022.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps, usable_timesteps
+from ldm.modules.diffusionmodules.schedule import MIN_ALPHA_BAR, ddim_sigmas, make_ddim_timesteps, usable_timesteps
 
-TINY = 1e-20  # where a schedule ends in pure noise, a trace of signal stands for none
-FAR = 0.02  # a step that leaves a smaller share of the noise goes far: eps at its ends says little of the way
-RHO = 7.0  # how Karras et al. (2022, eq. 5) crowd steps towards the data
+LONG_STEP = 0.02  # a step that leaves less than this fraction of sigma is too long to average eps over
+RHO = 7.0  # Karras et al. 2022, eq. 5
+FEW_STEPS = 15  # below this many steps multi-step solvers end in lower orders, which is more stable (Lu et al. 2022)
+
+ScheduleChoice = str | Sequence[float]  # a name in `SCHEDULES`, or a list of timesteps
+
+
+class Step(NamedTuple):
+    """One step of a schedule, from timestep t down to t_prev; `index` more steps follow."""
+
+    index: int
+    t: float
+    t_prev: float  # 0 at the last step
+    alpha_bar: float
+    alpha_bar_prev: float
+    sigma: float  # standard deviation of the noise that DDIM adds
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run, in ascending time, as float64 host numbers.
+    """The steps of a sampling run as float64 numbers on the host, in ascending time.
 
-    Step i leaves timestep `timesteps[i]`, where the cumulative alpha is `a[i]`, for the level `a_prev[i]` at timestep
-    `timesteps_prev[i]`, and adds noise of standard deviation `sigma[i]`. The last level is 1 for the data itself.
+    Entry i goes from `timesteps[i]`, at noise level `alphas_cumprod[i]`, to `alphas_cumprod_prev[i]`, and DDIM adds
+    noise of standard deviation `sigmas[i]`. `alphas_cumprod_prev[0]` is 1 if the run ends at clean data.
     """
 
     timesteps: np.ndarray
-    a: np.ndarray
-    a_prev: np.ndarray
-    sigma: np.ndarray
+    alphas_cumprod: np.ndarray
+    alphas_cumprod_prev: np.ndarray
+    sigmas: np.ndarray
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def until(self, steps: int) -> Schedule:
-        """The last `steps` steps of a run, those nearest to the data."""
-        return Schedule(self.timesteps[:steps], self.a[:steps], self.a_prev[:steps], self.sigma[:steps])
+        """The last `steps` steps of the run, those nearest to the data."""
+        columns = (self.timesteps, self.alphas_cumprod, self.alphas_cumprod_prev, self.sigmas)
+        return Schedule(*(column[:steps] for column in columns))
 
-    def time_after(self, index: int) -> float:
-        """The timestep that step `index` arrives at; 0 at the end, which no network is asked about if it is clean."""
-        return float(self.timesteps[index - 1]) if index > 0 else 0.0
+    def steps(self) -> Iterator[Step]:
+        """The steps in the order of sampling, from noise to data."""
+        timesteps_prev = np.append(0.0, self.timesteps[:-1])
+        columns = (self.timesteps, timesteps_prev, self.alphas_cumprod, self.alphas_cumprod_prev, self.sigmas)
+        rows = list(zip(*(column.tolist() for column in columns)))
+        return (Step(index, *rows[index]) for index in reversed(range(len(self))))
 
 
-class Levels:
-    """A model's levels at all of its timesteps, whole and between: log a is linear from each to the next."""
+class NoiseLevels:
+    """A model's noise level at every timestep, and between them: log alpha_bar is interpolated linearly."""
 
     def __init__(self, alphas_cumprod: np.ndarray) -> None:
-        self.a = np.asarray(alphas_cumprod, np.float64)
-        self._log = np.log(np.maximum(self.a, TINY))
+        self.alphas_cumprod = np.asarray(alphas_cumprod, np.float64)
+        self._log = np.log(np.maximum(self.alphas_cumprod, MIN_ALPHA_BAR))
 
     def __len__(self) -> int:
-        return len(self.a)
+        return len(self.alphas_cumprod)
 
     def at(self, timesteps: np.ndarray) -> np.ndarray:
-        """Levels at timesteps from 0 to T - 1, which may be fractional."""
-        return np.asarray(np.exp(np.interp(timesteps, np.arange(len(self.a)), self._log)))
+        """alpha_bar at timesteps from 0 to T - 1, which may be fractional."""
+        return np.asarray(np.exp(np.interp(timesteps, np.arange(len(self)), self._log)))
 
     def time_of(self, sigma: np.ndarray | float) -> np.ndarray:
-        """The timesteps at which there is so much noise, fractional: `at` inverted; the nearest end beyond the ends."""
-        return np.interp(np.log1p(np.square(sigma)), -self._log, np.arange(len(self.a)))
+        """The fractional timesteps of noise levels `sigma`, clamped to the schedule: the inverse of `at`."""
+        return np.interp(np.log1p(np.square(sigma)), -self._log, np.arange(len(self)))
 
-    def sigmas(self) -> tuple[float, float]:
-        """The least noise, and the most that is still finite."""
-        top = self.a[-1] if self.a[-1] > TINY else self.a[-2]
-        return float(sigma_of(self.a[0])), float(sigma_of(top))
-
-
-def sigma_of(a: np.ndarray | float) -> np.ndarray:
-    """The noise of a level as a multiple of its signal."""
-    a = np.asarray(a, np.float64)
-    return np.asarray(np.sqrt((1 - a) / a))
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest sigma, and the highest that is finite."""
+        last = self.alphas_cumprod[-1] if self.alphas_cumprod[-1] > MIN_ALPHA_BAR else self.alphas_cumprod[-2]
+        return float(sigma_of(self.alphas_cumprod[0])), float(sigma_of(last))
 
 
-def far(a: float, a_next: float) -> bool:
-    """Whether a step goes so far that eps at its ends must not be mixed: from pure noise, to data, in short runs."""
-    return float(sigma_of(a_next) / sigma_of(a)) < FAR
+def sigma_of(alpha_bar: np.ndarray | float) -> np.ndarray:
+    """sigma = sqrt((1 - alpha_bar) / alpha_bar)."""
+    alpha_bar = np.asarray(alpha_bar, np.float64)
+    return np.asarray(np.sqrt((1 - alpha_bar) / alpha_bar))
 
 
-def ddim_sigmas(a: np.ndarray | float, a_prev: np.ndarray | float, eta: float) -> np.ndarray:
-    """The noise that a step from a to a_prev adds (Song et al. 2021, eq. 16)."""
-    return np.asarray(eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev)))
+def log_snr(alpha_bar: float) -> float:
+    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), half the log signal-to-noise ratio."""
+    return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
 
 
-# ---- the choices: (levels, steps) -> ascending timesteps, the last level ----
-
-Nodes = tuple[np.ndarray, float]
-
-
-def uniform(levels: Levels, steps: int) -> Nodes:
-    """As DDIM was published: evenly from 1, sometimes one step more than asked for, and down to the first level."""
-    return usable_timesteps(make_ddim_timesteps("uniform", steps, len(levels)), len(levels)), levels.a[0]
+def is_long_step(alpha_bar: float, alpha_bar_prev: float) -> bool:
+    """Whether eps must not be averaged over a step: from pure noise, to the data, or in very short runs."""
+    return float(sigma_of(alpha_bar_prev) / sigma_of(alpha_bar)) < LONG_STEP
 
 
-def quad(levels: Levels, steps: int) -> Nodes:
-    """As published: quadratic up to 0.8 of the time, for few steps."""
-    return usable_timesteps(make_ddim_timesteps("quad", steps, len(levels)), len(levels)), levels.a[0]
+# ---- schedules: (noise levels, steps) -> ascending timesteps, alpha_bar where the run ends ----
+
+Timesteps = tuple[np.ndarray, float]
 
 
-def even(levels: Levels, steps: int) -> Nodes:
-    """As DPM-Solver was published: evenly from the last timestep to the first, most of them fractional."""
-    return np.linspace(0, len(levels) - 1, steps + 1)[1:], levels.a[0]
+def uniform(levels: NoiseLevels, steps: int) -> Timesteps:
+    """Published DDIM: evenly spaced from 1, sometimes one step more than requested, down to the first timestep."""
+    timesteps = make_ddim_timesteps("uniform", steps, len(levels))
+    return usable_timesteps(timesteps, len(levels)), levels.alphas_cumprod[0]
 
 
-def leading(levels: Levels, steps: int) -> Nodes:
-    """`uniform` with as many steps as asked for, spread over all of the time whether they divide it or not."""
+def quad(levels: NoiseLevels, steps: int) -> Timesteps:
+    """Published DDIM: quadratic up to 0.8 T, for few steps."""
+    return usable_timesteps(make_ddim_timesteps("quad", steps, len(levels)), len(levels)), levels.alphas_cumprod[0]
+
+
+def even(levels: NoiseLevels, steps: int) -> Timesteps:
+    """Published DPM-Solver: evenly spaced from the last timestep to the first, most of them fractional."""
+    return np.linspace(0, len(levels) - 1, steps + 1)[1:], levels.alphas_cumprod[0]
+
+
+def leading(levels: NoiseLevels, steps: int) -> Timesteps:
+    """`uniform` with exactly the requested number of steps, spread over all timesteps."""
     if steps == len(levels):
         return np.arange(steps), 1.0
-    return np.arange(steps) * len(levels) // steps + 1, levels.a[0]
+    return np.arange(steps) * len(levels) // steps + 1, levels.alphas_cumprod[0]
 
 
-def trailing(levels: Levels, steps: int) -> Nodes:
-    """Evenly from the last timestep, which models trained to pure noise need, to the data (Lin et al. 2023, 3.3)."""
+def trailing(levels: NoiseLevels, steps: int) -> Timesteps:
+    """Evenly from the last timestep, as models with zero terminal SNR need, to the data (Lin et al. 2023, 3.3)."""
     return np.round(np.linspace(len(levels) / steps, len(levels), steps)) - 1, 1.0
 
 
-def karras(levels: Levels, steps: int) -> Nodes:
-    """Evenly in sigma^(1/7), which crowds steps at little noise (Karras et al. 2022, eq. 5), to the data."""
-    low, high = (sigma ** (1 / RHO) for sigma in levels.sigmas())
+def karras(levels: NoiseLevels, steps: int) -> Timesteps:
+    """Evenly in sigma^(1/7), to the data (Karras et al. 2022, eq. 5)."""
+    low, high = (sigma ** (1 / RHO) for sigma in levels.sigma_range())
     return _at_sigmas(levels, np.linspace(low, high, steps) ** RHO if steps > 1 else np.array([high**RHO]))
 
 
-def exponential(levels: Levels, steps: int) -> Nodes:
+def exponential(levels: NoiseLevels, steps: int) -> Timesteps:
     """Evenly in log sigma, to the data."""
-    low, high = levels.sigmas()
+    low, high = levels.sigma_range()
     return _at_sigmas(levels, np.geomspace(low, high, steps) if steps > 1 else np.array([high]))
 
 
-def _at_sigmas(levels: Levels, sigmas: np.ndarray) -> Nodes:
+def _at_sigmas(levels: NoiseLevels, sigmas: np.ndarray) -> Timesteps:
     timesteps = levels.time_of(sigmas)
-    timesteps[-1] = len(levels) - 1  # pure noise, where the model knows it, is where a run begins
+    timesteps[-1] = len(levels) - 1  # a model with zero terminal SNR starts at pure noise, whose sigma is infinite
     return timesteps, 1.0
 
 
-SCHEDULES: dict[str, Callable[[Levels, int], Nodes]] = {
+SCHEDULES: dict[str, Callable[[NoiseLevels, int], Timesteps]] = {
     f.__name__: f for f in (uniform, quad, even, leading, trailing, karras, exponential)
 }
 
 
-def from_table(levels: Levels, steps: int, table: Sequence[float]) -> Nodes:
-    """Timesteps as a table says, such as those of Sabour et al. 2024 ("Align Your Steps"), to the data.
+def from_table(levels: NoiseLevels, steps: int, table: Sequence[float]) -> Timesteps:
+    """Timesteps from a table, such as those of Sabour et al. 2024 ("Align Your Steps"), to the data.
 
     For another number of steps than the table's, log sigma is interpolated, as they do.
     """
@@ -151,31 +172,45 @@ def from_table(levels: Levels, steps: int, table: Sequence[float]) -> Nodes:
         return given, 1.0
     if len(given) < 2:
         raise ValueError(f"a schedule of one timestep is for one step, not for {steps}")
-    sigma = np.log(sigma_of(levels.at(given)))
-    places = np.linspace(0, len(given) - 1, steps) if steps > 1 else np.array([len(given) - 1.0])
-    timesteps = levels.time_of(np.exp(np.interp(places, np.arange(len(given)), sigma)))
-    timesteps[-1] = given[-1]  # to the bit: log and exp, there and back, may leave a little less
+    log_sigmas = np.log(sigma_of(levels.at(given)))
+    positions = np.linspace(0, len(given) - 1, steps) if steps > 1 else np.array([len(given) - 1.0])
+    timesteps = levels.time_of(np.exp(np.interp(positions, np.arange(len(given)), log_sigmas)))
+    timesteps[-1] = given[-1]  # exactly: the way over logarithms may round it down
     return timesteps, 1.0
 
 
-def lay_out(choice: str | Sequence[float], steps: int, alphas_cumprod: np.ndarray, eta: float = 0.0) -> Schedule:
-    """The schedule of `steps` steps, by a name in `SCHEDULES` or a table of timesteps; eta: see `ddim_sigmas`.
+def make_schedule(choice: ScheduleChoice, steps: int, alphas_cumprod: np.ndarray, eta: float = 0.0) -> Schedule:
+    """The schedule of a sampling run.
 
-    Timesteps that the published choices repeat, for many steps, count once: from one to itself there is no step.
-    ValueError for an unknown name, a table of timesteps that are none, or more steps than there are timesteps.
+    Args:
+        choice: a name in `SCHEDULES`, or a list of timesteps.
+        steps: the number of steps. "uniform" and "quad" may give more or fewer; duplicate timesteps are dropped.
+        alphas_cumprod: the model's, (T,).
+        eta: DDIM's noise, see `ddim_sigmas`.
+
+    Raises:
+        ValueError: for an unknown name, timesteps out of range, or more steps than timesteps.
     """
-    levels = Levels(alphas_cumprod)
+    levels = NoiseLevels(alphas_cumprod)
     if not 1 <= steps <= len(levels):
         raise ValueError(f"the number of steps must be from 1 to {len(levels)}, not {steps}")
     if not isinstance(choice, str):
-        timesteps, last = from_table(levels, steps, choice)
+        timesteps, final = from_table(levels, steps, choice)
     elif choice in SCHEDULES:
-        timesteps, last = SCHEDULES[choice](levels, steps)
+        timesteps, final = SCHEDULES[choice](levels, steps)
     else:
         raise ValueError(f"schedule {choice!r} is not one of {', '.join(SCHEDULES)}, or a list of timesteps")
     timesteps = np.unique(timesteps)
-    whole = np.equal(timesteps, np.round(timesteps)).all()
-    # between timesteps a is interpolated; at them it is the model's own, and 0 only where nothing divides by it
-    a = np.maximum(levels.a[timesteps.astype(int)], TINY) if whole else levels.at(timesteps)
-    a_prev = np.append(last, a[:-1])
-    return Schedule(timesteps, a, a_prev, ddim_sigmas(a, a_prev, eta))
+    if np.equal(timesteps, np.round(timesteps)).all():  # take the model's own levels exactly
+        alphas = np.maximum(levels.alphas_cumprod[timesteps.astype(int)], MIN_ALPHA_BAR)
+    else:
+        alphas = levels.at(timesteps)
+    alphas_prev = np.append(final, alphas[:-1])
+    return Schedule(timesteps, alphas, alphas_prev, ddim_sigmas(alphas, alphas_prev, eta))
+
+
+def original_schedule(alphas_cumprod: np.ndarray, eta: float = 0.0) -> Schedule:
+    """Every timestep of the model, ending at clean data."""
+    alphas = np.maximum(alphas_cumprod, MIN_ALPHA_BAR)
+    alphas_prev = np.append(1.0, alphas[:-1])
+    return Schedule(np.arange(len(alphas)), alphas, alphas_prev, ddim_sigmas(alphas, alphas_prev, eta))

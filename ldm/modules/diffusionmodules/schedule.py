@@ -1,21 +1,21 @@
-"""Schedule maths: betas, the buffers made of them, eps / x0 / v conversions, DDIM timesteps. torch and numpy only.
+"""Noise schedules: betas, their buffers, conversions between eps, x0 and v, DDIM timesteps.
 
-Notation follows the papers: a_t is the cumulative product `alphas_cumprod[t]`, and
-x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps  (Ho et al. 2020, eq. 4).
+alpha_bar_t, or a, is the cumulative product `alphas_cumprod[t]` of the papers:
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps  (Ho et al. 2020, eq. 4).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
-
-
-MAX_TIMESTEPS = 10**6  # a thousand times the public ones; tables of them are made before anything else
+MAX_TIMESTEPS = 10**6  # a config with more would exhaust memory before anything else is checked
+MIN_ALPHA_BAR = 1e-20  # stands for 0 where a division by alpha_bar must stay finite
 
 
 def make_beta_schedule(
@@ -25,10 +25,14 @@ def make_beta_schedule(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
 ) -> np.ndarray:
-    """Betas (n_timestep,) in float64 of the schedule called "linear", "cosine", "sqrt_linear" or "sqrt".
+    """Betas (n_timestep,) in float64 of a schedule by its public name.
 
-    The names are the public ones: "linear" is linear in sqrt(beta), and "sqrt_linear" is linear in beta.
-    "cosine" is Nichol and Dhariwal 2021, eq. 17, and "squaredcos_cap_v2" another public name of it.
+    Args:
+        schedule: "linear" (linear in sqrt(beta)), "sqrt_linear" (linear in beta), "sqrt", or "cosine", also called
+            "squaredcos_cap_v2" (Nichol and Dhariwal 2021, eq. 17).
+
+    Raises:
+        ValueError: for an unknown name or numbers out of range.
     """
     if n_timestep < 1 or linear_start <= 0 or linear_end <= 0:
         given = f"{n_timestep}, {linear_start}, {linear_end}"
@@ -59,9 +63,12 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, Tensor]:
     """The 12 published float32 buffers of a schedule, on the CPU whatever the default device is.
 
-    They are real even in a model that is built on the meta device, since a checkpoint need not hold them. All are
-    finite, also where a_t is 0: then 1 / a_t is that of 1e-20, for nothing can ask what signal there was.
-    v_posterior: 0 is the true posterior variance of Ho et al. 2020, eq. 7; 1 is beta_t; between, a mix.
+    They hold values even in a model built on the meta device, since a checkpoint need not contain them. All are finite,
+    also where alpha_bar is 0.
+
+    Args:
+        betas: (T,), each in (0, 1].
+        v_posterior: 0 for the posterior variance of Ho et al. 2020, eq. 7; 1 for beta_t; between, a mix.
     """
     betas = np.asarray(betas, dtype=np.float64)
     if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
@@ -69,17 +76,10 @@ def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, T
     alphas = 1.0 - betas
     a = np.cumprod(alphas)
     a_prev = np.append(1.0, a[:-1])
-    recip = 1.0 / np.maximum(a, 1e-20)
     variance = (1 - v_posterior) * betas * (1.0 - a_prev) / (1.0 - a) + v_posterior * betas
     values = {
         "betas": betas,
-        "alphas_cumprod": a,
-        "alphas_cumprod_prev": a_prev,
-        "sqrt_alphas_cumprod": np.sqrt(a),
-        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - a),
-        "log_one_minus_alphas_cumprod": np.log(1.0 - a),
-        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
+        **alphas_cumprod_buffers(a),
         "posterior_variance": variance,
         # The variance is 0 at t = 0, so its logarithm is clipped.
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
@@ -89,11 +89,25 @@ def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, T
     return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
 
 
+def alphas_cumprod_buffers(alphas_cumprod: np.ndarray) -> dict[str, np.ndarray]:
+    """The seven published buffers that follow from alphas_cumprod (T,), in float64."""
+    reciprocal = 1.0 / np.maximum(alphas_cumprod, MIN_ALPHA_BAR)
+    return {
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": np.append(1.0, alphas_cumprod[:-1]),
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alphas_cumprod),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": np.sqrt(reciprocal),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(reciprocal - 1),
+    }
+
+
 def vlb_weights(buffers: dict[str, Tensor], parameterization: str) -> Tensor:
-    """Weight (T,) of every timestep's squared error in the variational bound (Ho et al. 2020, eq. 12)."""
+    """Weight (T,) of each timestep's squared error in the variational bound (Ho et al. 2020, eq. 12)."""
     betas, a = buffers["betas"].double(), buffers["alphas_cumprod"].double()
     if parameterization == "x0":
-        # Published as 2 * 1 - a, not 2 * (1 - a); kept, since losses are compared between code bases.
+        # Public code has 2 * 1 - a, not 2 * (1 - a); losses are compared between code bases.
         weights = 0.5 * a.sqrt() / (2.0 * 1 - a)
     elif parameterization == "eps":
         weights = betas**2 / (2 * buffers["posterior_variance"].double() * (1 - betas) * (1 - a))
@@ -106,9 +120,9 @@ def vlb_weights(buffers: dict[str, Tensor], parameterization: str) -> Tensor:
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str) -> Tensor:
-    """Weight (T,) of every timestep's loss that caps the signal-to-noise ratio at `gamma` (Hang et al. 2023).
+    """Min-SNR loss weight (T,) of each timestep (Hang et al. 2023).
 
-    min(SNR, gamma) is the weight of an error in x0; an error in eps is worth 1 / SNR of that, one in v 1 / (SNR + 1).
+    min(SNR, gamma) for x0, divided by SNR for eps and by SNR + 1 for v.
     """
     if gamma <= 0:
         raise ValueError(f"min_snr_gamma must be above 0 (the paper uses 5), not {gamma}")
@@ -126,14 +140,14 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str)
 
 
 def extract_into_tensor(values: Tensor, t: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """`values[t]` for t (B,), shaped (B, 1, 1, ...) so that it broadcasts over a tensor of `shape`."""
+    """`values[t]` for t (B,), reshaped to (B, 1, 1, ...) to broadcast over a tensor of `shape`."""
     return values.gather(-1, t).reshape(t.shape[0], *(1,) * (len(shape) - 1))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
-    """Sinusoidal embedding (B, dim) of timesteps (B,), which may be fractional: cosines first, then sines.
+    """Sinusoidal embedding (B, dim) of timesteps (B,), which may be fractional: cosines, then sines.
 
-    repeat_only: no sinusoids, the timestep itself `dim` times.
+    repeat_only: repeat the timestep itself `dim` times instead.
     """
     if repeat_only:
         return timesteps[:, None].expand(-1, dim).float()
@@ -142,30 +156,29 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
     return torch.nn.functional.pad(embedding, (0, dim % 2))
 
 
-_KNOWN: dict[tuple[int, float, torch.device], Tensor] = {}
+_FREQUENCIES: dict[tuple[int, float, torch.device], Tensor] = {}
 
 
 def _frequencies(count: int, max_period: float, device: torch.device) -> Tensor:
     """Angular frequencies (count,) from 1 to about 1 / max_period.
 
-    Worked out on the CPU, in the public order of operations, so that every device sees the same; and kept, since a copy
-    to a device has the host wait for it.
+    Computed on the CPU so that every device has the same, and cached, since the host waits for a copy to a device.
     """
     key = (count, max_period, device)
-    if key not in _KNOWN:
-        places = torch.arange(count, dtype=torch.float32, device="cpu")
-        _KNOWN[key] = torch.exp(-math.log(max_period) * places / count).to(device)
-    return _KNOWN[key]
+    if key not in _FREQUENCIES:
+        exponents = torch.arange(count, dtype=torch.float32, device="cpu")
+        _FREQUENCIES[key] = torch.exp(-math.log(max_period) * exponents / count).to(device)
+    return _FREQUENCIES[key]
 
 
 def make_ddim_timesteps(
-    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = False
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> np.ndarray:
     """Ascending int64 timesteps of a shortened schedule, "uniform" or "quad".
 
-    The public spacing, quirks included: "uniform" gives a few more steps than asked where the count does not divide
-    (30 gives 31), and its last entry can be `num_ddpm_timesteps` itself, one past the end. Users of the table clamp
-    that entry (`usable_timesteps`), where the public code crashed.
+    The public spacing: "uniform" gives a few more steps than requested where the count does not divide (30 gives 31),
+    and its last entry can be `num_ddpm_timesteps` itself, one past the end, where the public code crashes; see
+    `usable_timesteps`.
     """
     if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
         raise ValueError(f"the number of steps must be from 1 to {num_ddpm_timesteps}, not {num_ddim_timesteps}")
@@ -179,30 +192,42 @@ def make_ddim_timesteps(
 
 
 def usable_timesteps(timesteps: np.ndarray, num_ddpm_timesteps: int) -> np.ndarray:
-    """`timesteps` with the entry one past the end of the schedule, where there is one, moved to its last index."""
+    """`timesteps` with an entry past the end of the schedule moved to its last index."""
     return np.minimum(timesteps, num_ddpm_timesteps - 1)
 
 
 def make_ddim_sampling_parameters(
-    alphacums: np.ndarray, ddim_timesteps: np.ndarray, eta: float, verbose: bool = False
+    alphacums: np.ndarray | Tensor, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(sigmas, alphas, alphas_prev) at `ddim_timesteps`, float64 (Song et al. 2021, eq. 16).
+    """(sigmas, alphas, alphas_prev) at `ddim_timesteps`, in float64.
 
-    `alphas_prev[0]` is `alphacums[0]`, not 1, as published.
+    The last step ends at `alphas_prev[0] = alphacums[0]`, not at 1, as in the public code.
     """
     alphacums = np.asarray(alphacums, dtype=np.float64)
-    alphas = alphacums[usable_timesteps(ddim_timesteps, len(alphacums))]
+    alphas = np.maximum(alphacums[usable_timesteps(ddim_timesteps, len(alphacums))], MIN_ALPHA_BAR)
     alphas_prev = np.append(alphacums[0], alphas[:-1])
-    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
-    return sigmas, alphas, alphas_prev
+    return ddim_sigmas(alphas, alphas_prev, eta), alphas, alphas_prev
 
 
-def eps_and_x0(output: Tensor, x: Tensor, a: float | Tensor, parameterization: str) -> tuple[Tensor, Tensor]:
-    """What a network's `output` at noise level `a` (a number, or broadcastable to x) says about x_t = `x`.
+def ddim_sigmas(alphas: np.ndarray | float, alphas_prev: np.ndarray | float, eta: float) -> np.ndarray:
+    """Standard deviation of the noise of steps from `alphas` to `alphas_prev` (Song et al. 2021, eq. 16)."""
+    return np.asarray(eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev)))
 
-    Returns (eps, x0). For v = sqrt(a) eps - sqrt(1 - a) x0 see Salimans and Ho 2022, appendix D.
+
+def sqrt(value: float | Tensor) -> Any:
+    """Square root of a number or a tensor; rounding below 0 counts as 0."""
+    return value.clamp(min=0).sqrt() if isinstance(value, Tensor) else math.sqrt(max(value, 0.0))
+
+
+def eps_and_x0(output: Tensor, x: Tensor, alpha_bar: float | Tensor, parameterization: str) -> tuple[Tensor, Tensor]:
+    """Convert a model's `output` for x_t = `x` to (eps, x0).
+
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, appendix D).
+
+    Args:
+        alpha_bar: a number, or a tensor that broadcasts to x.
     """
-    signal, noise = (s.sqrt() if isinstance(s, Tensor) else math.sqrt(s) for s in (a, 1 - a))
+    signal, noise = sqrt(alpha_bar), sqrt(1 - alpha_bar)
     if parameterization == "eps":
         return output, (x - noise * output) / signal
     if parameterization == "x0":
@@ -212,9 +237,9 @@ def eps_and_x0(output: Tensor, x: Tensor, a: float | Tensor, parameterization: s
     raise ValueError(f"parameterization {parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
 
 
-def output_of(x0: Tensor, x: Tensor, a: float, parameterization: str) -> Tensor:
-    """What a network would have to say of x_t = `x` at level `a` to mean `x0`: the inverse of `eps_and_x0`."""
-    signal, noise = math.sqrt(a), math.sqrt(1 - a)
+def output_of(x0: Tensor, x: Tensor, alpha_bar: float | Tensor, parameterization: str) -> Tensor:
+    """The model output that predicts `x0` for x_t = `x`: the inverse of `eps_and_x0`."""
+    signal, noise = sqrt(alpha_bar), sqrt(1 - alpha_bar)
     if parameterization == "x0":
         return x0
     eps = (x - signal * x0) / noise

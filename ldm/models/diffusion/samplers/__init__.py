@@ -1,4 +1,4 @@
-"""Every sampler by its name. A file that is put here, with a registered `Sampler` in it, needs no further mention."""
+"""All samplers by name. To add one, put a file with a registered `Sampler` into this folder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import importlib
 import pkgutil
 from typing import Any
 
-from ldm.models.diffusion import ddim, dpm_solver, plms  # noqa: F401  (they register themselves)
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import SAMPLERS as SAMPLERS
-from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.sampler import Sampler, register
 
+register("ddim")(DDIMSampler)
+register("plms", convert_v=True)(PLMSSampler)
+register("dpm_solver")(DPMSolverSampler)
+register("dpmpp_2m")(DPMSolverSampler)
 for _found in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_found.name}")
 
 
 def make_sampler(model: Any, name: str, *, sequential_guidance: bool = False) -> Sampler:
-    """The sampler called `name` for a model, or for what stands for one.
+    """Build the sampler called `name`; it serves one run at a time.
 
     Args:
         model: a LatentDiffusion, or anything with the attributes that `sampler` names.

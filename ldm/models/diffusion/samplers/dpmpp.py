@@ -1,7 +1,7 @@
 """Further members of the DPM-Solver++ family (Lu et al. 2022, arXiv:2211.01095); `dpmpp_2m` is `DPMSolverSampler`.
 
-They integrate x0 against the half log signal-to-noise ratio lambda; h is a step's length in it. All are written as the
-first-order step and what higher orders add, so that CFG++ works with them.
+They integrate x0 over lambda, half the log signal-to-noise ratio; h is the length of a step in it. Each is written as
+the first-order step plus the terms of higher order, so that CFG++ works with it.
 """
 
 from __future__ import annotations
@@ -10,41 +10,43 @@ import math
 
 from torch import Tensor
 
-from ldm.models.diffusion.dpm_solver.sampler import FEW_STEPS, log_snr, steps_in_log_snr
-from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
+from ldm.models.diffusion.sampler import Sampler, SamplerState, add_noise, register
+from ldm.models.diffusion.schedules import FEW_STEPS, Step, log_snr
 
 
 @register("dpmpp_3m")
 class DPMpp3MSampler(Sampler):
-    """Third order, multi-step: one network evaluation a step, and the x0 of two steps before (their appendix B)."""
+    """Third order, multi-step: one model evaluation a step, and x0 of the two steps before (appendix B)."""
 
     cfg_pp = True
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step; `run.history` holds x0 of the steps before, the newest first."""
-        s = run.schedule
-        a_next = float(s.a_prev[index])
-        eps, x0 = self.predict(run, x, s.timesteps[index], s.a[index])
-        x_next = transfer(x0, eps, a_next)
-        history = run.history[:index] if len(s) < FEW_STEPS else run.history  # a short run ends in lower orders
-        if history and a_next < 1:
-            h, before = steps_in_log_snr(s, index, len(history))
-            one, two = derivatives(x0, history, [b / h for b in before])
-            phi_1 = math.expm1(-h)
-            if two is None:  # the second step is one of 2M
-                x_next = x_next - math.sqrt(a_next) * phi_1 / 2 * one
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """`state.history` holds (lambda, x0) of the steps before, the newest first."""
+        eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        x_prev = add_noise(x0, eps, step.alpha_bar_prev)
+        lambda_t, history = log_snr(step.alpha_bar), state.history
+        if len(state.schedule) < FEW_STEPS:  # a short run ends in lower orders
+            history = history[: step.index]
+        if history and step.alpha_bar_prev < 1:
+            h = log_snr(step.alpha_bar_prev) - lambda_t
+            lambdas = [lambda_t, *(lambda_i for lambda_i, _ in history)]
+            lengths = [(later - earlier) / h for later, earlier in zip(lambdas, lambdas[1:])]
+            first, second = derivatives(x0, [x0_i for _, x0_i in history], lengths)
+            signal, phi_1 = math.sqrt(step.alpha_bar_prev), math.expm1(-h)
+            if second is None:  # as 2M
+                x_prev = x_prev - signal * phi_1 / 2 * first
             else:
                 phi_2 = phi_1 / h + 1
-                x_next = x_next + math.sqrt(a_next) * (phi_2 * one - (phi_2 / h - 0.5) * two)
-        run.history = [x0, *run.history[:1]]
-        return x_next, x0
+                x_prev = x_prev + signal * (phi_2 * first - (phi_2 / h - 0.5) * second)
+        state.history = [(lambda_t, x0), *state.history[:1]]
+        return x_prev, x0
 
 
 def derivatives(x0: Tensor, history: list[Tensor], r: list[float]) -> tuple[Tensor, Tensor | None]:
-    """First and second derivative of x0 in steps' lengths; r: the lengths of the steps before in that of this one.
+    """First and second derivative of x0 in units of the step; r: lengths of the steps before in that unit.
 
-    A second divided difference is half a derivative. The published code takes it for a whole one, which leaves its rule
-    of third order one of second.
+    The second divided difference is half the second derivative. The public code takes it for all of it, which makes its
+    third-order rule one of second order.
     """
     slope = (x0 - history[0]) / r[0]
     if len(history) < 2:
@@ -55,44 +57,43 @@ def derivatives(x0: Tensor, history: list[Tensor], r: list[float]) -> tuple[Tens
 
 @register("dpmpp_2s")
 class DPMpp2SSampler(Sampler):
-    """Second order, single-step: asks a second time in the middle of a step, and remembers nothing (algorithm 1)."""
+    """Second order, single-step: evaluates the model at the middle of a step, too (algorithm 1)."""
 
     cfg_pp = True
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step; to clean data, where the middle is nowhere, one of first order."""
-        s = run.schedule
-        a, a_next = float(s.a[index]), float(s.a_prev[index])
-        eps, x0 = self.predict(run, x, s.timesteps[index], a)
-        x_next = transfer(x0, eps, a_next)
-        if a_next >= 1:
-            return x_next, x0
-        h = log_snr(a_next) - log_snr(a)
-        sigma_mid = math.exp(-(log_snr(a) + h / 2))
-        a_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))
-        _, x0_mid = self.predict(run, transfer(x0, eps, a_mid), t_mid, a_mid)
-        return x_next - math.sqrt(a_next) * math.expm1(-h) * (x0_mid - x0), x0
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """First order to clean data, where lambda is infinite."""
+        eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        x_prev = add_noise(x0, eps, step.alpha_bar_prev)
+        if step.alpha_bar_prev >= 1:
+            return x_prev, x0
+        lambda_t = log_snr(step.alpha_bar)
+        h = log_snr(step.alpha_bar_prev) - lambda_t
+        sigma_mid = math.exp(-(lambda_t + h / 2))
+        alpha_bar_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))
+        _, x0_mid = self.predict(state, add_noise(x0, eps, alpha_bar_mid), t_mid, alpha_bar_mid)
+        return x_prev - math.sqrt(step.alpha_bar_prev) * math.expm1(-h) * (x0_mid - x0), x0
 
 
 @register("dpmpp_2m_sde")
 class DPMpp2MSDESampler(Sampler):
-    """Second order, multi-step, of the diffusion itself and not of its flow: with noise (their appendix A)."""
+    """Second order, multi-step, of the diffusion SDE rather than the ODE: with noise (appendix A)."""
 
     cfg_pp = True
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step; `run.history` holds the x0 of the step before."""
-        s = run.schedule
-        a_next = float(s.a_prev[index])
-        eps, x0 = self.predict(run, x, s.timesteps[index], s.a[index])
-        if a_next >= 1:
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """`state.history` holds (lambda, x0) of the step before."""
+        eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        if step.alpha_bar_prev >= 1:
             return x0, x0
-        h, before = steps_in_log_snr(s, index, len(run.history))
-        signal, noise = math.sqrt(a_next), math.sqrt(1 - a_next)
-        fresh = run.added(x, noise * math.sqrt(-math.expm1(-2 * h)))
-        x_next = signal * x0 + noise * math.exp(-h) * eps + fresh
-        if run.history and not (index == 0 and len(s) < FEW_STEPS):
-            slope = (x0 - run.history[0]) * (h / before[0])
-            x_next = x_next - signal * math.expm1(-2 * h) / 2 * slope
-        run.history = [x0]
-        return x_next, x0
+        lambda_t = log_snr(step.alpha_bar)
+        h = log_snr(step.alpha_bar_prev) - lambda_t
+        signal, sigma = math.sqrt(step.alpha_bar_prev), math.sqrt(1 - step.alpha_bar_prev)
+        noise = state.scaled_noise(x, sigma * math.sqrt(-math.expm1(-2 * h)))
+        x_prev = signal * x0 + sigma * math.exp(-h) * eps + noise
+        if state.history and not (step.index == 0 and len(state.schedule) < FEW_STEPS):
+            lambda_last, x0_last = state.history[0]
+            slope = (x0 - x0_last) * (h / (lambda_t - lambda_last))
+            x_prev = x_prev - signal * math.expm1(-2 * h) / 2 * slope
+        state.history = [(lambda_t, x0)]
+        return x_prev, x0

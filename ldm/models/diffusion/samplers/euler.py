@@ -1,85 +1,103 @@
-"""One-step rules: Euler with and without noise, Heun, DPM-Solver-2. All but the last two ask the network once a step.
+"""Samplers that step along eps: Euler with and without noise, Heun, DPM-Solver-2, LMS.
 
 Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithms 1 and 2, written for
-x = sqrt(a) x0 + sqrt(1 - a) eps: there a step along eps from one sigma to another is DDIM's.
+x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps: an Euler step in their sigma is a deterministic DDIM step.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from ldm.models.diffusion.ddim import noisy_transfer
-from ldm.models.diffusion.sampler import Run, Sampler, register, transfer
-from ldm.models.diffusion.schedules import ddim_sigmas, far, sigma_of
+from ldm.models.diffusion.sampler import Sampler, SamplerState, add_noise, ddim_step, register
+from ldm.models.diffusion.schedules import Step, is_long_step, sigma_of
+from ldm.modules.diffusionmodules.schedule import MIN_ALPHA_BAR, ddim_sigmas
+
+LMS_ORDER = 4
+PURE_NOISE = 1e6 * MIN_ALPHA_BAR  # alpha_bar below this counts as pure noise, whose sigma is next to infinite
 
 
 @register("euler")
 class EulerSampler(Sampler):
-    """Along eps: DDIM without noise, and without drawing any."""
+    """Algorithm 1 without churn: DDIM without noise."""
 
     cfg_pp = True
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step of algorithm 1 without churn."""
-        s = run.schedule
-        eps, x0 = self.predict(run, x, s.timesteps[index], s.a[index])
-        return transfer(x0, eps, s.a_prev[index]), x0
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """One model evaluation a step."""
+        eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        return add_noise(x0, eps, step.alpha_bar_prev), x0
 
 
 @register("euler_a")
 @register("ddpm")
 class AncestralSampler(Sampler):
-    """As much noise a step as the diffusion had (Ho et al. 2020, algorithm 2): DDIM with eta 1.
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), which is DDIM with eta 1 and Euler's ancestral step."""
 
-    Euler's ancestral steps, down to less noise than the next level has and up to it again, come to the same.
-    """
-
-    default_schedule = "trailing"  # with all steps it is algorithm 2 to the letter
+    default_schedule = "trailing"  # with every timestep this is algorithm 2 exactly
     cfg_pp = True
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step; the last one, to clean data, adds no noise."""
-        s = run.schedule
-        a, a_next = float(s.a[index]), float(s.a_prev[index])
-        eps, x0 = self.predict(run, x, s.timesteps[index], a)
-        return noisy_transfer(run, eps, x0, a_next, float(ddim_sigmas(a, a_next, 1.0))), x0
-
-
-def along(x: Tensor, eps: Tensor, a: float, a_next: float) -> Tensor:
-    """x (B, ...) from level a to a_next along a given eps."""
-    return transfer((x - math.sqrt(1 - a) * eps) / math.sqrt(a), eps, a_next)
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The last step, to clean data, adds no noise."""
+        eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        sigma = float(ddim_sigmas(step.alpha_bar, step.alpha_bar_prev, 1.0))
+        direction = math.sqrt(max(1 - step.alpha_bar_prev - sigma**2, 0.0)) * eps
+        return math.sqrt(step.alpha_bar_prev) * x0 + direction + state.scaled_noise(x, sigma), x0
 
 
 @register("heun")
 class HeunSampler(Sampler):
-    """Second order: along the mean of eps at both ends of a step (algorithm 1). Asks twice, but at the last step."""
+    """Second order: along the mean of eps at both ends of a step (algorithm 1); two evaluations, but one at the end."""
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step, or one of Euler's where that is `far`."""
-        s = run.schedule
-        a, a_next = float(s.a[index]), float(s.a_prev[index])
-        eps, x0 = self.predict(run, x, s.timesteps[index], a)
-        x_next = transfer(x0, eps, a_next)
-        if far(a, a_next):
-            return x_next, x0
-        eps_next, _ = self.predict(run, x_next, s.time_after(index), a_next)
-        return along(x, (eps + eps_next) / 2, a, a_next), x0
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """An Euler step where that is too long."""
+        eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        x_prev = add_noise(x0, eps, step.alpha_bar_prev)
+        if is_long_step(step.alpha_bar, step.alpha_bar_prev):
+            return x_prev, x0
+        eps_prev, _ = self.predict(state, x_prev, step.t_prev, step.alpha_bar_prev)
+        return ddim_step(x, (eps + eps_prev) / 2, step.alpha_bar, step.alpha_bar_prev), x0
 
 
 @register("dpm2")
 class DPM2Sampler(Sampler):
-    """Second order: along eps halfway, in log sigma (Lu et al. 2022, DPM-Solver-2). Asks twice, as Heun does."""
+    """DPM-Solver-2 (Lu et al. 2022): along eps at the middle of a step in log sigma; two evaluations like Heun."""
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """One step, or one of Euler's where that is `far`."""
-        s = run.schedule
-        a, a_next = float(s.a[index]), float(s.a_prev[index])
-        eps, x0 = self.predict(run, x, s.timesteps[index], a)
-        if far(a, a_next):
-            return transfer(x0, eps, a_next), x0
-        sigma_mid = math.sqrt(sigma_of(a) * sigma_of(a_next))
-        a_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))
-        eps_mid, _ = self.predict(run, transfer(x0, eps, a_mid), t_mid, a_mid)
-        return along(x, eps_mid, a, a_next), x0
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """An Euler step where that is too long."""
+        eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        if is_long_step(step.alpha_bar, step.alpha_bar_prev):
+            return add_noise(x0, eps, step.alpha_bar_prev), x0
+        sigma_mid = math.sqrt(sigma_of(step.alpha_bar) * sigma_of(step.alpha_bar_prev))
+        alpha_bar_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))
+        eps_mid, _ = self.predict(state, add_noise(x0, eps, alpha_bar_mid), t_mid, alpha_bar_mid)
+        return ddim_step(x, eps_mid, step.alpha_bar, step.alpha_bar_prev), x0
+
+
+@register("lms")
+class LMSSampler(Sampler):
+    """Linear multi-step: integrate the polynomial in sigma through up to four eps (Adams-Bashforth)."""
+
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """`state.history` holds (sigma, eps) of the steps before, the newest last."""
+        eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        if step.alpha_bar < PURE_NOISE:  # no polynomial reaches an infinite sigma
+            return add_noise(x0, eps, step.alpha_bar_prev), x0
+        state.history = [*state.history[1 - LMS_ORDER :], (float(sigma_of(step.alpha_bar)), eps)]
+        weights = lms_weights([sigma for sigma, _ in state.history], float(sigma_of(step.alpha_bar_prev)))
+        moved = x / math.sqrt(step.alpha_bar) + sum(weight * eps for weight, (_, eps) in zip(weights, state.history))
+        return math.sqrt(step.alpha_bar_prev) * moved, x0
+
+
+def lms_weights(sigmas: list[float], end: float) -> list[float]:
+    """Integrals from the last of `sigmas` to `end` of the Lagrange polynomials on them."""
+    weights = []
+    for i, sigma in enumerate(sigmas):
+        others = [other for j, other in enumerate(sigmas) if j != i]
+        basis = Polynomial.fromroots(others) if others else Polynomial([1])
+        integral = (basis / np.prod([sigma - other for other in others])).integ()
+        weights.append(float(integral(end) - integral(sigmas[-1])))
+    return weights

@@ -1,79 +1,76 @@
-"""UniPC (Zhao et al. 2023, arXiv:2302.04867): a predictor, and a corrector that costs no further evaluation."""
+"""UniPC (Zhao et al. 2023, arXiv:2302.04867): a predictor, and a corrector that needs no further evaluation."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ldm.models.diffusion.dpm_solver.sampler import log_snr
-from ldm.models.diffusion.sampler import Run, Sampler, register
+from ldm.models.diffusion.sampler import Sampler, SamplerState, register
+from ldm.models.diffusion.schedules import Step, log_snr
 
-ORDER = 2  # of the predictor; the corrector adds one
+ORDER = 2  # of the predictor; the corrector has one more
+
+Points = tuple[tuple[float, Tensor], ...]  # (lambda, x0), the newest first
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step that was taken: from x at level a, whose x0 is the first of `known`; the others lie before it."""
+class _Taken(NamedTuple):
+    """The step before: from x at alpha_bar, whose x0 is the first of `points`."""
 
     x: Tensor
-    a: float
-    known: tuple[tuple[float, Tensor], ...]  # (lambda, x0), the newest first
+    alpha_bar: float
+    points: Points
 
 
 @register("unipc")
 class UniPCSampler(Sampler):
-    """UniPC-2 with B(h) = e^h - 1, in terms of x0: one network evaluation a step, third order with the corrector."""
+    """UniPC-2 with B(h) = e^h - 1 in terms of x0: one evaluation a step, third order with the corrector."""
 
-    def step(self, run: Run, x: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Correct x by what the network says of it, then predict the next; `run.history` holds the last `_Step`."""
-        s = run.schedule
-        a, a_next = float(s.a[index]), float(s.a_prev[index])
-        _, x0 = self.predict(run, x, s.timesteps[index], a)
-        here = log_snr(a)
-        known: tuple[tuple[float, Tensor], ...] = ()
-        if run.history:
-            (last,) = run.history
-            x = unified(last.x, last.a, a, last.known, (here, x0))
-            known = last.known
-        if a_next >= 1:
+    def step(self, state: SamplerState, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Correct x by its own x0, then predict the next; `state.history` holds the last `_Taken`."""
+        _, x0 = self.predict(state, x, step.t, step.alpha_bar)
+        point = (log_snr(step.alpha_bar), x0)
+        points: Points = ()
+        if state.history:
+            (last,) = state.history
+            x = unipc_update(last.x, last.alpha_bar, step.alpha_bar, last.points, point)
+            points = last.points
+        if step.alpha_bar_prev >= 1:
             return x0, x0
-        known = ((here, x0), *known)[:ORDER]
-        run.history = [_Step(x, a, known)]
-        left = index + 1  # a run ends in lower orders, which is stabler
-        return unified(x, a, a_next, known[:left]), x0
+        points = (point, *points)[:ORDER]
+        state.history = [_Taken(x, step.alpha_bar, points)]
+        # a run ends in lower orders, which is more stable
+        return unipc_update(x, step.alpha_bar, step.alpha_bar_prev, points[: step.index + 1]), x0
 
 
-def unified(
-    x: Tensor,
-    a: float,
-    a_next: float,
-    known: tuple[tuple[float, Tensor], ...],
-    arrived: tuple[float, Tensor] | None = None,
+def unipc_update(
+    x: Tensor, alpha_bar: float, alpha_bar_prev: float, points: Points, arrived: tuple[float, Tensor] | None = None
 ) -> Tensor:
-    """x (B, ...) from level a to a_next by the x0 known at a, before, and at a_next if it `arrived` (eq. 3 and 9)."""
-    (here, x0), *earlier = known
-    h = log_snr(a_next) - log_snr(a)
+    """x (B, ...) from alpha_bar to alpha_bar_prev (eq. 3 and 9).
+
+    points: x0 at alpha_bar and before; arrived: x0 at alpha_bar_prev, for the corrector.
+    """
+    (lambda_t, x0), *earlier = points
+    h = log_snr(alpha_bar_prev) - lambda_t
     others = [*earlier, *([arrived] if arrived else [])]
-    places = np.array([(place - here) / h for place, _ in others])
-    weights = coefficients(places, h)
-    signal = math.sqrt(a_next)
-    x_next = math.sqrt((1 - a_next) / (1 - a)) * x - signal * math.expm1(-h) * x0
-    for weight, place, (_, value) in zip(weights, places, others):
-        x_next = x_next - signal * math.expm1(-h) * (weight / place) * (value - x0)
-    return x_next
+    r = np.array([(lambda_i - lambda_t) / h for lambda_i, _ in others])
+    signal_phi = math.sqrt(alpha_bar_prev) * math.expm1(-h)
+    x_prev = math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * x - signal_phi * x0
+    for weight, r_i, (_, x0_i) in zip(coefficients(r, h), r, others):
+        x_prev = x_prev - signal_phi * (weight / r_i) * (x0_i - x0)
+    return x_prev
 
 
-def coefficients(places: np.ndarray, h: float) -> np.ndarray:
-    """How much each difference of x0 counts, so that all polynomials of that degree are integrated exactly (eq. 5)."""
-    count = len(places)
+def coefficients(r: np.ndarray, h: float) -> np.ndarray:
+    """Weights of the differences of x0 that integrate all polynomials of their degree exactly (eq. 5)."""
+    count = len(r)
     if count == 1:
-        return np.array([0.5])  # theorem 3.1: the simpler weight is of the same order
-    phi, factorial, wanted = math.expm1(-h) / -h - 1, 1.0, []
+        return np.array([0.5])  # theorem 3.1: the simpler weight has the same order
+    phi, factorial, b = math.expm1(-h) / -h - 1, 1.0, []
     for k in range(1, count + 1):
         factorial *= k
-        wanted.append(phi * factorial / math.expm1(-h))
+        b.append(phi * factorial / math.expm1(-h))
         phi = phi / -h - 1 / (factorial * (k + 1))
-    return np.linalg.solve(np.vander(places, count, increasing=True).T, np.array(wanted))
+    return np.linalg.solve(np.vander(r, count, increasing=True).T, np.array(b))
