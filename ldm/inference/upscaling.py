@@ -123,11 +123,16 @@ class TiledModel:
     """
 
     def __init__(self, model: LatentDiffusion, tile: int, progress: bool = True) -> None:
-        for name in ("alphas_cumprod", "num_timesteps", "parameterization", "device", "first_stage_model", "model"):
+        for name in ("alphas_cumprod", "num_timesteps", "parameterization", "device", "first_stage_model"):
             setattr(self, name, getattr(model, name))
         self._model = model
         self._tile = tile
         self._progress = progress
+
+    @property
+    def model(self) -> Any:
+        """The model's network, for perturbed-attention guidance."""
+        return self._model.model
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """As of the model, for x (B, C, h, w) under a dict with `c_concat`."""
