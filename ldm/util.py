@@ -61,7 +61,7 @@ ALIASES: dict[str, str] = {
     "taming.modules.discriminator.model.NLayerDiscriminator": "ldm.modules.losses.discriminator.NLayerDiscriminator",
     "main.DataModuleFromConfig": "ldm.data.loading.DataModuleFromConfig",
     "main.WrappedDataset": "ldm.data.loading.WrappedDataset",
-    "main.ImageLogger": "ldm.training.images.ImageLogger",
+    "main.ImageLogger": "ldm.training.callbacks.ImageLogger",
     "main.SetupCallback": "ldm.training.callbacks.SetupCallback",
     "main.CUDACallback": "ldm.training.callbacks.CUDACallback",
     **{f"taming.data.faceshq.{name}{part}": f"ldm.data.faceshq.{name}{part}" for name in _FACES for part in _PARTS},

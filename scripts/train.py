@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
-from ldm.cli_train import parse_train
+from ldm.cli.train import parse_train
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ldm.cli_train import parse_train
+from ldm.cli.train import parse_train
 
 
 def parsed(text: str) -> argparse.Namespace:
@@ -59,7 +59,8 @@ def test_mistakes(text, message, capsys):
     assert end.value.code == 2 and message in err and err.count("\n") == 1
 
 
+@pytest.mark.subprocess
 def test_options_are_known_before_anything_heavy_is_imported():
-    code = "import sys; from ldm.cli_train import parse_train; parse_train(['-b', 'a.yaml']); print(*sys.modules)"
+    code = "import sys; from ldm.cli.train import parse_train; parse_train(['-b', 'a.yaml']); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "pytorch_lightning", "omegaconf", "numpy"} & set(modules)

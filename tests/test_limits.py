@@ -20,7 +20,7 @@ from ldm import limits
 from ldm.configs import read_yaml
 from ldm.inference.loading import read_config
 from ldm.limits import building, check_growth, check_yaml
-from ldm.training.configs import _merge
+from ldm.training.settings import _merge
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(

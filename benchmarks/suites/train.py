@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.training.configs import Settings as RunSettings
+    from ldm.training.settings import Settings as RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def measure(
 
 
 def _run_settings(model_name: str, options: Mapping[str, Any], scan: Scan, device: torch.device) -> RunSettings:
-    from ldm.training.configs import Settings as RunSettings
+    from ldm.training.settings import Settings as RunSettings
 
     model, latents = model_and_latents(model_name, scan.size, recompute=device.type != "cuda")
     model["params"]["optimizer_config"] = {"target": OPTIMIZERS[options["optimizer"]]}

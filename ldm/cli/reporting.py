@@ -91,6 +91,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+    if text.startswith("out of memory") and " Try " in text:  # training gives advice of its own
+        return text
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
         return f"not enough memory{_tried(text)}. Try {LESS_MEMORY}"
     return text

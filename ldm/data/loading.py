@@ -1,13 +1,15 @@
-"""Data modules by the public configs' means, with an order that depends on nothing but seed, epoch and position."""
+"""The data module of public configs, with an order of items that depends only on seed, epoch and position."""
 
 from __future__ import annotations
 
 import math
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ SETS = ("train", "validation", "test", "predict")
 
 
 class WrappedDataset(Dataset):
-    """Anything with a length and items as a map-style data set (the public configs' `wrap: true`)."""
+    """A map-style data set of anything with a length and items (`wrap: true` in public configs)."""
 
     def __init__(self, dataset: Any) -> None:
         self.data = dataset
@@ -34,10 +36,10 @@ class WrappedDataset(Dataset):
 
 
 class SeededItems(Dataset):
-    """A data set whose items depend on nothing but (seed, epoch, index): indexed by pairs (epoch, index).
+    """A data set, indexed by pairs (epoch, index), whose items depend only on (seed, epoch, index).
 
-    A data set with a method `get(index, rng)` draws from the generator that it is given; any other finds Python's,
-    numpy's and torch's random state made from the triple, and theirs is put back after it.
+    A data set with a method `get(index, rng)` gets a generator seeded by the triple. For any other the global states of
+    Python, numpy and torch are seeded by it, and restored afterwards.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -50,20 +52,20 @@ class SeededItems(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         triple = (self.seed, epoch, index)
-        if draws_by_generator(self.data):
+        if has_generator_access(self.data):
             return self.data.get(index, np.random.default_rng(triple))
-        with own_draws(triple):
+        with seeded_globals(triple):
             return self.data[index]
 
 
-def draws_by_generator(dataset: Any) -> bool:
-    """Whether a data set has a method `get(index, rng)`; that of a mapping is another."""
+def has_generator_access(dataset: Any) -> bool:
+    """Whether a data set has a method `get(index, rng)`, unlike the `get` of a mapping."""
     return hasattr(dataset, "get") and not isinstance(dataset, Mapping)
 
 
 @contextmanager
-def own_draws(key: Sequence[int]) -> Iterator[None]:
-    """Within it the global random states are made from `key`, numbers from 0; after it they are as they were before."""
+def seeded_globals(key: Sequence[int]) -> Iterator[None]:
+    """Seed the global random states by `key`, non-negative numbers, and restore them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     start = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(start)
@@ -78,14 +80,21 @@ def own_draws(key: Sequence[int]) -> Iterator[None]:
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) of one of `world` processes: every `world`-th of the epoch's order, from `rank` on.
+    """Batches of (epoch, index) for one process of `world`: every `world`-th item of the epoch's order, from `rank`.
 
-    Together the processes' k-th batches are the k-th batch of one process with `world` times the batch size. The order
-    is drawn from (seed, epoch), or is that of the data set. Its beginning is repeated at its end where the processes
-    would not get equal shares, as torch's DistributedSampler does.
+    The k-th batches of all processes together are the k-th batch of one process with `world` times the batch size. The
+    order is a permutation seeded by (seed, epoch), or that of the data set. Items of its beginning are repeated at its
+    end until all processes have as many, as torch's DistributedSampler does. The length is that of a complete epoch,
+    also where `start_at` begins within one.
 
-    `start_at` lets the first pass begin in the middle of an epoch. The length is always that of a whole epoch. With
-    `alike` every pass is through the same epoch.
+    Args:
+        length: Number of items.
+        batch_size: Items of a batch, in each process.
+        seed: Seed of the order.
+        shuffle: Permute the items.
+        rank: Number of this process.
+        world: Number of processes.
+        alike: Repeat the same epoch.
     """
 
     def __init__(
@@ -104,15 +113,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     @property
     def sampler(self) -> EpochBatches:
-        """Itself: where Lightning looks for `set_epoch`."""
+        """Itself: Lightning calls `set_epoch` of this attribute."""
         return self
 
     def start_at(self, epoch: int, batch: int) -> None:
-        """Let the next pass be through `epoch`, from `batch` on."""
+        """Begin the next pass at `batch` of `epoch`."""
         self.epoch, self.start = epoch, batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning's hook at the start of every epoch, and of every validation."""
+        """Start an epoch. Lightning calls this, also before every validation."""
         if epoch != self.epoch and not self.alike:
             self.epoch, self.start = epoch, 0
 
@@ -122,22 +131,64 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.length)
         if self.shuffle:
-            # a third number keeps this stream apart from those of the items, (seed, epoch, index)
+            # the third number separates this stream from those of the items, (seed, epoch, index)
             order = np.random.default_rng((self.seed, self.epoch, self.length)).permutation(self.length)
-        share = np.resize(order, math.ceil(self.length / self.world) * self.world)[self.rank :: self.world]
+        own = np.resize(order, math.ceil(self.length / self.world) * self.world)[self.rank :: self.world]
         for batch in range(self.start, len(self)):
-            indices = share[batch * self.batch_size : (batch + 1) * self.batch_size]
+            indices = own[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(self.epoch, int(index)) for index in indices]
 
 
-class DataModuleFromConfig(pl.LightningDataModule):
-    """Data sets as configs, and their loaders.
+class WorkerDied(RuntimeError):
+    """A worker process of a loader ended, by `signal` ("" if that is not known)."""
 
-    batch_size: of each process. train, validation, test, predict: configs of map-style data sets. wrap: wrap them in
-    `WrappedDataset`, unless they have `get(index, rng)`. num_workers: processes that load for each loader; by default
-    twice the batch size, but no more than there are processors. shuffle_test_loader, shuffle_val_dataloader: mix those
-    sets too, always in the same way. use_worker_init_fn: accepted, and not needed, since no data set is split over its
-    workers. seed: see `EpochBatches`.
+    def __init__(self, message: str, signal: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+class WorkerCheckingLoader(DataLoader):
+    """A DataLoader that raises `WorkerDied` if a worker is killed.
+
+    torch itself raises RuntimeError, or an error of the broken pipe to the worker.
+    """
+
+    def __iter__(self) -> Any:
+        """Iterate over batches."""
+        batches: Any = super().__iter__()
+        try:
+            yield from batches
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            name = _signal_of_death(error, getattr(batches, "_workers", ()))
+            if name is None:
+                raise
+            raise WorkerDied("a worker process that loads data died", name) from error
+
+
+def _signal_of_death(error: Exception, workers: Sequence[Any]) -> str | None:
+    """The signal that killed a worker, "" for a worker that died otherwise, None if all are alive."""
+    found = re.search(r"DataLoader worker \(.*?\) (?:is killed by signal: (\w+(?: error)?)|exited unexpectedly)", str(error))
+    if found and found[1]:
+        return found[1]
+    if found is None and not isinstance(error, (ConnectionError, EOFError)):
+        return None
+    wait([worker.sentinel for worker in workers], timeout=1)  # it may be about to end
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    killed = [signal.strsignal(-code) or "" for code in codes if code < 0]
+    return killed[0] if killed else "" if found or codes else None
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """Data sets of configs, and their loaders.
+
+    Args:
+        batch_size: Items of a batch, in each process.
+        train, validation, test, predict: Configs of map-style data sets.
+        wrap: Wrap them in `WrappedDataset`, unless they have `get(index, rng)`.
+        num_workers: Worker processes of each loader; by default twice the batch size, at most one per processor.
+        shuffle_test_loader, shuffle_val_dataloader: Shuffle those sets too, always alike.
+        use_worker_init_fn: Accepted for public configs.
+        seed: See `EpochBatches`.
     """
 
     def __init__(
@@ -156,7 +207,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 and whole, not {batch_size!r}")
+            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         self.batch_size = batch_size
         self.seed = seed
         self.wrap = wrap
@@ -168,33 +219,34 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self._shuffled = {"validation": shuffle_val_dataloader, "test": shuffle_test_loader}
         self._start = (0, 0)
         for name, loader in zip(SETS[1:], ("val_dataloader", "test_dataloader", "predict_dataloader")):
-            if name in self.dataset_configs:  # Lightning asks a data module without the method for none
+            if name in self.dataset_configs:  # without a set there must be no such method
                 setattr(self, loader, self._loader_of(name))
         if train is not None:
             self.train_dataloader = self._train_loader  # type: ignore[method-assign]  # as for the other loaders
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the data sets, once. Raises ValueError for one that is empty or has no items by number."""
+        """Build the data sets, once. Raises ValueError for one that is empty or iterable only."""
         for name, config in self.dataset_configs.items():
             if name in self.datasets:
                 continue
             dataset = instantiate_from_config(config)
             if isinstance(dataset, IterableDataset):
                 raise ValueError(
-                    f"data.params.{name}: {config['target']} is an IterableDataset, in which no run can find its place "
-                    "again: use a data set with __len__ and __getitem__"
+                    f"data.params.{name}: {config['target']} is an IterableDataset, with which no run can resume: use "
+                    "a data set with __len__ and __getitem__"
                 )
             if len(dataset) == 0:
                 raise ValueError(f"data.params.{name}: {config['target']} has no items")
-            # what draws by a generator is a data set in full: wrapped it would draw the same in every epoch
-            self.datasets[name] = WrappedDataset(dataset) if self.wrap and not draws_by_generator(dataset) else dataset
+            # wrapped, a data set with `get(index, rng)` would lose it
+            wrap = self.wrap and not has_generator_access(dataset)
+            self.datasets[name] = WrappedDataset(dataset) if wrap else dataset
 
     def start_at(self, epoch: int, batch: int) -> None:
-        """Let training begin with this batch of this epoch."""
+        """Begin training at `batch` of `epoch`."""
         self._start = (epoch, batch)
 
     def check_batch_size(self, world: int) -> None:
-        """Raise ValueError if `world` processes cannot have a whole batch each."""
+        """Raise ValueError if `world` processes cannot have a full batch each."""
         length = len(self.datasets["train"])
         if self.batch_size * world > length:
             processes = f" x {world} processes" if world > 1 else ""
@@ -216,18 +268,18 @@ class DataModuleFromConfig(pl.LightningDataModule):
         dataset, trainer = self.datasets[name], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         alike = name != "train"  # so that the results of two validations can be compared
-        return DataLoader(
+        return WorkerCheckingLoader(
             SeededItems(dataset, self.seed),
             batch_sampler=EpochBatches(len(dataset), self.batch_size, self.seed, shuffle, rank, world, alike),
             num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_ignore_signals,
             persistent_workers=self.num_workers > 0 and name == "train",
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the workers too; they go on until the training has come to a good end, and end with it."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches the workers too: ignore it, so that the training process can finish its step and save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.loading import draws_by_generator, own_draws
+from ldm.data.loading import has_generator_access, seeded_globals
 from ldm.util import instantiate_from_config
 
 WHOLE = 0.25  # the share of masks that cover everything, as the public inpainting model was trained with
@@ -33,10 +33,10 @@ class MaskedImages:
 
     def get(self, i: int, rng: np.random.Generator) -> dict[str, Any]:
         """Item `i`, its mask drawn by `rng` after what the data set itself draws."""
-        if draws_by_generator(self.dataset):
+        if has_generator_access(self.dataset):
             item = self.dataset.get(i, rng)
         else:
-            with own_draws(rng.integers(2**32, size=4).tolist()):
+            with seeded_globals(rng.integers(2**32, size=4).tolist()):
                 item = self.dataset[i]
         if self.image_key not in item:
             raise ValueError(f"items have no {self.image_key!r} to mask, only {', '.join(sorted(item))}: set image_key")

@@ -11,49 +11,49 @@ LAST = "last.ckpt"
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one of its run that writes, told from the environment before Lightning starts."""
+    """Whether this process writes the run's files, by the environment: Lightning has not started yet."""
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
     return all(int(os.environ.get(name) or 0) == 0 for name in names)
 
 
 def timestamp() -> str:
-    """The time now as it is in the names of run folders and of the configs in them."""
+    """The current time as in the names of run folders and their configs."""
     return datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
 def run_name(name: str, base: list[str], postfix: str) -> str:
-    """What follows the time in a run folder's name: the name given, or that of the first config."""
+    """The part of a run folder's name after the time: the name given, or that of the first config."""
     return f"_{name or Path(base[0]).stem}{postfix}"
 
 
 def new_run(logdir: str | Path, now: str, name: str) -> Path:
-    """Make a run folder of its own, whatever others were made in the same second; returns it.
+    """Create a run folder, with a number if there is one of the same second, and return it.
 
-    Only the first process makes one; the others learn its name from that one.
+    Only the first process creates it.
     """
-    place = Path(logdir) / f"{now}{name}"
+    folder = Path(logdir) / f"{now}{name}"
     if not is_first_process():
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         try:
-            place.mkdir()
-            return place
+            folder.mkdir()
+            return folder
         except FileExistsError:
             number += 1
-            place = Path(logdir) / f"{now}{name}-{number}"
+            folder = Path(logdir) / f"{now}{name}-{number}"
 
 
 def discard_if_empty(folder: Path) -> None:
     """Remove a run folder in which nothing was written."""
-    for place in [*sorted((p for p in folder.glob("**/*") if p.is_dir()), reverse=True), folder]:
+    for path in [*sorted((p for p in folder.glob("**/*") if p.is_dir()), reverse=True), folder]:
         with contextlib.suppress(OSError):  # not empty
-            place.rmdir()
+            path.rmdir()
 
 
 def find_run(path: str | Path) -> tuple[Path, Path]:
-    """The run folder and the checkpoint that `path`, one of the two, stands for.
+    """The run folder and the checkpoint of `path`, which is one of the two.
 
     Raises FileNotFoundError or ValueError if it is neither.
     """
@@ -61,19 +61,19 @@ def find_run(path: str | Path) -> tuple[Path, Path]:
     if not path.exists():
         raise FileNotFoundError(f"--resume {path}: there is no such run folder or checkpoint")
     if path.is_file():
-        folder = next((place for place in path.resolve().parents if stored_configs(place)), None)
+        folder = next((parent for parent in path.resolve().parents if stored_configs(parent)), None)
         if folder is None:
             raise ValueError(
-                f"--resume {path} is in no run folder (one with configs/*-project.yaml): to start a new run from its "
-                "weights, give them as model.params.ckpt_path"
+                f"--resume {path} is not in a run folder (one with configs/*-project.yaml): to start a new run from "
+                "its weights, use model.params.ckpt_path={path}"
             )
         return folder, path
     if not stored_configs(path):
-        raise ValueError(f"--resume {path} is no run folder: it holds no configs/*-project.yaml")
+        raise ValueError(f"--resume {path} is not a run folder: it has no configs/*-project.yaml")
     checkpoint = path / "checkpoints" / LAST
     if not checkpoint.is_file():
         others = sorted(file.name for file in checkpoint.parent.glob("*.ckpt"))
-        hint = f"name one of {', '.join(others)}" if others else "the run ended before it wrote any"
+        hint = f"use one of {', '.join(others)}" if others else "the run ended before it wrote a checkpoint"
         raise FileNotFoundError(f"--resume {path}: there is no {checkpoint} ({hint})")
     return path, checkpoint
 

@@ -1,4 +1,4 @@
-"""Signals: Ctrl-C and SIGTERM save and stop, SIGUSR1 saves and goes on."""
+"""Signals: Ctrl-C and SIGTERM save and stop, SIGUSR1 saves and continues."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.training.checkpoints import Checkpoints
-from ldm.training.resume import between_steps
+from ldm.training.checkpoints import Checkpoints, between_steps
 
 logger = logging.getLogger(__name__)
 
@@ -20,18 +19,19 @@ SAVE = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, n
 
 
 class Stopped(Exception):
-    """A run that a signal ended, after `path` was written (None: before anything was trained)."""
+    """A run that a signal stopped; `resume` is what it resumes from, None if nothing was trained yet."""
 
-    def __init__(self, path: Path | None) -> None:
-        super().__init__(f"stopped; {path} is where it goes on" if path else "stopped before the first step")
-        self.path = path
+    def __init__(self, resume: Path | None) -> None:
+        command = f"Stopped. Resume with: python scripts/train.py --resume {resume} -t"
+        super().__init__(command if resume else "stopped before the first step")
+        self.resume = resume
 
 
 class Signals(pl.Callback):
-    """Saves `last.ckpt` when a signal asks for it, and ends the run if it is one of `STOP`.
+    """Saves `last.ckpt` on a signal, and ends the run if it is one of `STOP`.
 
-    A signal is answered between two optimiser steps, by all processes at once, whichever of them it reached. A second
-    Ctrl-C kills the process at once; files are written whole or not at all, so it harms none.
+    A signal takes effect between two optimizer steps, in all processes at once, whichever of them received it. A
+    second Ctrl-C kills the process at once, which harms no file.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -40,27 +40,39 @@ class Signals(pl.Callback):
         self._before: dict[int, Any] = {}
 
     def on_sanity_check_start(self, *_: Any) -> None:
-        """Lightning's hook."""
+        """Install the handlers."""
         self._install()
 
     def on_train_start(self, *_: Any) -> None:
-        """Lightning's hook."""
+        """Install the handlers."""
         self._install()
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Lightning's hook."""
+        """Restore the handlers."""
         self.uninstall()
 
     def on_exception(self, *_: Any) -> None:
-        """Lightning's hook."""
+        """Restore the handlers."""
         self.uninstall()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Save or stop."""
+        self._handle(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Save or stop."""
+        self._handle(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Save or stop."""
+        self._handle(trainer)
 
     def _install(self) -> None:
         if not self._before:
             self._before = {number: signal.signal(number, self._note) for number in STOP + SAVE}
 
     def uninstall(self) -> None:
-        """Give signals their meaning back."""
+        """Restore the handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -69,38 +81,27 @@ class Signals(pl.Callback):
         if number in STOP:
             self._received = number
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            logger.info("Saving and stopping after this step; Ctrl-C again stops at once")
+            logger.info("Saving and stopping after this step; press Ctrl-C again to stop at once")
         elif self._received is None:
             self._received = number
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Lightning's hook."""
-        self._answer(trainer)
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Lightning's hook."""
-        self._answer(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Lightning's hook."""
-        self._answer(trainer)
-
-    def _answer(self, trainer: pl.Trainer) -> None:
+    def _handle(self, trainer: pl.Trainer) -> None:
         if not trainer.sanity_checking and not between_steps(trainer):
             return
-        stop = _anyone(trainer, self._received in STOP)
-        save = stop or _anyone(trainer, self._received in SAVE)
+        stop = _any_process(trainer, self._received in STOP)
+        save = stop or _any_process(trainer, self._received in SAVE)
         if not save:
             return
         self._received = None
-        if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
-            path = None
-        else:
+        resume = None
+        if not (trainer.sanity_checking or trainer.fast_dev_run):  # type: ignore[attr-defined]  # Lightning sets it elsewhere
             path = self.checkpoints.save_last_now(trainer)
             logger.info("Saved %s", path)
+            run = Path(trainer.default_root_dir)
+            resume = run if path.parent == run / "checkpoints" else path
         if stop:
-            raise Stopped(path)
+            raise Stopped(resume)
 
 
-def _anyone(trainer: pl.Trainer, decision: bool) -> bool:
+def _any_process(trainer: pl.Trainer, decision: bool) -> bool:
     return decision if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(decision, all=False)

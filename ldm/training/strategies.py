@@ -1,4 +1,4 @@
-"""How several processes share the work."""
+"""Strategies for several processes: DDP, and FSDP that also works on CPUs."""
 
 from __future__ import annotations
 
@@ -23,30 +23,29 @@ from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 
 
 def choose_strategy(name: str, model: pl.LightningModule, find_unused_parameters: bool = False) -> str | Strategy:
-    """Lightning's strategy of that name, set up for models of this kind.
+    """Lightning's strategy of that name, configured for a model.
 
-    Raises ValueError for a model with running averages under "fsdp": they are whole copies of weights that lie in
-    pieces there.
+    Raises ValueError for "fsdp" with a model that keeps EMA weights or optimizes manually: neither can be sharded.
     """
     if name == "ddp":
         return DDPStrategy(find_unused_parameters=find_unused_parameters)
     if name == "fsdp":
         if getattr(model, "use_ema", False):
             raise ValueError(
-                "use_ema keeps whole copies of the weights, which fsdp divides: set model.params.use_ema=false, or use "
-                "--strategy ddp"
+                "use_ema keeps complete copies of the weights, which fsdp shards: set model.params.use_ema=false, or "
+                "use --strategy ddp"
             )
         if not model.automatic_optimization:
-            raise ValueError(f"{type(model).__name__} has optimisers of its own, which fsdp cannot divide: use ddp")
-        return Sharded(auto_wrap_policy=ModuleWrapPolicy({TimestepEmbedSequential}))
+            raise ValueError(f"{type(model).__name__} steps its own optimizers, which fsdp cannot shard: use --strategy ddp")
+        return CPUCapableFSDP(auto_wrap_policy=ModuleWrapPolicy({TimestepEmbedSequential}))
     return name
 
 
-class Sharded(FSDPStrategy):
+class CPUCapableFSDP(FSDPStrategy):
     """Lightning's FSDP, on CPUs as well.
 
-    There Lightning names the device by its index, which a CPU has none of, and has torch move weights from the CPU to
-    the CPU when it gathers them, which leaves them in memory that is given back.
+    Lightning passes the device by its index, which a CPU has none of, and gathers weights with offloading to the CPU,
+    which on a CPU leaves them in memory that is freed.
     """
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
@@ -61,14 +60,14 @@ class Sharded(FSDPStrategy):
         )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Lightning's hook: all weights, on the first process."""
+        """All weights, on the first process."""
         if self.root_device.type != "cpu":
             return super().lightning_module_state_dict()
         with self._gathered() as model:
             return model.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Lightning's hook: its whole state, on the first process, by the numbers of its weights."""
+        """The complete state of an optimizer, on the first process, by parameter number."""
         if self.root_device.type != "cpu":
             return super().optimizer_state(optimizer)
         with self._gathered() as model:
@@ -79,7 +78,7 @@ class Sharded(FSDPStrategy):
 
     @contextmanager
     def _gathered(self) -> Iterator[nn.Module]:
-        assert self.model is not None  # Lightning has set it up
+        assert self.model is not None
         with FullyShardedDataParallel.state_dict_type(
             self.model,
             StateDictType.FULL_STATE_DICT,

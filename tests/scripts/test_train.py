@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint import read_checkpoint
 from ldm.inference import load_model, txt2img
+from ldm.training.metrics import read_metrics
 from tests.training.toys import (
     assert_same_weights,
     config,
@@ -52,14 +52,11 @@ def test_layout(trained):
     assert set(stored) == {"model", "data"} and stored.model.params.log_every_t == 7
     section = OmegaConf.load(lightning).lightning
     assert (section.seed, section.scale_lr, section.trainer.max_epochs) == (23, True, 2)
-    with (trained / "metrics/metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len([row for row in rows if row["train/loss_step"]]) == 10 and any(
-        row["val/loss_simple_ema"] for row in rows
-    )
+    metrics = read_metrics(trained / "metrics/metrics.csv")
+    assert len(metrics["train/loss_step"][0]) == 10 and len(metrics["val/loss_simple_ema"][0]) > 0
 
 
-def test_the_result_draws(trained):
+def test_the_result_generates_images(trained):
     config_file = next((trained / "configs").glob("*-project.yaml"))
     model = load_model(config_file, trained / "checkpoints/last.ckpt", device="cpu")
     assert txt2img(model, ["a red circle"], steps=1, progress=False)[0].size == (16, 16)
@@ -67,24 +64,23 @@ def test_the_result_draws(trained):
     assert content["global_step"] == 10 and content["state_dict"]["model_ema.num_updates"] == 10
 
 
-def test_going_on_with_more_steps_is_as_if_it_had_not_ended(trained, tmp_path, capsys):
+def test_resuming_with_more_steps_is_exact(trained, tmp_path, capsys):
     content = config(two_players())
-    _, whole = start(tmp_path / "whole", content, "--max_steps", 16)
+    _, complete = start(tmp_path / "complete", content, "--max_steps", 16)
     _, parts = start(tmp_path / "parts", content, "--max_steps", 6)  # in the middle of an epoch
     (tmp_path / "elsewhere").mkdir()
     moved = parts.rename(tmp_path / "elsewhere" / "moved")
     bar = "lightning.trainer.enable_progress_bar=true"
     assert run("--resume", moved / "checkpoints/last.ckpt", "-t", "--max_steps", 16, bar) == 0
-    assert "Epoch 0: 100%" in capsys.readouterr().out  # the epoch that it goes on within has a length
-    assert_same_weights(weights(moved), weights(whole))
-    with (moved / "metrics/metrics.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
+    assert "Epoch 0: 100%" in capsys.readouterr().out  # the resumed epoch has a length
+    assert_same_weights(weights(moved), weights(complete))
+    steps = read_metrics(moved / "metrics/metrics.csv")["train/loss"][0].tolist()
     assert steps == sorted(set(steps)) and len(steps) == 8  # two optimisers: a batch is two steps
     assert len(list((moved / "configs").iterdir())) == 4
     capsys.readouterr()
     assert run("--resume", moved, "-t", "--max_steps", 16) == 0
-    assert "The run was at its end already: a larger --max_steps" in capsys.readouterr().out
-    assert_same_weights(weights(moved), weights(whole))
+    assert "The run had ended already: continue it with a larger --max_steps" in capsys.readouterr().out
+    assert_same_weights(weights(moved), weights(complete))
 
 
 def test_learning_rate(tmp_path, capsys):
@@ -131,7 +127,7 @@ def test_checkpoints_on_request_and_a_single_batch(tmp_path):
 # ---- signals ----
 
 
-def test_save_and_go_on(tmp_path, capsys):
+def test_save_and_continue(tmp_path, capsys):
     content = config(two_players())
     content["lightning"]["callbacks"]["hand"] = {
         "target": "tests.training.toys.SignalAt",
@@ -142,6 +138,7 @@ def test_save_and_go_on(tmp_path, capsys):
     assert read_checkpoint(folder / "checkpoints/last.ckpt").global_step == 10
 
 
+@pytest.mark.subprocess
 def test_sigterm_saves_and_stops(tmp_path):
     """As another process sees it."""
     content = config(two_players(), length=4000)
@@ -152,7 +149,7 @@ def test_sigterm_saves_and_stops(tmp_path):
     (folder,) = _wait_for(lambda: [p for p in (tmp_path / "logs").glob("*") if (p / "metrics/metrics.csv").is_file()])
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "last.ckpt is where it goes on" in output and "Traceback" not in output
+    assert process.returncode == 130 and "Stopped. Resume with: python scripts/train.py --resume" in output and "Traceback" not in output
     assert read_checkpoint(folder / "checkpoints/last.ckpt").global_step > 0
 
 
@@ -179,15 +176,15 @@ MISTAKES = [
     ("model.params", {"chanels": 3}, "chanels"),
     ("model.target", "ldm.models.Nothing", "'ldm.models.Nothing'"),
     ("model.base_learning_rate", None, "base_learning_rate"),
-    ("model.base_learning_rate", "fast", "model.base_learning_rate is a number, not 'fast'"),
+    ("model.base_learning_rate", "fast", "model.base_learning_rate must be a number, not 'fast'"),
     ("model.base_learning_rat", 1e-3, "no setting 'base_learning_rat': did you mean base_learning_rate?"),
     ("modle.params.channels", 3, "no section 'modle': did you mean model?"),
     ("lightning.callback", {}, "no setting 'callback': did you mean callbacks?"),
-    ("lightning.trainer.devices", "0,", "the Trainer's settings do not fit"),
-    ("folder", "???", "leaves folder to you: add folder=..."),
+    ("lightning.trainer.devices", "0,", "invalid Trainer settings"),
+    ("folder", "???", "needs a value for folder: add folder=..."),
     ("data.target", None, "'target'"),
     ("data.params.batch_sise", 3, "batch_sise"),
-    ("data.params.batch_size", "four", "batch_size must be at least 1 and whole, not 'four'"),
+    ("data.params.batch_size", "four", "batch_size must be a whole number of at least 1, not 'four'"),
     ("data.params.batch_size", 100, "batch_size 100 is larger than the training set, which has 10 items"),
     ("data.params.train", None, "data.params.train"),
     ("data.params.train", pictures(0), "data.params.train: tests.training.toys.Pictures has no items"),
@@ -207,13 +204,13 @@ def test_mistakes_end_in_one_line_and_leave_nothing(tmp_path, capsys, path, valu
     assert not list((tmp_path / "logs").glob("*"))
 
 
-def test_settings_that_nothing_reads(tmp_path, capsys):
+def test_unused_settings(tmp_path, capsys):
     base = write(tmp_path, config(two_players()) | {"width": 3, "also": "${ width }"})
     assert run("--base", base, "-t", "false", "-l", tmp_path, "width=4") == 0
     capsys.readouterr()
     for given, message in {"max_steps=3": "max_steps=...", "widht=3": "widht=...: did you mean width?"}.items():
         assert run("--base", base, "-t", "-l", tmp_path / "logs", given) == 2
-        assert f"nothing in the config reads the setting {message}" in capsys.readouterr().err
+        assert f"the config does not use the setting {message}" in capsys.readouterr().err
 
 
 def test_no_config(tmp_path, capsys):
@@ -224,7 +221,7 @@ def test_no_config(tmp_path, capsys):
     assert "no `data:` section" in capsys.readouterr().err
 
 
-def test_going_on_from_another_config(trained, tmp_path, capsys):
+def test_resuming_with_another_config(trained, tmp_path, capsys):
     changed = ("data.params.batch_size=5", "model.params.channels=3")
     assert run("--resume", trained, "-t", "--max_epochs", 3, "--seed", 1, *changed) == 2
     err = capsys.readouterr().err
@@ -234,7 +231,7 @@ def test_going_on_from_another_config(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "loose", "weights", "damaged"])
-def test_nothing_to_go_on_from(trained, tmp_path, capsys, what):
+def test_nothing_to_resume_from(trained, tmp_path, capsys, what):
     folder = tmp_path / "run"
     (folder / "configs").mkdir(parents=True)
     if what != "missing":
@@ -243,17 +240,17 @@ def test_nothing_to_go_on_from(trained, tmp_path, capsys, what):
     path = {"loose": tmp_path / "a.ckpt", "weights": folder / "w.ckpt"}.get(what, folder)
     if what == "damaged":
         (folder / "checkpoints").mkdir()
-        whole = (trained / "checkpoints/last.ckpt").read_bytes()
-        for name, content in {"last.ckpt": whole[: len(whole) // 2], "000001.ckpt": whole}.items():
-            (folder / "checkpoints" / name).write_bytes(content)
+        content = (trained / "checkpoints/last.ckpt").read_bytes()
+        for name, data in {"last.ckpt": content[: len(content) // 2], "000001.ckpt": content}.items():
+            (folder / "checkpoints" / name).write_bytes(data)
     if path.suffix:
         torch.save({"state_dict": {"w": torch.ones(1)}}, path)
     messages = {
-        "missing": "is no run folder",
-        "empty": "the run ended before it wrote any",
+        "missing": "is not a run folder",
+        "empty": "the run ended before it wrote a checkpoint",
         "loose": "model.params.ckpt_path",
         "weights": "holds weights, but not the state of a run",
-        "damaged": f"the run's other checkpoints are {folder / 'checkpoints/000001.ckpt'}",
+        "damaged": f"other checkpoints of the run, which --resume accepts too: {folder / 'checkpoints/000001.ckpt'}",
     }
     assert run("--resume", path, "-t") == 2
     err = capsys.readouterr().err
@@ -290,10 +287,10 @@ def test_a_worker_that_dies_ends_the_run_in_one_sentence(tmp_path, capsys):
     code, _ = start(tmp_path, config(two_players(), train=dying, num_workers=2), "--max_epochs", 2)
     err = capsys.readouterr().err.strip().splitlines()
     assert code == 1 and len(err) == 1
-    assert "a process that loads pictures" in err[0] and "num_workers" in err[0] and "no checkpoint yet" in err[0]
+    assert "a worker process that loads data" in err[0] and "num_workers" in err[0] and "no checkpoint yet" in err[0]
 
 
-def test_pictures_that_are_not_numbers_end_the_run_in_one_sentence(tmp_path, capsys):
+def test_nan_images_end_the_run_in_one_sentence(tmp_path, capsys):
     """A real loss of NaN, not a raised error: nothing of it reaches the weights or a file."""
     content = config(diffusion())
     content["data"]["params"]["train"]["params"]["nan_from"] = 6
@@ -324,7 +321,8 @@ def test_a_full_disk_while_saving_stops_the_run(tmp_path, capsys, monkeypatch):
     assert run("--resume", folder, "-t") == 0
 
 
-def test_options_are_answered_at_once():
+@pytest.mark.subprocess
+def test_help_imports_nothing_heavy():
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "scripts/train.py"), "--help"],
         capture_output=True,

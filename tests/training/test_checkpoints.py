@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, of plain values, the right ones kept."""
+"""Checkpoint files: complete or not there, of plain values, the right ones retained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from ldm.checkpoint import read_checkpoint
 from ldm.training import checkpoints
-from ldm.training.checkpoints import Checkpoints, WholeFiles, read_training_state, remove_partial_files
+from ldm.training.checkpoints import Checkpoints, AtomicCheckpointIO, read_training_state, remove_partial_files
 from tests.training.toys import assert_same_weights, config, run, start, two_players, weights
 
 PLACE = {"epoch": 1, "batch": 2, "total": 7, "logged": 7, "batches": 5, "processes": 1}
@@ -26,8 +26,8 @@ STATE = {"state_dict": {"w": torch.ones(3)}, "loops": {}, "place": PLACE, "optim
 
 def test_files_hold_plain_values(tmp_path):
     odd = STATE | {"score": np.float64(0.5), "folder": Path("x/y"), "nested": [(np.int64(3), {"k": np.bool_(True)})]}
-    WholeFiles().save_checkpoint(odd, tmp_path / "new" / "a.ckpt")
-    found = WholeFiles().load_checkpoint(tmp_path / "new" / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint(odd, tmp_path / "new" / "a.ckpt")
+    found = AtomicCheckpointIO().load_checkpoint(tmp_path / "new" / "a.ckpt")
     assert (found["score"], found["folder"], found["nested"]) == (0.5, "x/y", [(3, {"k": True})])
     assert read_checkpoint(tmp_path / "new" / "a.ckpt").global_step == 7
 
@@ -37,14 +37,14 @@ def test_files_hold_plain_values(tmp_path):
 )
 def test_a_full_disk_costs_nothing(tmp_path, monkeypatch, error):
     path = tmp_path / "last.ckpt"
-    WholeFiles().save_checkpoint(STATE, path)
+    AtomicCheckpointIO().save_checkpoint(STATE, path)
 
     def full(*_, **__):
         raise error
 
     monkeypatch.setattr(checkpoints.torch, "save", full)
     with pytest.raises(OSError, match=f"cannot write last.ckpt to {tmp_path}: No space left on device"):
-        WholeFiles().save_checkpoint(STATE | {"global_step": 8}, path)
+        AtomicCheckpointIO().save_checkpoint(STATE | {"global_step": 8}, path)
     assert read_training_state(path)["global_step"] == 7 and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -61,13 +61,14 @@ def slow(state, file):
 
 state = torch.load(sys.argv[1], weights_only=True)
 checkpoints.torch.save = slow
-checkpoints.WholeFiles().save_checkpoint(state | {"global_step": 8}, sys.argv[1])
+checkpoints.AtomicCheckpointIO().save_checkpoint(state | {"global_step": 8}, sys.argv[1])
 """
 
 
+@pytest.mark.subprocess
 def test_a_kill_while_saving_costs_nothing(tmp_path):
     path = tmp_path / "last.ckpt"
-    WholeFiles().save_checkpoint(STATE, path)
+    AtomicCheckpointIO().save_checkpoint(STATE, path)
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "written\n"
     process.kill()
@@ -77,7 +78,7 @@ def test_a_kill_while_saving_costs_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_files_that_no_run_can_go_on_from(tmp_path):
+def test_files_that_no_run_can_resume_from(tmp_path):
     torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "weights.ckpt")
     with pytest.raises(ValueError, match=r"holds weights, but not the state of a run .*model\.params\.ckpt_path"):
         read_training_state(tmp_path / "weights.ckpt")
@@ -135,7 +136,7 @@ def test_the_best_stay(tmp_path, trainer):
     assert names(tmp_path) == ["000001.ckpt", "000005.ckpt", "last.ckpt"]
 
 
-def test_the_newest_stay_where_nothing_is_monitored(tmp_path, trainer):
+def test_the_newest_stay_without_a_monitored_metric(tmp_path, trainer):
     saver = Checkpoints(tmp_path, monitor="val/other")
     for epoch in range(3):
         validate(saver, trainer, epoch, 1.0)
@@ -158,7 +159,7 @@ def test_nothing_is_overwritten(tmp_path, trainer):
 
 
 class Killed(BaseException):
-    """What ends a process in the middle."""
+    """Ends a process in the middle."""
 
 
 class StateTrainer(FakeTrainer):
@@ -169,11 +170,11 @@ class StateTrainer(FakeTrainer):
 
     def save_checkpoint(self, path, weights_only=False) -> None:
         state = {"callbacks": {self.saver.state_key: self.saver.state_dict()}, "step": self.global_step}
-        WholeFiles().save_checkpoint(state, path)
+        AtomicCheckpointIO().save_checkpoint(state, path)
 
 
 @pytest.mark.parametrize("moment, last", [("before its name", True), ("before the other goes", True), ("never", False)])
-def test_what_a_kill_leaves_undone_is_done_on_resuming(tmp_path, monkeypatch, moment, last):
+def test_what_was_pending_at_a_kill_is_done_on_resuming(tmp_path, monkeypatch, moment, last):
     trainer = StateTrainer()
     monkeypatch.setattr(checkpoints, "between_steps", lambda trainer: True)
     trainer.saver = saver = Checkpoints(tmp_path, save_top_k=1, save_last=last)
@@ -184,15 +185,15 @@ def test_what_a_kill_leaves_undone_is_done_on_resuming(tmp_path, monkeypatch, mo
 
     with monkeypatch.context() as patch:
         if moment == "before its name":
-            patch.setattr(checkpoints, "_same_file", kill)
+            patch.setattr(checkpoints, "_link", kill)
         elif moment == "before the other goes":
-            same = checkpoints._same_file
+            same = checkpoints._link
 
             def link_and_die(*paths):
                 same(*paths)
                 kill()
 
-            patch.setattr(checkpoints, "_same_file", link_and_die)
+            patch.setattr(checkpoints, "_link", link_and_die)
         with pytest.raises(Killed) if moment != "never" and last else contextlib.nullcontext():
             validate(saver, trainer, 1, None)
     trainer.ckpt_path = tmp_path / ("last.ckpt" if last else "000001.ckpt")
@@ -201,7 +202,7 @@ def test_what_a_kill_leaves_undone_is_done_on_resuming(tmp_path, monkeypatch, mo
     again = Checkpoints(tmp_path, save_top_k=1, save_last=last)
     again.on_load_checkpoint(trainer, None, found)
     again.load_state_dict(found["callbacks"][again.state_key])
-    assert names(tmp_path) == ["000001.ckpt"] + ["last.ckpt"] * last and list(again.kept) == ["000001.ckpt"]
+    assert names(tmp_path) == ["000001.ckpt"] + ["last.ckpt"] * last and list(again.retained) == ["000001.ckpt"]
     assert torch.load(tmp_path / "000001.ckpt", weights_only=True)["step"] == 15
     trainer.saver = again
     validate(again, trainer, 2, None)
@@ -209,8 +210,8 @@ def test_what_a_kill_leaves_undone_is_done_on_resuming(tmp_path, monkeypatch, mo
 
 
 @pytest.mark.parametrize("failing", ["the file", "its name"])
-def test_a_failed_save_leaves_no_promise(tmp_path, monkeypatch, failing):
-    """`last.ckpt`, saved because of an error, must not name what was to be: on resuming, a good file would go."""
+def test_a_failed_save_leaves_nothing_pending(tmp_path, monkeypatch, failing):
+    """`last.ckpt`, saved because of an error, must not list a pending file: on resuming, a good one would be deleted."""
     trainer = StateTrainer()
     monkeypatch.setattr(checkpoints, "between_steps", lambda trainer: True)
     trainer.saver = saver = Checkpoints(tmp_path, save_top_k=1)
@@ -220,7 +221,7 @@ def test_a_failed_save_leaves_no_promise(tmp_path, monkeypatch, failing):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((checkpoints.torch, "save") if failing == "the file" else (checkpoints, "_same_file")), full)
+        patch.setattr(*((checkpoints.torch, "save") if failing == "the file" else (checkpoints, "_link")), full)
         with pytest.raises(OSError, match="No space left"):
             validate(saver, trainer, 1, None)
     saver.save_last_now(trainer)
@@ -230,7 +231,7 @@ def test_a_failed_save_leaves_no_promise(tmp_path, monkeypatch, failing):
     again = Checkpoints(tmp_path, save_top_k=1)
     again.on_load_checkpoint(trainer, None, found)
     again.load_state_dict(found["callbacks"][again.state_key])
-    assert names(tmp_path) == ["000000.ckpt", "last.ckpt"] and list(again.kept) == ["000000.ckpt"]
+    assert names(tmp_path) == ["000000.ckpt", "last.ckpt"] and list(again.retained) == ["000000.ckpt"]
 
 
 def test_a_newer_file_of_that_name_stays(tmp_path):
@@ -246,7 +247,7 @@ def test_a_newer_file_of_that_name_stays(tmp_path):
 
 
 def test_no_file_elsewhere_is_made_or_deleted(tmp_path, trainer):
-    """A checkpoint says which files are the run's, and a stranger's could say any."""
+    """A checkpoint lists the run's files, and a hostile one could list any."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     other = tmp_path / "mine.ckpt"
@@ -258,7 +259,7 @@ def test_no_file_elsewhere_is_made_or_deleted(tmp_path, trainer):
         state = {"kept": {name: 0.0}, "next": {"name": name, "leaving": [name, *found[1:]]}}
         saver.on_load_checkpoint(trainer, None, {"callbacks": {saver.state_key: state}})
         saver.load_state_dict(state)
-        assert saver.kept == {}
+        assert saver.retained == {}
     validate(saver, trainer, 0, None)
     assert other.exists() and names(folder) == ["000000.ckpt", "last.ckpt", "text.txt"]
     assert names(tmp_path) == ["checkpoints", "mine.ckpt"]
@@ -267,12 +268,12 @@ def test_no_file_elsewhere_is_made_or_deleted(tmp_path, trainer):
 def test_mistakes(tmp_path, trainer):
     with pytest.raises(ValueError, match="mode 'best' is not one of min, max"):
         Checkpoints(tmp_path, mode="best")
-    with pytest.raises(ValueError, match="nothing logs 'val/psnr'"):
+    with pytest.raises(ValueError, match="no metric 'val/psnr' is logged"):
         validate(Checkpoints(tmp_path, "{val/psnr:.2f}"), trainer, 0, None)
 
 
 def test_an_earlier_checkpoint_leads_to_the_same_end(tmp_path):
-    """Written in the middle of an epoch, at its end and after a validation: all lead back to their place."""
+    """Written in the middle of an epoch, at its end and after a validation: all resume exactly."""
     content = config(two_players(), length=14, validation=2)
     content["lightning"]["modelcheckpoint"] = {"params": {"every_n_train_steps": 5, "save_top_k": -1}}
     content["lightning"]["modelcheckpoint"]["params"]["filename"] = "{step:06}"
@@ -281,7 +282,7 @@ def test_an_earlier_checkpoint_leads_to_the_same_end(tmp_path):
     saved = sorted(path.name for path in (folder / "checkpoints").glob("0*.ckpt"))
     assert len(saved) >= 5
     for name in saved[:3]:
-        time.sleep(1.1 if name == saved[1] else 0)  # names of what is put aside hold the second
+        time.sleep(1.1 if name == saved[1] else 0)  # names of renamed files hold the second
         assert run("--resume", folder / "checkpoints" / name, "-t") == 0
         assert_same_weights(weights(folder), end)
     kept = list((folder / "checkpoints").glob("last-until-*.ckpt"))

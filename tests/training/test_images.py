@@ -1,4 +1,4 @@
-"""Pictures of training: when, where, of what, and at what cost to the run."""
+"""Images logged in training: when, where, and without effect on the run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from ldm.training.images import ImageLogger
+from ldm.training.callbacks import ImageLogger
 from ldm.util import instantiate_from_config
 from tests.tiny import tiny_config
 
 
 class Drawer(pl.LightningModule):
-    """DistributedRNG its batch and noise; remembers what `log_images` was asked and in which state the model was."""
+    """Logs its batch and noise; remembers the arguments of `log_images` and the model's mode."""
 
     def __init__(self, manual: bool = False, error: Exception | None = None) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_a_failure_is_one_warning_and_no_half_written_file(tmp_path, caplog, mon
         model = Drawer(error=RuntimeError("CUDA out of memory.\nmany details"))
         trainer = fit(tmp_path, model, ImageLogger(batch_frequency=1))
     assert trainer.global_step == 6 and len(model.asked) == 5
-    reason = "Pictures of step 1 cannot be drawn (RuntimeError: CUDA out of memory.): training goes on without"
+    reason = "Cannot log the images of step 1 (RuntimeError: CUDA out of memory.): training continues without"
     assert [record.message for record in caplog.records] == [reason]
 
     def full(self, file, **_):

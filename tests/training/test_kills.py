@@ -10,6 +10,7 @@ import sys
 import pytest
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 @pytest.mark.parametrize("kills", [3, pytest.param(120, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, kills):

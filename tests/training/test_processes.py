@@ -1,8 +1,7 @@
-"""Two processes, each on half of every batch, train as one does on the whole of it."""
+"""Two processes, each on half of every batch, train as one process does on the complete batch."""
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from ldm.checkpoint import read_checkpoint
 from ldm.inference import load_model
+from ldm.training.metrics import read_metrics
 from tests.training.toys import config, diffusion, start, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,8 +28,7 @@ def content(batch_size: int, use_ema: bool) -> dict:
 
 
 def losses(folder: Path) -> list[float]:
-    with (folder / "metrics/metrics.csv").open() as file:
-        return [float(row["train/loss_step"]) for row in csv.DictReader(file) if row["train/loss_step"]]
+    return read_metrics(folder / "metrics/metrics.csv")["train/loss_step"][1].tolist()
 
 
 def script(*argv) -> str:
@@ -40,8 +39,9 @@ def script(*argv) -> str:
     return done.stdout
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_same_curve_also_after_going_on(tmp_path, strategy):
+def test_same_losses_also_after_resuming(tmp_path, strategy):
     use_ema = strategy == "ddp"
     _, one = start(tmp_path / "one", content(4, use_ema), "--max_steps", 5)
     base = write(tmp_path, content(2, use_ema))

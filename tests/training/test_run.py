@@ -1,4 +1,4 @@
-"""A run put together from its settings."""
+"""A run built from its settings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor
 
-from ldm.cli_train import parse_train
+from ldm.cli.train import parse_train
 from ldm.training.checkpoints import Checkpoints
-from ldm.training.configs import read_settings
-from ldm.training.images import ImageLogger
+from ldm.training.settings import read_settings
+from ldm.training.callbacks import ImageLogger
 from ldm.training.run import build_trainer
 from ldm.util import get_obj_from_str
 from tests.training.toys import TwoPlayers, config, start, two_players, write
@@ -22,8 +22,8 @@ PUBLIC = json.loads((Path(__file__).parent.parent / "reference/public_configs.js
 AUTOLOG = "enable_autolog_hparams"
 
 
-class Drawing(TwoPlayers):
-    """A model that pictures can be had from."""
+class Logging(TwoPlayers):
+    """A model with `log_images`."""
 
     monitor = "val/rec_loss"
 
@@ -34,7 +34,7 @@ class Drawing(TwoPlayers):
 def built(tmp_path: Path, *configs: dict, model=None, argv=()):
     paths = [write(tmp_path, content, f"{i}.yaml") for i, content in enumerate(configs)]
     settings = read_settings(parse_train(["-t", *map(str, argv), "--base", *map(str, paths)]))
-    return settings, build_trainer(settings, model or Drawing(), tmp_path, "now")
+    return settings, build_trainer(settings, model or Logging(), tmp_path, "now")
 
 
 @pytest.mark.parametrize("name", sorted(name for name in PUBLIC if "lightning" in PUBLIC[name]))
@@ -61,7 +61,7 @@ def test_public_names(name):
 
 
 def test_a_trainer_of_lightning_2_4(tmp_path, monkeypatch):
-    """Which knows no `enable_autolog_hparams`: hyperparameters are not noted where Lightning would, and it asks."""
+    """Which has no `enable_autolog_hparams`."""
     plain = {name: value for name, value in inspect.signature(pl.Trainer).parameters.items() if name != AUTOLOG}
     given = {}
 
@@ -79,7 +79,7 @@ def test_a_trainer_of_lightning_2_4(tmp_path, monkeypatch):
     assert given["accelerator"] == "cpu" and given["callbacks"]
 
 
-def test_hand_made_optimisation_accumulates_itself(tmp_path):
+def test_manual_optimization_accumulates_itself(tmp_path):
     settings, trainer = built(tmp_path, config(two_players()), argv=("--accumulate_grad_batches", 4))
     assert trainer.accumulate_grad_batches == 1 and settings.trainer["accumulate_grad_batches"] == 4
 
@@ -87,7 +87,7 @@ def test_hand_made_optimisation_accumulates_itself(tmp_path):
 def test_defaults(tmp_path, capsys):
     _, trainer = built(tmp_path, config(two_players()), model=TwoPlayers())
     assert trainer.max_epochs == 1000 and trainer.max_steps == -1
-    assert not any(isinstance(callback, ImageLogger) for callback in trainer.callbacks)  # nothing to draw
+    assert not any(isinstance(callback, ImageLogger) for callback in trainer.callbacks)
     _, trainer = built(tmp_path, config(two_players()), model=TwoPlayers(), argv=("--max_steps", 7))
     assert trainer.max_steps == 7
 
@@ -103,9 +103,9 @@ def test_removed_logger(tmp_path, caplog, target):
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGBUS"])
-def test_a_worker_that_died_of_a_file_cut_short_is_not_only_short_of_memory(tmp_path, capfd, name):
+def test_a_killed_worker(tmp_path, capfd, name):
     dying = {"target": "tests.training.toys.KilledWorker", "params": {"length": 10, "name": name}}
     code, _ = start(tmp_path, config(two_players(), train=dying, num_workers=1), "--max_epochs", 2)
     said = capfd.readouterr().err.strip().splitlines()[-1]
-    assert code == 1 and "a process that loads pictures was killed by signal" in said and "memory runs out" in said
+    assert code == 1 and "a worker process that loads data was killed by signal" in said and "memory runs out" in said
     assert ("/dev/shm is full, or a file of a cache was cut short" in said) == (name == "SIGBUS"), said

@@ -177,7 +177,7 @@ def write(folder: Path, content: dict[str, Any], name: str = "toy.yaml") -> Path
 
 def run(*argv: Any) -> int:
     """The script, in this process: gives its exit code. Curves are not drawn, which would take longer than the run."""
-    with mock.patch("ldm.training.curves.plot_run"):
+    with mock.patch("ldm.training.metrics.plot_run"):
         return cli.run(train.main, [str(arg) for arg in argv])
 
 

@@ -1,4 +1,4 @@
-"""What watches a run: gradients and weights that are not finite, throughput."""
+"""Non-finite gradients and weights, and throughput."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ldm.training import nan_guard
-from ldm.training.curves import read_metrics
-from ldm.training.loggers import Metrics
-from ldm.training.nan_guard import NonFiniteGuard, ThroughputMonitor, all_finite, batch_size
+from ldm.training import callbacks
+from ldm.training.metrics import CSVMetrics, read_metrics
+from ldm.training.callbacks import NonFiniteGuard, ThroughputMonitor, all_finite, batch_size
 
 
 class Root(pl.LightningModule):
@@ -70,7 +69,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_weights_change(tmp_p
     assert all(weight.isfinite().all() for weight in model.parameters())
 
 
-def test_it_looks_at_every_nth_step_only(tmp_path):
+def test_every_nth_step_is_checked(tmp_path):
     model = Root(at=1)
     trainer(tmp_path, NonFiniteGuard(every_n_steps=50)).fit(model, batches(2))
     assert not model.second.weight.isfinite().all()
@@ -91,7 +90,7 @@ def test_finiteness_of_many_tensors():
         assert not all_finite([*good, torch.tensor([1.0, value])])
 
 
-def test_throughput_says_how_much_of_the_time_data_takes(tmp_path, monkeypatch):
+def test_throughput_and_time_spent_waiting_for_data(tmp_path, monkeypatch):
     now = 0.0
 
     def passes(seconds: float) -> None:
@@ -114,8 +113,8 @@ def test_throughput_says_how_much_of_the_time_data_takes(tmp_path, monkeypatch):
         def validation_step(self, batch, batch_idx):
             passes(9.0)
 
-    monkeypatch.setattr(nan_guard, "time", SimpleNamespace(perf_counter=lambda: now))
-    runner = trainer(tmp_path, ThroughputMonitor(), logger=Metrics(tmp_path), val_check_interval=2)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now))
+    runner = trainer(tmp_path, ThroughputMonitor(), logger=CSVMetrics(tmp_path), val_check_interval=2)
     runner.fit(Work(), torch.utils.data.DataLoader(Slow(), batch_size=None), batches(2))
     metrics = read_metrics(tmp_path / "metrics/metrics.csv")
     for name, expected in {"images_per_second": 60.0, "waiting_for_data": 0.4}.items():

@@ -1,9 +1,10 @@
-"""Signals: who answers them, and when."""
+"""Signals: which process handles them, and when."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,11 @@ from ldm.training.signals import Signals, Stopped
 class Saver:
     def __init__(self) -> None:
         self.saved = 0
+        self.path = Path("RUN/checkpoints/last.ckpt")
 
     def save_last_now(self, trainer) -> str:
         self.saved += 1
-        return "last.ckpt"
+        return self.path
 
 
 @pytest.fixture
@@ -33,21 +35,22 @@ def signals(monkeypatch):
 
 
 def trainer(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"between": True, "sanity_checking": False, "fast_dev_run": 0, "world_size": 1} | changes)
+    return SimpleNamespace(**{"default_root_dir": "RUN", "between": True, "sanity_checking": False, "fast_dev_run": 0, "world_size": 1} | changes)
 
 
 @pytest.mark.parametrize("number", ldm_signals.STOP)
 def test_stop(signals, number):
+    """Between two steps only, and the message is a command that resumes the run."""
     os.kill(os.getpid(), number)
     signals.on_train_batch_start(trainer(between=False))
     assert signals.checkpoints.saved == 0
-    with pytest.raises(Stopped, match=r"last\.ckpt is where it goes on"):
+    with pytest.raises(Stopped, match=r"Stopped\. Resume with: python scripts/train\.py --resume RUN -t"):
         signals.on_train_batch_start(trainer())
     assert signals.checkpoints.saved == 1
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second Ctrl-C ends the process at once
 
 
-def test_save_once_and_go_on(signals):
+def test_save_once_and_continue(signals):
     os.kill(os.getpid(), signal.SIGUSR1)
     for _ in range(2):
         signals.on_train_batch_start(trainer())
@@ -74,3 +77,10 @@ def test_one_process_stops_all(signals, received):
     with pytest.raises(Stopped):
         signals.on_train_batch_start(trainer(world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=anyone)))
     assert asked == [received is not None]
+
+
+def test_a_checkpoint_elsewhere_is_named_itself(signals):
+    signals.checkpoints.path = Path("elsewhere/last.ckpt")
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Stopped, match=r"--resume elsewhere/last\.ckpt -t"):
+        signals.on_train_batch_start(trainer())

@@ -1,4 +1,4 @@
-"""From YAML files and a dotlist to the settings of a run; what a run that goes on may not change."""
+"""The settings of a run, from YAML files and a dotlist, and which of them a resumed run may change."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldm.configs import merge_configs, parse_overrides, read_yaml
+from ldm.training.compat import translate_trainer
 from ldm.training.folders import find_run, stored_configs
-from ldm.training.trainer_settings import translate_trainer
 
 DEFAULT_SEED = 23
 
-# What the sections hold. Other names at the top of a config are variables for ${name}.
+# The entries of each section. Other names at the top of a config are variables for ${name}.
 SECTIONS = {
     "model": ("base_learning_rate", "params", "target"),
     "data": ("params", "target"),
@@ -28,14 +28,14 @@ SECTIONS = {
     ),
 }  # fmt: skip
 
-# Settings that a run which goes on may change: they alter neither its weights nor its data.
-_HARMLESS_TRAINER_KEYS = (
+# Settings that a resumed run may change: they affect neither its weights nor its data.
+_CHANGEABLE_TRAINER_KEYS = (
     "benchmark", "check_val_every_n_epoch", "detect_anomaly", "enable_model_summary", "enable_progress_bar",
     "inference_mode", "limit_predict_batches", "limit_test_batches", "limit_val_batches", "log_every_n_steps",
     "max_epochs", "max_steps", "max_time", "min_epochs", "min_steps", "num_sanity_val_steps", "profiler",
     "val_check_interval",
 )  # fmt: skip
-HARMLESS = (
+CHANGEABLE = (
     "data.params.num_workers",
     "data.params.predict",
     "data.params.shuffle_test_loader",
@@ -47,16 +47,20 @@ HARMLESS = (
     "lightning.logger",
     "lightning.modelcheckpoint",
     "model.params.monitor",
-    *(f"lightning.trainer.{name}" for name in _HARMLESS_TRAINER_KEYS),
+    *(f"lightning.trainer.{name}" for name in _CHANGEABLE_TRAINER_KEYS),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run is: plain values, nothing of omegaconf.
+    """All settings of a run, as plain values.
 
-    project: the sections beside `lightning` (`model`, `data`). lightning: trainer (in this Lightning's terms),
-    callbacks, logger, modelcheckpoint, seed, scale_lr. run, ckpt: folder and checkpoint to go on from, if any.
+    Attributes:
+        project: The sections beside `lightning`: `model` and `data`.
+        lightning: Trainer settings (of this Lightning version), callbacks, logger, modelcheckpoint, seed, scale_lr.
+        notes: Remarks for the log.
+        run: Folder of the run to resume, if any.
+        ckpt: Checkpoint to resume from, if any.
     """
 
     project: dict[str, Any]
@@ -67,21 +71,21 @@ class Settings:
 
     @property
     def trainer(self) -> dict[str, Any]:
-        """Lightning's Trainer's options."""
+        """Arguments of Lightning's Trainer."""
         return self.lightning["trainer"]
 
     @property
     def seed(self) -> int:
-        """Where the run's random numbers start."""
+        """Seed of the run."""
         return self.lightning["seed"]
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
-    """The settings that the command line names (see `ldm.cli_train`).
+    """Read the settings of a command line (see `ldm.cli.train`).
 
-    A run that goes on begins with its own settings; --base and dotlist lie on top, as in the public script. Raises
-    FileNotFoundError or ValueError for files and settings that are no use, and if they would change what the run is,
-    unless `args.resume_anyway`.
+    A resumed run starts from its own settings, with --base and dotlist on top, as in the public script. Raises
+    FileNotFoundError or ValueError for invalid files and settings, and for changes with which a run cannot resume
+    exactly, unless `args.resume_anyway`.
     """
     run, ckpt = find_run(args.resume) if args.resume else (None, None)
     stored = [read_yaml(path) for path in stored_configs(run)] if run else []
@@ -97,13 +101,13 @@ def read_settings(args: argparse.Namespace) -> Settings:
         _check_unchanged(_split(before, {})[0], merged, run)
     for name in ("model", "data"):
         if not isinstance(merged.get(name), dict):
-            raise ValueError(f"the config has no `{name}:` section, so there is nothing to train with")
+            raise ValueError(f"the config has no `{name}:` section")
     project = {name: value for name, value in merged.items() if name != "lightning"}
     return Settings(project, merged["lightning"], tuple(notes), run, ckpt)
 
 
 def _check_names(files: Sequence[DictConfig], dotlist: DictConfig) -> None:
-    """Raise ValueError for a name at the top of the configs, or of their sections, that nothing reads."""
+    """Raise ValueError for a name at the top of the configs, or of their sections, that is not used."""
     plain: list[Any] = [OmegaConf.to_container(config, resolve=False) for config in (*files, dotlist)]
     texts = "".join(OmegaConf.to_yaml(config) for config in files)
     for config in plain:
@@ -119,8 +123,8 @@ def _check_names(files: Sequence[DictConfig], dotlist: DictConfig) -> None:
     for name in plain[-1]:
         if name not in SECTIONS and name not in declared and not _is_variable(name, texts):
             raise ValueError(
-                f"nothing in the config reads the setting {name}=...{_near(name, [*SECTIONS, *sorted(declared)])} "
-                "(settings have their full names, such as data.params.batch_size=8)"
+                f"the config does not use the setting {name}=...{_near(name, [*SECTIONS, *sorted(declared)])} "
+                "(use full names, such as data.params.batch_size=8)"
             )
 
 
@@ -134,7 +138,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
-    """All configs, later ones on top, as plain values."""
+    """Merge configs, later ones on top, to plain values."""
     if not configs:
         return {}
     try:
@@ -143,13 +147,13 @@ def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
         return merged
     except MissingMandatoryValue as error:
         key = error.full_key
-        raise ValueError(f"the config leaves {key} to you: add {key}=... at the end of the line") from error
+        raise ValueError(f"the config needs a value for {key}: add {key}=... at the end of the line") from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"the config cannot be put together: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot merge the configs: {' '.join(str(error).split())}") from error
 
 
 def _split(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`config` with a whole `lightning` section: the one there is, `given` on top, and defaults."""
+    """Complete the `lightning` section of `config`: with `given` on top, and defaults."""
     lightning = dict(config.get("lightning") or {})
     trainer, notes = translate_trainer(lightning.get("trainer") or {})
     lightning = {"seed": DEFAULT_SEED, "scale_lr": True} | lightning | dict(given)
@@ -162,19 +166,18 @@ def _check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any], run: P
     changed = [
         f"{key}: {old.get(key, 'nothing')} -> {new.get(key, 'nothing')}"
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and not any(key == name or key.startswith(name + ".") for name in HARMLESS)
+        if old.get(key) != new.get(key) and not any(key == name or key.startswith(name + ".") for name in CHANGEABLE)
     ]
     if changed:
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ValueError(
-            f"{run} was started with other settings ({'; '.join(changed[:5])}{more}), so it would not go on as it "
-            "was: leave them as they were, add --resume_anyway, or start a new run from its weights with "
-            "model.params.ckpt_path="
+            f"{run} was started with other settings ({'; '.join(changed[:5])}{more}), so it cannot resume exactly: "
+            "undo the changes, add --resume_anyway, or start a new run from its weights with model.params.ckpt_path="
         )
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with its dotted name."""
+    """Every leaf and its dotted name."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""Trainer settings of older versions, and of all public configs."""
+"""Code and settings for Lightning 1, and the Trainer settings of all public configs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 
-from ldm.training.trainer_settings import TRAINER_KEYS, translate_trainer
+from ldm.training.compat import TRAINER_KEYS, translate_trainer
 
 PUBLIC = json.loads((Path(__file__).parent.parent / "reference/public_configs.json").read_text())
 

@@ -1,4 +1,4 @@
-"""A run that was stopped and one that was not end with the same weights, bit for bit."""
+"""A run that was stopped and resumed ends with the same weights as an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ldm.checkpoint import read_checkpoint
-from ldm.training.resume import ContinueExactly, Place, _counters
+from ldm.training.checkpoints import ExactResume, Position, _counters
 from tests.training.toys import assert_same_weights, autoencoder, config, diffusion, run, start, two_players, weights
 
 STEPS = ("--max_steps", 8)
@@ -18,16 +18,16 @@ def stop_at(batch: int) -> dict:
 
 
 def check(tmp_path, content, batches, *argv) -> None:
-    """Compare an unbroken run with one that is stopped after each of `batches`."""
-    _, whole = start(tmp_path / "whole", content, *argv)
+    """Compare an uninterrupted run with runs that are stopped after each of `batches`."""
+    _, complete = start(tmp_path / "complete", content, *argv)
     for batch in batches:
         content["lightning"]["callbacks"] |= stop_at(batch)
         code, parts = start(tmp_path / f"stopped-{batch}", content, *argv)
         assert code == 130
         step = read_step(parts)
         assert run("--resume", parts, "-t") == 0
-        assert step < read_step(parts) == read_step(whole)
-        assert_same_weights(weights(parts), weights(whole))
+        assert step < read_step(parts) == read_step(complete)
+        assert_same_weights(weights(parts), weights(complete))
 
 
 def read_step(folder) -> int:
@@ -46,7 +46,7 @@ def test_in_the_middle_of_accumulated_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_two_optimisers_by_hand(tmp_path, accumulate):
+def test_manual_optimization(tmp_path, accumulate):
     content = config(two_players(), length=14, validation=2)
     batches = [0, 5, 6, 9] if accumulate == 1 else [3, 6, 8]
     check(tmp_path, content, batches, "--max_epochs", 2, "--accumulate_grad_batches", accumulate)
@@ -58,30 +58,30 @@ def test_autoencoder_and_discriminator(tmp_path):
 
 
 def resume(counters: dict, anyway: bool = False) -> dict:
-    """The fit loop's counters that a run of one process goes on with from a checkpoint that holds `counters`."""
+    """The fit loop's counters that a run of one process resumes with from a checkpoint with `counters`."""
     place = {"epoch": 1, "batch": 2, "total": 7, "logged": 7, "batches": 5, "processes": 1}
     checkpoint = {"place": place, "loops": {"fit_loop": counters}, "optimizer_states": []}
     data = SimpleNamespace(start_at=lambda epoch, batch: None)
-    ContinueExactly(anyway).on_load_checkpoint(SimpleNamespace(world_size=1, datamodule=data), None, checkpoint)
+    ExactResume(anyway).on_load_checkpoint(SimpleNamespace(world_size=1, datamodule=data), None, checkpoint)
     return checkpoint["loops"]["fit_loop"]
 
 
 def test_counters_of_other_releases_of_lightning():
-    expected = _counters(Place(1, 2, 7), 7)
-    older = _counters(Place(1, 2, 7), 7)
+    expected = _counters(Position(1, 2, 7), 7)
+    older = _counters(Position(1, 2, 7), 7)
     del older["epoch_progress"]["current"]["ready"]
     assert resume(older) == expected
-    newer = _counters(Place(1, 2, 7), 7) | {"val": {"x": 1}}
+    newer = _counters(Position(1, 2, 7), 7) | {"val": {"x": 1}}
     newer["epoch_progress"]["current"]["new"] = 3
     found = resume(newer)
     assert found["epoch_progress"]["current"] == expected["epoch_progress"]["current"] | {"new": 3}
     assert found["val"] == {"x": 1} and found.keys() == newer.keys()
 
 
-def test_counters_of_another_place(caplog):
-    other = _counters(Place(1, 3, 8), 8) | {"state_dict": {}}
+def test_counters_of_another_position(caplog):
+    other = _counters(Position(1, 3, 8), 8) | {"state_dict": {}}
     for counters in (other, {}):
-        with pytest.raises(ValueError, match="counters say another place than .*or add --resume_anyway"):
+        with pytest.raises(ValueError, match="counters contradict its position .*or add --resume_anyway"):
             resume(counters)
-    assert resume(other, anyway=True) == _counters(Place(1, 2, 7), 7) | {"state_dict": {}}
-    assert "counters say another place" in caplog.text
+    assert resume(other, anyway=True) == _counters(Position(1, 2, 7), 7) | {"state_dict": {}}
+    assert "counters contradict its position" in caplog.text

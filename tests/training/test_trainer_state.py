@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ldm.checkpoint import CheckpointError, trainer_state
-from ldm.training.checkpoints import WholeFiles, read_training_state
+from ldm.training.checkpoints import AtomicCheckpointIO, read_training_state
 from tests.checkpoint.hostile import START, call, name, number, pair, storage, tensor, text
 from tests.training.toys import TwoPlayers, assert_same_weights, config, run, start, two_players, weights
 
@@ -92,7 +92,7 @@ def state() -> dict:
 @pytest.fixture(scope="module")
 def good(state, tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("good") / "last.ckpt"
-    WholeFiles().save_checkpoint(state, path)
+    AtomicCheckpointIO().save_checkpoint(state, path)
     return path.read_bytes()
 
 
@@ -110,7 +110,7 @@ def test_what_is_shared_stays_shared(tmp_path):
     base = torch.randn(6)
     listed = [base]
     shared = {"a": base, "b": base[2:4], "turned": base.view(2, 3).T, "one": listed, "two": listed}
-    WholeFiles().save_checkpoint(trained() | {"callbacks": shared}, tmp_path / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint(trained() | {"callbacks": shared}, tmp_path / "a.ckpt")
     found = read_training_state(tmp_path / "a.ckpt")["callbacks"]
     assert same(shared, found) and found["a"].untyped_storage().data_ptr() == found["b"].untyped_storage().data_ptr()
 
@@ -123,7 +123,7 @@ def test_views_that_are_not_read_back_are_saved_as_what_they_show(tmp_path):
         "conjugated": waves.conj(),
         "negated": waves.clone().conj().imag,
     }
-    WholeFiles().save_checkpoint(trained() | {"callbacks": views}, tmp_path / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint(trained() | {"callbacks": views}, tmp_path / "a.ckpt")
     found = read_training_state(tmp_path / "a.ckpt")["callbacks"]
     assert all(torch.equal(found[key], value) for key, value in views.items())
 
@@ -133,7 +133,7 @@ class Colour(enum.IntEnum):
 
 
 def test_what_is_not_read_back_is_named_once(tmp_path, caplog):
-    files = WholeFiles()
+    files = AtomicCheckpointIO()
     files.save_checkpoint(trained(), tmp_path / "a.ckpt")
     assert not caplog.text
     odd = {"Mine": {"when": datetime.date(2020, 1, 1), "list": [Colour.RED], "names": np.array(["a"])}}
@@ -284,6 +284,7 @@ def said(tmp_path_factory) -> dict[str, str]:
     return {key: lines[f"{index:03}"] for index, key in enumerate(HOSTILE)}
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc and limits of memory")
 @pytest.mark.parametrize("key", HOSTILE)
 def test_hostile_states(said, key):
@@ -357,20 +358,20 @@ STRANGE = [
     ("optimizer_states", [{"state": {}, "param_groups": []}] * 2, None),
     ("optimizer_states", [1, 2], None),
     ("optimizer_states", "xy", "its optimizer_states is of type str"),
-    ("loops", {"fit_loop": {}}, "counters say another place"),
-    ("loops", {"fit_loop": 3}, "not the state of such a run"),
-    ("loops", {}, "not the state of such a run"),
+    ("loops", {"fit_loop": {}}, "counters contradict its position"),
+    ("loops", {"fit_loop": 3}, "not a checkpoint of such a run"),
+    ("loops", {}, "not a checkpoint of such a run"),
     ("callbacks", 3, "its callbacks is of type int"),
-    ("callbacks", {"Checkpoints": None}, "not the state of such a run"),
+    ("callbacks", {"Checkpoints": None}, "not a checkpoint of such a run"),
     ("state_dict", {"net.weight": 1}, None),
-    ("place", {"epoch": -1, "batch": 0, "total": 0, "logged": 0}, "says of its place"),
-    ("place", {"epoch": 0}, "says of its place"),
+    ("place", {"epoch": -1, "batch": 0, "total": 0, "logged": 0}, "invalid position"),
+    ("place", {"epoch": 0}, "invalid position"),
     ("global_step", None, "its global_step is of type NoneType"),
 ]
 
 
 @pytest.mark.parametrize("key, value, expected", STRANGE)
-def test_states_of_something_else_end_in_a_sentence(whole_run, tmp_path, capsys, key, value, expected):
+def test_incompatible_states_end_in_a_sentence(whole_run, tmp_path, capsys, key, value, expected):
     state = read_training_state(whole_run / "checkpoints/last.ckpt")
     before = weights(whole_run)
     if value == {"Checkpoints": None}:

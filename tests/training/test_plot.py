@@ -1,4 +1,4 @@
-"""The plot of a run, and the reading of its metrics."""
+"""The plot of a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from ldm.training import curves
-from ldm.training.curves import RunPlot, plot_run, read_metrics, smooth
-from ldm.training.loggers import Metrics
+from ldm.training import metrics
+from ldm.training.metrics import CSVMetrics, RunPlot, plot_run, read_metrics, smooth
 
 
 def write(folder: Path, text: str) -> Path:
@@ -34,8 +33,8 @@ val/loss_simple,val/loss_simple_ema,val/loss_simple_t000-499,val/loss_simple_t00
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> list[tuple[str, str, list[float]]]:
-    """(title of the panel, label, values) of every line that is drawn."""
+def plotted(monkeypatch) -> list[tuple[str, str, list[float]]]:
+    """(title of the panel, label, values) of every line of a plot."""
     from matplotlib.figure import Figure
 
     lines = []
@@ -50,12 +49,12 @@ def drawn(monkeypatch) -> list[tuple[str, str, list[float]]]:
     return lines
 
 
-def test_every_panel_has_its_curves(tmp_path, drawn):
+def test_every_panel_has_its_curves(tmp_path, plotted):
     write(tmp_path, FULL)
     path = plot_run(tmp_path)
     assert path == tmp_path / "curves.png" and Image.open(path).width > 1000
     assert not list(tmp_path.glob(".*"))
-    named = {(title, label): values for title, label, values in drawn if not label.startswith("_")}
+    named = {(title, label): values for title, label, values in plotted if not label.startswith("_")}
     assert named == {
         ("loss_simple", "training"): [0.5, 0.25],
         ("loss_simple", "validation"): [0.4, 0.2],
@@ -67,13 +66,13 @@ def test_every_panel_has_its_curves(tmp_path, drawn):
     }
 
 
-def test_a_first_stage_without_validation_has_one_panel(tmp_path, drawn):
+def test_a_first_stage_without_validation_has_one_panel(tmp_path, plotted):
     write(tmp_path, "epoch,step,train/aeloss,train/rec_loss_step\n0,0,-1,3\n0,1,-2,2\n")
     plot_run(tmp_path)
-    assert [line for line in drawn if not line[1].startswith("_")] == [("rec_loss", "training", [3, 2])]
+    assert [line for line in plotted if not line[1].startswith("_")] == [("rec_loss", "training", [3, 2])]
 
 
-def test_damaged_lines_and_repeated_headers_are_left_out(tmp_path):
+def test_damaged_lines_and_repeated_headers_are_skipped(tmp_path):
     path = write(tmp_path, "step,train/loss\n5,0.1\nstep,train/loss\n3,nan\n3,0.2\n7,inf\n9")
     steps, values = read_metrics(path)["train/loss"]
     assert steps.tolist() == [3, 5] and values.tolist() == [0.2, 0.1]
@@ -87,11 +86,11 @@ def test_smoothing_keeps_a_constant_and_a_mean():
 
 def test_mistakes_on_the_command_line_end_in_one_line(tmp_path, capsys):
     write(tmp_path / "empty", "epoch,step\n0,1\n")
-    for folder, message in (("nothing", "there are no metrics"), ("empty", "holds nothing to draw")):
+    for folder, message in (("nothing", "there are no metrics"), ("empty", "has nothing to plot")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            curves.main([str(tmp_path / folder)])
+            metrics.main([str(tmp_path / folder)])
     write(tmp_path, "step,train/loss\n0,1\n1,0.5\n")
-    curves.main([str(tmp_path)])
+    metrics.main([str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "curves.png")
 
 
@@ -120,7 +119,7 @@ def fit(folder: Path, model: Line, **options) -> None:
     data = torch.utils.data.DataLoader([torch.ones(2, 1)] * 4, batch_size=None)
     pl.Trainer(
         default_root_dir=folder,
-        logger=Metrics(folder),
+        logger=CSVMetrics(folder),
         callbacks=[RunPlot()],
         accelerator="cpu",
         max_epochs=1,
@@ -133,18 +132,18 @@ def fit(folder: Path, model: Line, **options) -> None:
     ).fit(model, data, data)
 
 
-def test_a_run_ends_with_its_plot_and_a_second_start_adds_to_it(tmp_path, drawn):
+def test_a_run_ends_with_its_plot_and_a_second_start_appends(tmp_path, plotted):
     fit(tmp_path, Line())
     fit(tmp_path, Line(), limit_val_batches=0)
     assert (tmp_path / "curves.png").is_file()
-    assert [len(values) for _, label, values in drawn if label == "training"] == [4, 8]
-    assert [len(values) for _, label, values in drawn if label == "validation"] == [1, 1]
+    assert [len(values) for _, label, values in plotted if label == "training"] == [4, 8]
+    assert [len(values) for _, label, values in plotted if label == "validation"] == [1, 1]
 
 
-def test_a_run_that_fails_ends_with_its_plot_too(tmp_path, drawn):
+def test_a_run_that_fails_ends_with_its_plot_too(tmp_path, plotted):
     with pytest.raises(RuntimeError, match="a fault"):
         fit(tmp_path, Line(fail_at=3))
-    assert [len(values) for _, label, values in drawn if label == "training"] == [3]
+    assert [len(values) for _, label, values in plotted if label == "training"] == [3]
 
 
 def test_without_matplotlib_there_is_one_warning(tmp_path, monkeypatch, caplog):
@@ -159,6 +158,6 @@ def test_without_matplotlib_there_is_one_warning(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="ldm"):
         fit(tmp_path, Line())
     assert [record.message for record in caplog.records] == [
-        "The curves of this run cannot be drawn: curves need matplotlib: pip install matplotlib"
+        "Cannot plot the curves of this run: curves need matplotlib: pip install matplotlib"
     ]
     assert not (tmp_path / "curves.png").exists()
