@@ -108,7 +108,9 @@ def test_a_release_that_needs_more_than_names_is_imported_without_placeholders(t
     package = tmp_path / "pytorch_lightning"
     package.mkdir()
     (package / "__init__.py").write_text("from pytorch_lightning import part\nimport transformers\nok = part.one\n")
-    (package / "part.py").write_text("import torch._dynamo as dynamo\nassert type(dynamo).__name__ == 'module'\none = 1\n")
+    (package / "part.py").write_text(
+        "import torch._dynamo as dynamo\nassert type(dynamo).__name__ == 'module'\none = 1\n"
+    )
     run_python(f"""
 sys.path.insert(0, {str(tmp_path)!r})
 from ldm.cli.startup import prepare

@@ -1,6 +1,6 @@
 """Set up the process of a script: quick imports, memory that stays with it, a sentence at SIGBUS.
 
-`ldm.cli.run` calls `prepare` when the process is the script's own. Nothing here applies to a program that imports `ldm`.
+`ldm.cli.run` calls `prepare` when the process is the script's own. A program that imports `ldm` is left alone.
 """
 
 from __future__ import annotations

@@ -43,7 +43,10 @@ TRAINER_OPTIONS: dict[str, tuple[Any, str]] = {
     "strategy": (str, "ddp, fsdp, ... (by the devices)"),
     "limit_train_batches": (count_or_fraction, "train only so many batches (2) or this fraction (0.5) of every epoch"),
     "limit_val_batches": (count_or_fraction, "validate only so many batches or this fraction; 0 for none"),
-    "val_check_interval": (count_or_fraction, "validate after so many batches (100) or this fraction of an epoch (0.25)"),
+    "val_check_interval": (
+        count_or_fraction,
+        "validate after so many batches (100) or this fraction of an epoch (0.25)",
+    ),
     "check_val_every_n_epoch": (number(int, 1), "validate every N epochs (1)"),
     "num_sanity_val_steps": (number(int, -1), "validation batches before training starts (2)"),
     "gradient_clip_val": (number(float, 0), "clip the gradient to this norm"),

@@ -159,20 +159,25 @@ class WorkerCheckingLoader(DataLoader):
         try:
             yield from batches
         except (RuntimeError, ConnectionError, EOFError) as error:
-            name = _signal_of_death(error, getattr(batches, "_workers", ()))
+            name = killing_signal(error, getattr(batches, "_workers", ()))
             if name is None:
                 raise
             raise WorkerDied("a worker process that loads data died", name) from error
 
 
-def _signal_of_death(error: Exception, workers: Sequence[Any]) -> str | None:
-    """The signal that killed a worker, "" for a worker that died otherwise, None if all are alive."""
-    found = re.search(r"DataLoader worker \(.*?\) (?:is killed by signal: (\w+(?: error)?)|exited unexpectedly)", str(error))
+def killing_signal(error: BaseException, workers: Sequence[Any] = ()) -> str | None:
+    """The signal that killed a worker, "" for a worker that died otherwise, None if none died.
+
+    torch's own handler may raise the error of a killed worker anywhere in the main thread.
+    """
+    found = re.search(
+        r"DataLoader worker \(.*?\) (?:is killed by signal: (\w+(?: error)?)|exited unexpectedly)", str(error)
+    )
     if found and found[1]:
         return found[1]
     if found is None and not isinstance(error, (ConnectionError, EOFError)):
         return None
-    wait([worker.sentinel for worker in workers], timeout=1)  # it may be about to end
+    wait([worker.sentinel for worker in workers], timeout=5)  # it may be about to end
     codes = [worker.exitcode for worker in workers if worker.exitcode]
     killed = [signal.strsignal(-code) or "" for code in codes if code < 0]
     return killed[0] if killed else "" if found or codes else None

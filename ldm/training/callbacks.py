@@ -158,6 +158,7 @@ class StepSeeds(pl.Callback):
 
 # ---------------------------------------------------------------------------------------------------------- nan guard
 
+
 class NonFiniteGuard(pl.Callback):
     """Stops a run whose gradients or weights are not finite, so that no checkpoint ever holds such weights.
 
@@ -336,7 +337,9 @@ class ImageLogger(pl.Callback):
         enable_autocast: bool = True,
     ) -> None:
         if batch_frequency < 1:
-            raise ValueError(f"batch_frequency must be at least 1, not {batch_frequency}; to log no images set disabled: true")
+            raise ValueError(
+                f"batch_frequency must be at least 1, not {batch_frequency}; to log no images set disabled: true"
+            )
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.increase_log_steps = increase_log_steps
@@ -404,7 +407,7 @@ class ImageLogger(pl.Callback):
         name = f"gs-{step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
         try:
             for key, grid in self._grids(trainer, pl_module, batch, split).items():
-                write_new(grid, _save_dir(trainer) / "images" / split, f"{key}_{name}")
+                write_image(grid, _save_dir(trainer) / "images" / split, f"{key}_{name}")
                 for board in trainer.loggers:
                     if isinstance(board, TensorBoardLogger):
                         board.experiment.add_image(f"{split}/{key}", np.asarray(grid), step, dataformats="HWC")
@@ -447,7 +450,7 @@ def _save_dir(trainer: pl.Trainer) -> Path:
     return Path(folders[0] if folders else trainer.default_root_dir)
 
 
-def write_new(image: Image.Image, folder: Path, stem: str) -> Path:
+def write_image(image: Image.Image, folder: Path, stem: str) -> Path:
     """Write `folder`/`stem`.png, or `stem`_2.png if that exists, and so on, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     names = files.numbered(folder / f"{stem}.png", "_")

@@ -490,7 +490,9 @@ class Checkpoints(Checkpoint):
         try:
             name = self.filename.format(**values)
         except KeyError as error:
-            raise ValueError(f"modelcheckpoint.params.filename {self.filename!r}: no metric {error} is logged") from error
+            raise ValueError(
+                f"modelcheckpoint.params.filename {self.filename!r}: no metric {error} is logged"
+            ) from error
         path = self.dirpath / f"{name}.ckpt"
         if path.exists():
             path = self.dirpath / f"{name}-{trainer.global_step:09}.ckpt"

@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.data.cache import ensure_caches
-from ldm.data.loading import WorkerDied
+from ldm.data.loading import WorkerDied, killing_signal
 from ldm.devices import choose_device
 from ldm.limits import building
 from ldm.training import folders
@@ -364,9 +364,10 @@ def _readable(error: BaseException, hint: str) -> Exception | None:
             f"out of memory{needed}. Try a smaller data.params.batch_size with --accumulate_grad_batches, "
             f"model.params.unet_config.params.use_checkpoint=true, or --precision bf16-mixed{hint}"
         )
-    if isinstance(error, WorkerDied):
-        how = f"was killed by signal: {error.signal}" if error.signal else "exited unexpectedly"
-        bus = "bus error" in error.signal.lower()
+    death = error.signal if isinstance(error, WorkerDied) else killing_signal(error)
+    if death is not None:
+        how = f"was killed by signal: {death}" if death else "exited unexpectedly"
+        bus = "bus error" in death.lower()
         causes = ", or /dev/shm is full, or a file of a cache was cut short" if bus else ""
         return RuntimeError(
             f"a worker process that loads data {how}, as happens when memory runs out{causes}: try a smaller "

@@ -36,7 +36,9 @@ def choose_strategy(name: str, model: pl.LightningModule, find_unused_parameters
                 "use --strategy ddp"
             )
         if not model.automatic_optimization:
-            raise ValueError(f"{type(model).__name__} steps its own optimizers, which fsdp cannot shard: use --strategy ddp")
+            raise ValueError(
+                f"{type(model).__name__} steps its own optimizers, which fsdp cannot shard: use --strategy ddp"
+            )
         return CPUCapableFSDP(auto_wrap_policy=ModuleWrapPolicy({TimestepEmbedSequential}))
     return name
 

@@ -17,7 +17,7 @@ from ldm.checkpoint.formats.containers import MAX_PICKLE
 from ldm.checkpoint.formats.pickles import MAX_STEPS
 from ldm.checkpoint.reading import MAX_SAFETENSORS_HEADER
 from tests.checkpoint.hostile import MORE, START, UNSAFE, archive, name, text
-from tests.training.test_states import READER
+from tests.training.test_trainer_state import READER
 
 ROOT = Path(__file__).parents[2]
 ROOM = 1536 * 2**20  # bytes beyond what the libraries take: a file, its pickle, and what becomes of that

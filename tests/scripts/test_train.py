@@ -149,7 +149,11 @@ def test_sigterm_saves_and_stops(tmp_path):
     (folder,) = _wait_for(lambda: [p for p in (tmp_path / "logs").glob("*") if (p / "metrics/metrics.csv").is_file()])
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Stopped. Resume with: python scripts/train.py --resume" in output and "Traceback" not in output
+    assert (
+        process.returncode == 130
+        and "Stopped. Resume with: python scripts/train.py --resume" in output
+        and "Traceback" not in output
+    )
     assert read_checkpoint(folder / "checkpoints/last.ckpt").global_step > 0
 
 

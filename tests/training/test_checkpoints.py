@@ -17,7 +17,7 @@ import torch
 
 from ldm.checkpoint import read_checkpoint
 from ldm.training import checkpoints
-from ldm.training.checkpoints import Checkpoints, AtomicCheckpointIO, read_training_state, remove_partial_files
+from ldm.training.checkpoints import AtomicCheckpointIO, Checkpoints, read_training_state, remove_partial_files
 from tests.training.toys import assert_same_weights, config, run, start, two_players, weights
 
 PLACE = {"epoch": 1, "batch": 2, "total": 7, "logged": 7, "batches": 5, "processes": 1}
@@ -211,7 +211,7 @@ def test_what_was_pending_at_a_kill_is_done_on_resuming(tmp_path, monkeypatch, m
 
 @pytest.mark.parametrize("failing", ["the file", "its name"])
 def test_a_failed_save_leaves_nothing_pending(tmp_path, monkeypatch, failing):
-    """`last.ckpt`, saved because of an error, must not list a pending file: on resuming, a good one would be deleted."""
+    """`last.ckpt`, saved because of an error, must not list a pending file: on resuming, a good one would go."""
     trainer = StateTrainer()
     monkeypatch.setattr(checkpoints, "between_steps", lambda trainer: True)
     trainer.saver = saver = Checkpoints(tmp_path, save_top_k=1)

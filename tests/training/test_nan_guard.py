@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ldm.training import callbacks
-from ldm.training.metrics import CSVMetrics, read_metrics
 from ldm.training.callbacks import NonFiniteGuard, ThroughputMonitor, all_finite, batch_size
+from ldm.training.metrics import CSVMetrics, read_metrics
 
 
 class Root(pl.LightningModule):

@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor
 
 from ldm.cli.train import parse_train
-from ldm.training.checkpoints import Checkpoints
-from ldm.training.settings import read_settings
 from ldm.training.callbacks import ImageLogger
+from ldm.training.checkpoints import Checkpoints
 from ldm.training.run import build_trainer
+from ldm.training.settings import read_settings
 from ldm.util import get_obj_from_str
 from tests.training.toys import TwoPlayers, config, start, two_players, write
 

@@ -35,7 +35,10 @@ def signals(monkeypatch):
 
 
 def trainer(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"default_root_dir": "RUN", "between": True, "sanity_checking": False, "fast_dev_run": 0, "world_size": 1} | changes)
+    return SimpleNamespace(
+        **{"default_root_dir": "RUN", "between": True, "sanity_checking": False, "fast_dev_run": 0, "world_size": 1}
+        | changes
+    )
 
 
 @pytest.mark.parametrize("number", ldm_signals.STOP)
