@@ -1,10 +1,11 @@
-"""What to measure, as the command line says it."""
+"""Settings of a benchmark, and the result of one measurement."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 
 V1 = "configs/stable-diffusion/v1-inference.yaml"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WAYS = ("eager", "compile", "int8")  # of making a network ready: see `networks.build_ours`
+MODES = ("eager", "compile", "int8")  # see `networks.prepare`
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One point of what is scanned: precision (a name in DTYPES), pictures at once, pixels a side."""
+    """One point to measure: precision (a name in DTYPES), batch size, pixels per side."""
 
     precision: str
     batch: int
@@ -26,29 +27,47 @@ class Scan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and inputs."""
+        """Dtype of weights and inputs."""
         return DTYPES[self.precision]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All options of a benchmark; None is what `scans` and the suites say of it."""
+    """Options of a benchmark.
+
+    Attributes:
+        device: Where to compute.
+        precisions: Names in DTYPES to scan.
+        batches: Batch sizes to scan; None for the suite's own.
+        sizes: Pixels per side to scan; None for the suite's own.
+        config: Model config.
+        modes: Modes of our UNet.
+        compare: Whether to compare with diffusers and transformers.
+        repeats: Measurements of each contender.
+        warm_up: Calls that do not count, at least 1.
+        loop_steps: Steps of the sampling loop; None for the default, 0 for no loop.
+        peak: Peak operations per second; None to measure it.
+        profile: Whether to profile.
+        ckpt: Checkpoint to load.
+        cache: Folder for generated checkpoints.
+        train: Options of the training suite.
+    """
 
     device: torch.device = torch.device("cpu")
     precisions: tuple[str, ...] = ("fp32",)
     batches: tuple[int, ...] | None = None
     sizes: tuple[int, ...] | None = None
-    config: str = V1  # whose shapes
-    ways: tuple[str, ...] = WAYS
+    config: str = V1
+    modes: tuple[str, ...] = MODES
     compare: bool = True
     repeats: int = 3
-    warm_up: int = 1  # calls that are not counted, at least 1
+    warm_up: int = 1
     loop_steps: int | None = None
-    peak: float | None = None  # operations a second; None: measured
+    peak: float | None = None
     profile: bool = False
     ckpt: str | None = None
     cache: Path = Path("outputs/benchmark-cache")
-    train: Mapping[str, Any] = field(default_factory=dict)  # see suites/train.py
+    train: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
@@ -57,7 +76,7 @@ class Settings:
 
     @cached_property
     def model_config(self) -> dict[str, Any]:
-        """{"model": {"target": ..., "params": ...}} of `config`, as plain values."""
+        """{"model": {"target": ..., "params": ...}} of `config` as plain values."""
         from omegaconf import OmegaConf
 
         from ldm.inference import read_config
@@ -66,14 +85,13 @@ class Settings:
         return plain
 
     @property
-    def own_size(self) -> int:
-        """Pixels a side that the config's model was made for."""
-        params = self.model_config["model"]["params"]
-        return params["image_size"] * self.factor
+    def native_size(self) -> int:
+        """Pixels per side of the config's model."""
+        return self.model_config["model"]["params"]["image_size"] * self.factor
 
     @property
     def factor(self) -> int:
-        """Pixels a latent."""
+        """Downsampling factor of the first stage."""
         ddconfig = self.model_config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]
         return 2 ** (len(ddconfig["ch_mult"]) - 1)
 
@@ -83,18 +101,86 @@ class Settings:
         batches: tuple[int, ...] | None = None,
         only_size: int | None = None,
     ) -> Iterator[Scan]:
-        """Every combination to measure; `sizes` and `batches` are a suite's own where the user names none.
+        """Iterate over all combinations of precision, size and batch.
 
-        Without those it is the model's own size, and pictures one at a time, on a GPU by 8, too. only_size: of what
-        has but one, whatever the user names.
+        Args:
+            sizes: The suite's default sizes; the model's own if None.
+            batches: The suite's default batch sizes; 1, on a GPU also 8, if None.
+            only_size: Fixed size, whatever the user asks for.
         """
-        sizes = (only_size,) if only_size else self.sizes or sizes or (self.own_size,)
+        sizes = (only_size,) if only_size else self.sizes or sizes or (self.native_size,)
         batches = self.batches or batches or ((1, 8) if self.on_gpu else (1,))
         for precision, size, batch in itertools.product(self.precisions, sizes, batches):
             yield Scan(precision, batch, size)
 
     def latent(self, size: int) -> int:
-        """Latents a side of `size` pixels; ValueError if that does not fit."""
+        """Convert pixels to latents per side; ValueError unless divisible."""
         if size % self.factor:
             raise ValueError(f"--size {size} does not fit: this model needs multiples of {self.factor}")
         return size // self.factor
+
+
+@dataclass
+class Row:
+    """Measurement of one contender (`who`) for one task (`what`).
+
+    Attributes:
+        seconds: Time of every repeat.
+        first: Seconds of the first call, with compilation and weight packing.
+        items: Number of `unit`s of work in a repeat.
+        flops: Counted operations of a repeat.
+        peak: Peak operations per second of the machine.
+        memory: Peak bytes, on top of those before (of the whole process where `note` says so).
+        ratios: Median ratio of times by other contender; below 1 is faster.
+        psnr: PSNR in dB against the first contender's result; None if equal.
+        error: Why there is no measurement.
+    """
+
+    suite: str
+    what: str
+    who: str
+    device: str
+    precision: str = ""
+    batch: int | None = None
+    size: int | None = None
+    seconds: Sequence[float] = ()
+    first: float | None = None
+    items: float = 1
+    unit: str = "it"
+    flops: int | None = None
+    peak: float | None = None
+    memory: int | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    psnr: float | None = None
+    note: str = ""
+    error: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        """Median of the seconds."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """Least and greatest of the seconds."""
+        return (min(self.seconds), max(self.seconds)) if self.seconds else None
+
+    @property
+    def utilization(self) -> float | None:
+        """Fraction of the machine's peak."""
+        return self.flops / self.median / self.peak if self.flops and self.peak and self.median else None
+
+    @property
+    def rate(self) -> float | None:
+        """`unit`s per second."""
+        return self.items / self.median if self.median else None
+
+    def record(self) -> dict[str, Any]:
+        """Return all values for JSON."""
+        derived = ("median", "spread", "rate", "utilization")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def row_of(suite: str, what: str, who: str, device: object, scan: Scan, **more: Any) -> Row:
+    """Make a row of one point of a scan."""
+    return Row(suite, what, who, str(device), scan.precision, scan.batch, scan.size, **more)

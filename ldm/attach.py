@@ -138,7 +138,7 @@ class Handle:
 
     def list_on(self, model: nn.Module) -> Handle:
         """Add this handle to the list `model.acceleration` for as long as it is attached."""
-        setattr(model, "acceleration", [*getattr(model, "acceleration", ()), self])
+        model.acceleration = [*getattr(model, "acceleration", ()), self]
         self._model = weakref.ref(model)
         return self
 
@@ -152,7 +152,7 @@ class Handle:
             on_remove()
         model = None if self._model is None else self._model()
         if model is not None:
-            setattr(model, "acceleration", [other for other in getattr(model, "acceleration", ()) if other is not self])
+            model.acceleration = [other for other in getattr(model, "acceleration", ()) if other is not self]
 
     def __enter__(self) -> Handle:
         return self

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Measure how fast this machine draws, loads and trains, and in how much memory, beside diffusers on the same weights.
+"""Measure speed and memory of sampling, loading and training, and compare with diffusers on the same weights.
 
-benchmark.py --suite unet vae    the shapes of Stable Diffusion v1, with random weights
+benchmark.py --suite unet vae             Stable Diffusion v1 with random weights
 benchmark.py --device cuda --suite all    everything, on a GPU
+benchmark.py --suite unet --against DIR   this checkout and another, interleaved
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
@@ -24,51 +25,51 @@ from ldm.devices import DEVICES
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.settings import Settings
+    from benchmarks.compare import Bench
+    from benchmarks.settings import Row, Settings
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-WAYS = ("eager", "compile", "int8")
+MODES = ("eager", "compile", "int8")
 logger = logging.getLogger("ldm.benchmark")
 
 
-def parser() -> cli.ArgumentParser:
-    options = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count = cli.number(int, 1)
-    options.add_argument("training", nargs="?", choices=("training",), help="the same as --suite train")
-    options.add_argument(
+    parser.add_argument("training", nargs="?", choices=("training",), help="same as --suite train")
+    parser.add_argument(
         "--suite", choices=(*SUITES, "all"), nargs="+", metavar="SUITE", help=f"{', '.join(SUITES)}, all"
     )
-    options.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
-    options.add_argument("--precision", choices=PRECISIONS, nargs="+", help="to scan (fp32; on a GPU fp16)")
-    options.add_argument(
-        "--batch", type=count, nargs="+", help="pictures at once, to scan (1; on a GPU 1 8; train 16, on a GPU 32)"
+    parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", help="precisions (fp32; on a GPU fp16)")
+    parser.add_argument("--batch", type=count, nargs="+", help="batch sizes (1; on a GPU 1 8; train 16, on a GPU 32)")
+    parser.add_argument("--size", type=count, nargs="+", help="pixels per side (512; memory: 512 1024 2048)")
+    parser.add_argument("--ways", choices=MODES, nargs="+", default=MODES, help="modes of our UNet (all)")
+    parser.add_argument("--compare", choices=("diffusers", "none"), default="diffusers", help="(%(default)s)")
+    parser.add_argument("--against", type=cli.user_path, metavar="DIR", help="another checkout to compare with")
+    parser.add_argument("--config", type=cli.user_path, metavar="FILE", help="model config (Stable Diffusion v1)")
+    parser.add_argument("--repeats", type=count, default=3, help="measurements, interleaved (%(default)s)")
+    parser.add_argument("--warm_up", type=count, help="calls that do not count (1; on a GPU 4)")
+    parser.add_argument("--loop_steps", type=cli.number(int, 0), help="steps of the sampling loop (0; on a GPU 50)")
+    parser.add_argument("--threads", type=count, help="CPU threads (torch's default)")
+    parser.add_argument(
+        "--peak", type=cli.number(float, 1e-3), metavar="TFLOPS", help="peak of this machine (measured)"
     )
-    options.add_argument("--size", type=count, nargs="+", help="pixels a side, to scan (512; memory: 512 1024 2048)")
-    options.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="of ours, for the UNet (all)")
-    options.add_argument("--compare", choices=("diffusers", "none"), default="diffusers", help="(%(default)s)")
-    options.add_argument("--config", type=cli.user_path, metavar="FILE", help="whose shapes (Stable Diffusion v1)")
-    options.add_argument("--repeats", type=count, default=3, help="of each, taken in turns (%(default)s)")
-    options.add_argument("--warm_up", type=count, help="calls that do not count (1; on a GPU 4)")
-    options.add_argument("--loop_steps", type=cli.number(int, 0), help="also time a loop of so many (0; on a GPU 50)")
-    options.add_argument("--threads", type=count, help="of the CPU (torch's own choice)")
-    options.add_argument(
-        "--peak", type=cli.number(float, 1e-3), metavar="TFLOPS", help="what this machine can do at best (measured)"
-    )
-    options.add_argument("--profile", action="store_true", help="also say where the time goes")
-    options.add_argument("--ckpt", type=cli.user_path, metavar="FILE", help="what to load (random weights, 4.3 GB)")
-    options.add_argument("--cache", type=cli.user_path, default="outputs/benchmark-cache", help="(%(default)s)")
-    options.add_argument("--out", type=cli.user_path, default="outputs/benchmark", help="folder (%(default)s)")
-    group = options.add_argument_group("train")
+    parser.add_argument("--profile", action="store_true", help="also profile")
+    parser.add_argument("--ckpt", type=cli.user_path, metavar="FILE", help="checkpoint (random weights, 4.3 GB)")
+    parser.add_argument("--cache", type=cli.user_path, default="outputs/benchmark-cache", help="(%(default)s)")
+    parser.add_argument("--out", type=cli.user_path, default="outputs/benchmark", help="folder (%(default)s)")
+    group = parser.add_argument_group("train")
     group.add_argument("--model", choices=("bundled", "v1"), help="v1: its UNet alone (bundled; on a GPU v1)")
-    group.add_argument("--steps", type=count, default=50, help="of each kind, taken in turns (%(default)s)")
+    group.add_argument("--steps", type=count, default=50, help="steps of each, interleaved (%(default)s)")
     group.add_argument(
         "--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd keeps no state: less memory (%(default)s)"
     )
-    return options
+    return parser
 
 
 def chosen_suites(args: argparse.Namespace) -> list[str]:
-    """What to run, in the order of SUITES."""
+    """Return the suites to run, in the order of SUITES."""
     wanted = [*(args.suite or ()), *(["train"] if args.training else [])]
     if not wanted:
         raise ValueError(f"name what to measure: --suite all, or some of {', '.join(SUITES)}")
@@ -76,21 +77,21 @@ def chosen_suites(args: argparse.Namespace) -> list[str]:
 
 
 def settings_of(args: argparse.Namespace, device: torch.device) -> Settings:
-    """The options as the suites take them, with what the device does by default."""
-    from benchmarks import peers
+    """Make the settings, with the device's defaults."""
+    from benchmarks.networks import has_baselines
     from benchmarks.settings import V1, Settings
 
     on_gpu = device.type == "cuda"
-    compare = args.compare == "diffusers" and peers.available()
+    compare = args.compare == "diffusers" and has_baselines()
     if args.compare == "diffusers" and not compare:
-        logger.warning("diffusers and transformers are not both installed: nothing is compared with them")
+        logger.warning("diffusers and transformers are not both installed: no comparison")
     return Settings(
         device=device,
         precisions=chosen_precisions(args.precision or (["fp16"] if on_gpu else ["fp32"]), device),
         batches=tuple(args.batch) if args.batch else None,
         sizes=tuple(args.size) if args.size else None,
         config=args.config or V1,
-        ways=tuple(dict.fromkeys(args.ways)),
+        modes=tuple(dict.fromkeys(args.ways)),
         compare=compare,
         repeats=args.repeats,
         warm_up=args.warm_up or (4 if on_gpu else 1),
@@ -104,53 +105,67 @@ def settings_of(args: argparse.Namespace, device: torch.device) -> Settings:
 
 
 def chosen_precisions(wanted: Sequence[str], device: torch.device) -> tuple[str, ...]:
-    """Those wanted, with fp32 for what the device cannot do, and a sentence about it."""
+    """Replace fp16 by fp32 on a CPU, with a warning."""
     possible = ["fp32" if name == "fp16" and device.type == "cpu" else name for name in wanted]
     if possible != list(wanted):
         logger.warning("fp16 does not work on a CPU: measured in fp32")
     return tuple(dict.fromkeys(possible))
 
 
+def measured_rows(args: argparse.Namespace, argv: Sequence[str], suites: Sequence[str], bench: Bench) -> Iterator[Row]:
+    """Run the suites here, or with --against in both checkouts."""
+    from benchmarks.suites import rows
+
+    if args.against:
+        from benchmarks.against import compare_checkouts
+        from ldm.util import REPOSITORY
+
+        own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for option in ("--against", "--out", "--repeats", "--compare"):
+            own.add_argument(option)
+        rest = own.parse_known_args(argv)[1]
+        yield from compare_checkouts({"this": REPOSITORY, "other": Path(args.against)}, rest, args.repeats)
+        return
+    for suite in suites:
+        yield from rows(suite, bench)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     suites = chosen_suites(args)
 
     import torch
 
-    from benchmarks import profiling, report
-    from benchmarks.comparing import Bench
-    from benchmarks.machine import describe
-    from benchmarks.suites import rows
+    from benchmarks import report
+    from benchmarks.compare import Bench
     from ldm.devices import choose_device
-    from ldm.evaluation.report import new_folder
 
     if args.threads:
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes to come
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for child processes
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     bench = Bench(settings_of(args, device))
-    options: dict[str, Any] = vars(args) | {"suites": suites, "precisions": bench.settings.precisions}
-    found = report.Report(new_folder(Path(args.out)), describe(device), options)
+    options = vars(args) | {"suites": suites, "precisions": bench.settings.precisions}
+    found = report.Report(report.new_folder(Path(args.out)), report.describe_machine(device), options)
     found.results |= {"peaks": bench.peaks, "profiles": bench.profiles}
     try:
-        for suite in suites:
-            for row in rows(suite, bench):
-                found.add(row)
-                cli.say(report.line(row.record()), sys.stdout)
+        for row in measured_rows(args, sys.argv[1:] if argv is None else argv, suites, bench):
+            found.add(row)
+            cli.say(report.line(row.record()), sys.stdout)
         found.finish()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; what was measured is in {found.folder}") from None
+        raise KeyboardInterrupt(f"interrupted; results so far are in {found.folder}") from None
     finally:
         found.write()
         if found.results["rows"]:
             report.plot(found.results["rows"], found.folder / "plot.png")
             cli.say(f"\n{report.table(found.results)}", sys.stdout)
         for entry in bench.profiles:
-            cli.say(f"\n{profiling.table(entry)}", sys.stdout)
+            cli.say(f"\n{report.profile_table(entry)}", sys.stdout)
     cli.say(f"\nTable, numbers and plot: {found.folder}", sys.stdout)
     failed = [row for row in found.results["rows"] if row["error"]]
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(found.results['rows'])} measurements failed; the table says why")
+        raise RuntimeError(f"{len(failed)} of {len(found.results['rows'])} measurements failed; see the table")
 
 
 if __name__ == "__main__":

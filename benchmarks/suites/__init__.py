@@ -1,4 +1,4 @@
-"""What is measured. A suite is a module with `rows(bench)`, which yields its rows one by one."""
+"""Suites of the benchmark: functions that take a `Bench` and yield rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.comparing import Bench
-    from benchmarks.rows import Row
+    from benchmarks.compare import Bench
+    from benchmarks.settings import Row
 
-SUITES = ("unet", "vae", "text", "load", "e2e", "train", "memory")
+_MODULES = {
+    "unet": "networks",
+    "vae": "networks",
+    "text": "networks",
+    "load": "processes",
+    "e2e": "processes",
+    "train": "training",
+    "memory": "processes",
+}
+SUITES = tuple(_MODULES)
 
 
 def rows(suite: str, bench: Bench) -> Iterator[Row]:
-    """Those of a suite of this name."""
-    return import_module(f"{__name__}.{suite}").rows(bench)
+    """Run a suite and yield its rows."""
+    return getattr(import_module(f"{__name__}.{_MODULES[suite]}"), suite)(bench)

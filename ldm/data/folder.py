@@ -234,7 +234,7 @@ def scan(root: Path, recursive: bool = True) -> tuple[list[str], set[str]]:
             elif suffix == ".txt":
                 sidecars.add(prefix + stem)
     if not names:
-        raise ValueError(f"there are no pictures in {root}: files that end in {', '.join(SUFFIXES)} count")
+        raise ValueError(f"no images in {root}: supported files end in {', '.join(SUFFIXES)}")
     return sorted(names), sidecars
 
 

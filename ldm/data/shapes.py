@@ -1,8 +1,8 @@
-"""Drawn scenes with captions: the data that the bundled small model is trained on.
+"""Synthetic scenes with captions: the training data of the bundled small model.
 
-A scene is a plain background with one to three objects, each with a shape, a colour and a size. Scenes are drawn
-with antialiasing, described by a small grammar, and fixed by their index and a seed. The pairs in `HELD_OUT` are
-never drawn by default, so that a model can be asked for combinations that it has not seen.
+A scene is a plain background with one to three objects, each with a shape, a colour and a size. Scenes are rendered
+with antialiasing, captioned by a small grammar, and determined by their index and a seed. The pairs in `HELD_OUT` never
+occur by default, so that models can be tested on combinations that they have not seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 SIDE = 64
 _SUPERSAMPLE = 4
 
-# Near the corners of the RGB cube: the farther apart the colours, the less a small first stage confuses them.
+# near the corners of the RGB cube: a small first stage confuses colours that are close
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (230, 20, 25),
     "green": (20, 170, 35),
@@ -38,8 +38,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
 SIZES: dict[str, float] = {"small": 9.0, "large": 14.5}  # radius in pixels
-# Centres lie on multiples of this, the pixels of one latent position in a first stage that halves the side three times:
-# a shape then looks the same to the diffusion model wherever it is, which a small one needs to get shapes right.
+# Centres lie on multiples of this, the side in pixels of one position of a first stage with factor 8: a shape then has
+# the same latents wherever it is, which a small diffusion model needs.
 GRID = 8
 RELATIONS: dict[str, tuple[int, int]] = {  # the direction from the second object to the first
     "to the left of": (-1, 0),
@@ -47,12 +47,12 @@ RELATIONS: dict[str, tuple[int, int]] = {  # the direction from the second objec
     "above": (0, -1),
     "below": (0, 1),
 }
-# One pair for each shape and each colour.
+# one pair per shape and per colour
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     zip(SHAPES, ("green", "blue", "magenta", "red", "cyan", "yellow", "black", "white"))
 )
 
-# Every word of the grammar: the vocabulary of the bundled text encoder.
+# every word of the grammar: the vocabulary of the bundled text encoder
 WORDS: tuple[str, ...] = tuple(
     dict.fromkeys(
         ("a", "and", "on", "background", *SIZES, *COLOURS, *BACKGROUNDS, *SHAPES)
@@ -63,7 +63,7 @@ WORDS: tuple[str, ...] = tuple(
 
 @dataclass(frozen=True)
 class Item:
-    """One object: `x`, `y` its centre and `radius` half its extent, in pixels of the 64x64 picture."""
+    """One object: centre `x`, `y` and `radius`, half its extent, in pixels of the 64x64 image."""
 
     shape: str
     colour: str
@@ -75,19 +75,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background name, the objects, and the relation of the first object to the second (None for one object)."""
+    """Background, objects, and relation of the first object to the second (None for one object)."""
 
     background: str
     items: tuple[Item, ...]
     relation: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------------- drawing
+# ---- rendering ----
 
 
 @cache
 def outline(shape: str) -> np.ndarray:
-    """The polygon of `shape`, (N, 2), y downwards, filling the square from -1 to 1 as far as the shape allows."""
+    """Return the polygon (N, 2) of a shape in the square from -1 to 1, y downwards."""
     turn = np.linspace(0, 2 * np.pi, 65)[:-1]
     if shape in ("circle", "ring"):
         points = np.stack([np.cos(turn), np.sin(turn)], 1)
@@ -117,11 +117,11 @@ def outline(shape: str) -> np.ndarray:
 
 
 def coverage(shape: str, x: float, y: float, radius: float, side: int = SIDE) -> np.ndarray:
-    """How much of each pixel a shape covers: (side, side) float32 in 0..1, from 4x4 samples a pixel."""
+    """Compute the fraction of each pixel that a shape covers, (side, side) float32, from 4x4 samples per pixel."""
     canvas = Image.new("L", (side * _SUPERSAMPLE, side * _SUPERSAMPLE), 0)
     draw = ImageDraw.Draw(canvas)
     centre = np.array([x, y])
-    # Pillow puts whole coordinates on pixel centres, hence the half sample.
+    # Pillow puts integer coordinates on pixel centres, hence the half sample
     draw.polygon([tuple(p) for p in (centre + radius * outline(shape)) * _SUPERSAMPLE - 0.5], fill=255)
     if shape == "ring":
         draw.polygon([tuple(p) for p in (centre + 0.5 * radius * outline(shape)) * _SUPERSAMPLE - 0.5], fill=0)
@@ -129,17 +129,17 @@ def coverage(shape: str, x: float, y: float, radius: float, side: int = SIDE) ->
     return np.asarray(small, dtype=np.float32) / 255
 
 
-def draw(scene: Scene) -> np.ndarray:
-    """The picture of a scene: (64, 64, 3) uint8."""
-    picture = np.empty((SIDE, SIDE, 3), np.float32)
-    picture[:] = BACKGROUNDS[scene.background]
+def render(scene: Scene) -> np.ndarray:
+    """Render a scene to an image (64, 64, 3) uint8."""
+    image = np.empty((SIDE, SIDE, 3), np.float32)
+    image[:] = BACKGROUNDS[scene.background]
     for item in scene.items:
         alpha = coverage(item.shape, item.x, item.y, item.radius)[..., None]
-        picture += alpha * (np.array(COLOURS[item.colour], np.float32) - picture)
-    return np.rint(picture).astype(np.uint8)
+        image += alpha * (np.array(COLOURS[item.colour], np.float32) - image)
+    return np.rint(image).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------- scenes
+# ---- scenes ----
 
 
 def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -148,9 +148,9 @@ def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 @cache
 def placements(sizes: tuple[str, ...], relation: str | None = None) -> np.ndarray:
-    """All ways to put objects on the grid, inside the picture and apart: centres (N, objects, 2) in pixels.
+    """List the placements of objects on the grid, inside the image and apart: centres (N, objects, 2) in pixels.
 
-    relation: only those where the first object is clearly there from the second.
+    With `relation`, only those where the relation of the first object to the second is unambiguous.
     """
     radii = np.array([SIZES[size] for size in sizes])
     steps = GRID * np.arange(1, SIDE // GRID)
@@ -170,7 +170,7 @@ def placements(sizes: tuple[str, ...], relation: str | None = None) -> np.ndarra
 
 
 def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = False) -> Scene:
-    """A random scene of 1 to 3 objects, without the `HELD_OUT` pairs, or (`held_out`) with only those."""
+    """Sample a scene of 1 to 3 objects, without the `HELD_OUT` pairs or, with `held_out`, of these only."""
     if objects not in (1, 2, 3):
         raise ValueError(f"a scene has 1, 2 or 3 objects, not {objects}")
     background = _choose(rng, tuple(BACKGROUNDS))
@@ -180,7 +180,7 @@ def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = Fa
         if (pair in HELD_OUT) == held_out and pair[1] != background and pair not in pairs:
             pairs.append(pair)
     relation = _choose(rng, tuple(RELATIONS)) if objects > 1 else None
-    while True:  # three large objects do not fit, so sizes are drawn anew as well
+    while True:  # three large objects do not fit: sample other sizes
         sizes = tuple(_choose(rng, tuple(SIZES)) for _ in pairs)
         places = placements(sizes, relation)
         if len(places):
@@ -190,31 +190,34 @@ def random_scene(rng: np.random.Generator, objects: int = 1, held_out: bool = Fa
 
 
 def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """A caption of a scene: with everything said, or with attributes left out at random when `rng` is given."""
+    """Caption a scene: completely, or with attributes omitted at random if `rng` is given."""
 
-    def said(chance: float) -> bool:
-        return rng is None or rng.random() < chance
+    def included(probability: float) -> bool:
+        return rng is None or rng.random() < probability
 
     def phrase(item: Item) -> str:
-        words = [item.size] if said(0.5) else []
-        words += [item.colour] if said(0.9) else []
+        words = [item.size] if included(0.5) else []
+        words += [item.colour] if included(0.9) else []
         return " ".join(["a", *words, item.shape])
 
     phrases = [phrase(item) for item in scene.items]
     text = phrases[0]
     if len(phrases) > 1:
-        text += f" {scene.relation} {phrases[1]}" if said(0.7) else f" and {phrases[1]}"
+        text += f" {scene.relation} {phrases[1]}" if included(0.7) else f" and {phrases[1]}"
     for more in phrases[2:]:
         text += f" and {more}"
-    return f"{text} on a {scene.background} background" if said(0.5) else text
+    return f"{text} on a {scene.background} background" if included(0.5) else text
 
 
 class ShapesDataset:
-    """Scenes by index, all fixed by `seed`: item `i` is {"image": (64, 64, 3) float32 in -1..1, "caption": str}.
+    """Dataset of scenes; an item is {"image": (64, 64, 3) float32 in [-1, 1], "caption": str}.
 
-    `object_weights` are the shares of scenes with one, two and three objects; `held_out=True` draws only the pairs
-    that training never sees. `complete` is the share of captions that say everything; the others leave out attributes
-    at random.
+    Args:
+        size: Number of scenes.
+        seed: Determines all scenes and captions.
+        object_weights: Fractions of scenes with one, two and three objects.
+        held_out: Only the pairs that training never sees.
+        complete: Fraction of complete captions; the others omit attributes at random.
     """
 
     def __init__(
@@ -229,7 +232,7 @@ class ShapesDataset:
             raise ValueError(f"object_weights must be 1 to 3 numbers >= 0 that are not all 0, got {object_weights}")
         self.size = size
         self.seed = seed
-        self.shares = np.asarray(object_weights, float) / sum(object_weights)
+        self.fractions = np.asarray(object_weights, float) / sum(object_weights)
         self.held_out = held_out
         self.complete = complete
 
@@ -237,24 +240,24 @@ class ShapesDataset:
         return self.size
 
     def scene(self, index: int) -> Scene:
-        """The scene at `index`."""
+        """Return the scene at `index`."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside 0..{self.size - 1}")
         rng = np.random.default_rng((self.seed, index))
-        return random_scene(rng, 1 + int(rng.choice(len(self.shares), p=self.shares)), self.held_out)
+        return random_scene(rng, 1 + int(rng.choice(len(self.fractions), p=self.fractions)), self.held_out)
 
     def describe(self) -> dict[str, Any]:
-        """What fixes the pictures: a cache made of others is refused."""
-        shares = [round(float(share), 6) for share in self.shares]
-        return {"size": self.size, "seed": self.seed, "object_weights": shares, "held_out": self.held_out}
+        """Return what determines the images, to check that a cache belongs to them."""
+        fractions = [round(float(fraction), 6) for fraction in self.fractions]
+        return {"size": self.size, "seed": self.seed, "object_weights": fractions, "held_out": self.held_out}
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        """A caption of scene `index`: `rng` chooses what it leaves out."""
+        """Caption scene `index`; `rng` chooses what to omit."""
         return describe(self.scene(index), None if rng.random() < self.complete else rng)
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray | str]:
-        """The picture at `index` with a caption that `rng` words."""
-        image = draw(self.scene(index)).astype(np.float32) / 127.5 - 1
+        """Return item `index` with a caption by `rng`."""
+        image = render(self.scene(index)).astype(np.float32) / 127.5 - 1
         return {"image": image, "caption": self.caption(index, rng)}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
@@ -262,39 +265,36 @@ class ShapesDataset:
 
 
 class ShapesCaptions(ShapesDataset):
-    """Captions without pictures: item `i` is {"caption": str, "attributes": (8,) int64}.
+    """Captions without images; an item is {"caption": str, "attributes": (8,) int64}.
 
     The attributes are size, colour and shape of the first object, the same of the second, relation and background,
-    each counted from 1, with 0 for what the caption does not say. `ATTRIBUTE_CLASSES` counts the values of each.
+    numbered from 1, with 0 for what the caption omits. `ATTRIBUTE_CLASSES` has the number of values of each.
     """
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray | str]:
-        """A caption of scene `index`, worded by `rng`, and what it states."""
+        """Return item `index` with a caption by `rng`."""
         caption = self.caption(index, rng)
         return {"caption": caption, "attributes": attributes(caption)}
 
 
-# ------------------------------------------------------------------------------------------------------- reading
+# ---- parsing captions ----
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One object of a caption; None where the caption leaves the attribute open."""
+    """One object of a caption; None for attributes that it omits."""
 
     shape: str
     colour: str | None = None
     size: str | None = None
 
     def matches(self, item: Item) -> bool:
-        """Whether an object found in a picture is this one."""
+        """Whether an object detected in an image fits."""
         return item.shape == self.shape and self.colour in (None, item.colour) and self.size in (None, item.size)
 
 
 def parse(caption: str) -> tuple[list[Wanted], str | None, str | None]:
-    """The objects, the relation and the background that a caption of the grammar states.
-
-    Raises ValueError for a text outside the grammar.
-    """
+    """Parse a caption to its objects, relation and background. ValueError for text outside the grammar."""
     text, _, ground = caption.strip().partition(" on a ")
     background = ground.removesuffix(" background") or None
     if background not in (None, *BACKGROUNDS):
@@ -322,7 +322,7 @@ ATTRIBUTE_CLASSES: tuple[int, ...] = tuple(
 
 
 def attributes(caption: str) -> np.ndarray:
-    """What a caption of one or two objects states, in the order that `ShapesCaptions` explains: (8,) int64."""
+    """Return a caption's attributes (8,) int64 as `ShapesCaptions` numbers them."""
 
     def number(value: str | None, values: Sequence[str]) -> int:
         return 0 if value is None else 1 + list(values).index(value)
@@ -332,6 +332,6 @@ def attributes(caption: str) -> np.ndarray:
         raise ValueError(f"{caption!r} has more than two objects")
     numbers = []
     for item in [*wanted, None][:2]:
-        said = (item.size, item.colour, item.shape) if item else (None, None, None)
-        numbers += [number(value, values) for value, values in zip(said, _OBJECT_VALUES)]
+        given = (item.size, item.colour, item.shape) if item else (None, None, None)
+        numbers += [number(value, values) for value, values in zip(given, _OBJECT_VALUES)]
     return np.array([*numbers, number(relation, tuple(RELATIONS)), number(background, tuple(BACKGROUNDS))])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import networks, peers
-from benchmarks.comparing import psnr
-from benchmarks.networks import Unavailable, build_ours, on_meta, sharing_copy, with_weights
+from benchmarks import networks
+from benchmarks.compare import psnr
+from benchmarks.networks import Unavailable, on_meta, prepare, sharing_copy, with_weights
 from tests.golden import assert_agrees, tensor
 from tests.tiny import tiny_config
 
@@ -24,12 +24,12 @@ def model():
 def test_theirs_compute_the_same(model):
     unet = with_weights(model.model.diffusion_model, CPU)
     x, t, context = tensor("x", 2, 4, 8, 8), torch.tensor([981, 1]), tensor("context", 2, 7, 24)
-    theirs = peers.made_ready(peers.unet(CONFIG, unet), "eager")
+    theirs = networks.prepare_baseline(networks.diffusers_unet(CONFIG, unet), "eager")
     assert_agrees(unet(x, t, context=context), theirs(x, t, encoder_hidden_states=context).sample, 1e-5)
     first_stage = with_weights(model.first_stage_model, CPU)
-    assert_agrees(first_stage.decode(x), peers.vae(CONFIG, first_stage).decode(x).sample, 1e-5)
+    assert_agrees(first_stage.decode(x), networks.diffusers_vae(CONFIG, first_stage).decode(x).sample, 1e-5)
     text, tokens = with_weights(model.cond_stage_model.transformer, CPU), torch.randint(16, (2, 12))
-    assert_agrees(text(tokens).last_hidden_state, peers.text(text)(tokens).last_hidden_state, 1e-5)
+    assert_agrees(text(tokens).last_hidden_state, networks.transformers_text(text)(tokens).last_hidden_state, 1e-5)
 
 
 @torch.no_grad()
@@ -58,20 +58,13 @@ def test_a_copy_shares_weights_and_nothing_else(model):
     assert not {id(module) for module in unet.modules()} & {id(module) for module in copy.modules()}
 
 
-def test_what_the_library_lacks_is_unavailable():
-    with pytest.raises(Unavailable, match="no ldm.util.fly"):
-        networks._library("ldm.util", "fly")
-    with pytest.raises(Unavailable, match="no ldm.nothing.fly"):
-        networks._library("ldm.nothing", "fly")
-
-
 def test_int8_leaves_the_weights_that_it_is_given(model):
     unet = with_weights(model.model.diffusion_model, CPU)
     x, t, context = tensor("x", 2, 4, 16, 16), torch.tensor([500, 500]), tensor("context", 2, 7, 24)
     with torch.no_grad():
         before = unet(x, t, context=context)
         try:
-            coarse = build_ours(unet, "int8", CPU)(x, t, context=context)
+            coarse = prepare(unet, "int8", CPU)(x, t, context=context)
         except Unavailable as error:
             pytest.skip(str(error))
         assert psnr(coarse, before) > 20

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from benchmarks.rows import Row
-from benchmarks.timing import in_turns, ratio, spread, timed
+from benchmarks.measure import in_turns, ratio, timed
+from benchmarks.settings import Row
 
 
 def test_contenders_take_turns():
@@ -31,8 +31,8 @@ def test_a_ratio_is_the_median_of_the_turns():
 
 def test_a_row_has_median_spread_and_rates():
     row = Row("unet", "call", "ours", "cpu", seconds=[4.0, 1.0, 2.0], items=8, unit="images", flops=100, peak=200)
-    assert (row.median, spread(row.seconds)) == (2.0, (1.0, 4.0))
-    assert (row.rate, row.share) == (4.0, 0.25)
+    assert (row.median, row.spread) == (2.0, (1.0, 4.0))
+    assert (row.rate, row.utilization) == (4.0, 0.25)
     nothing = Row("unet", "call", "ours", "cpu", error="not enough memory")
-    assert (nothing.median, nothing.rate, nothing.share) == (None, None, None)
+    assert (nothing.median, nothing.rate, nothing.utilization) == (None, None, None)
     assert nothing.record()["spread"] is None

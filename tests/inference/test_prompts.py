@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.shapes_judge import judge
+from benchmarks.shapes.evaluator import evaluate
 from ldm.inference import PromptOptions, img2img, inpaint, load_model, text_condition, txt2img
 from ldm.models.diffusion.guidance import Guidance
 
@@ -95,4 +95,4 @@ def test_emphasis_keeps_the_picture(model):
     seeds = list(range(8))
     pictures = txt2img(model, prompts, reading=PromptOptions(emphasis=True), seed=seeds, progress=False)
     said = [prompt.replace("(", "").replace(":1.5)", "") for prompt in prompts]
-    assert sum(judge(np.asarray(picture), text).all for picture, text in zip(pictures, said)) >= 6
+    assert sum(evaluate(np.asarray(picture), text).all for picture, text in zip(pictures, said)) >= 6

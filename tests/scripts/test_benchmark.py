@@ -1,4 +1,4 @@
-"""The benchmark: every suite on a small model, what it leaves on disk, and what ends it."""
+"""scripts/benchmark.py: every suite on a small model, its files, interruption and errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks import comparing, report
-from benchmarks.rows import Row
-from benchmarks.suites import e2e, train
+from benchmarks import compare, report
+from benchmarks.settings import Row
+from benchmarks.suites import processes
+from benchmarks.suites import training as train
 from ldm import cli
-from ldm.util import instantiate_from_config
+from ldm.util import REPOSITORY, instantiate_from_config
 from scripts import benchmark
 from tests.golden import filled
 from tests.tiny import write_tiny
@@ -48,7 +49,7 @@ def test_networks_are_compared_and_scanned(run, tmp_path, capsys):
     assert kinds == both | {("text", "12 tokens", who) for who in ("ours eager", "transformers eager")}
     assert len(rows) == 2 * len(kinds)
     for row in rows:
-        assert len(row["seconds"]) == 2 and row["first"] > 0 and row["flops"] > 0 and 0 < row["share"] < 1
+        assert len(row["seconds"]) == 2 and row["first"] > 0 and row["flops"] > 0 and 0 < row["utilization"] < 1
         assert row["psnr"] is None or row["psnr"] > 80  # the same weights, on all sides
         assert len(row["ratios"]) == 1
     assert found["finished"] and found["peaks"] == {"fp32": 1e12}
@@ -57,7 +58,7 @@ def test_networks_are_compared_and_scanned(run, tmp_path, capsys):
     assert len(found["profiles"]) == len(rows) / 2
     assert "of diffusers eager" in (tmp_path / "out/results.md").read_text()
     assert (tmp_path / "out/plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "Where the time goes, unet: guided call, ours eager, fp32, batch 1" in capsys.readouterr().out
+    assert "Profile, unet: guided call, ours eager, fp32, batch 1" in capsys.readouterr().out
     assert run("--suite", "text", "--compare", "none") == 0  # and overwrites nothing
     assert [row["who"] for row in results(tmp_path / "out-2")[1]] == ["ours eager"]
     assert results(tmp_path / "out")[0] == found
@@ -65,7 +66,7 @@ def test_networks_are_compared_and_scanned(run, tmp_path, capsys):
 
 def test_processes_of_their_own(run, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(e2e, "draw", calls.append)  # other tests draw with the bundled model
+    monkeypatch.setattr(processes, "run_script", calls.append)  # other tests run the command
     assert run("--suite", "load", "e2e", "memory", "--size", 16, "--repeats", 1, "--compare", "none") == 0
     _, rows = results(tmp_path / "out")
     whats = [(row["suite"], row["what"], row["who"]) for row in rows]
@@ -118,6 +119,25 @@ def test_a_plain_step_trains_what_a_run_trains(narrow):
     assert len(moved & trained) > 0.9 * len(trained) and moved >= averages
 
 
+def test_checkouts_are_compared(run, tmp_path, capsys):
+    """A second checkout, here a link to this one, takes turns with it."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("ldm", "scripts", "benchmarks", "configs"):
+        (other / name).symlink_to(REPOSITORY / name)
+    (other / "scripts").unlink()
+    (other / "scripts").mkdir()
+    (other / "scripts/benchmark.py").write_text((REPOSITORY / "scripts/benchmark.py").read_text())
+    assert run("--suite", "text", "--against", other, "--repeats", 1) == 0
+    _, rows = results(tmp_path / "out")
+    assert [row["who"] for row in rows] == ["ours eager, this", "ours eager, other"]
+    for row, name in zip(rows, ("other", "this")):
+        assert len(row["seconds"]) == 1 and list(row["ratios"]) == [name]
+    assert "of other" in (tmp_path / "out/results.md").read_text()
+    assert run("--suite", "text", "--against", tmp_path) == 2
+    assert "is not a checkout of this project" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_what_is_finished(run, tmp_path, monkeypatch, capsys):
     def interrupted(suite, bench):
         yield Row(suite, "something", "ours", "cpu", "fp32", 1, 16, seconds=[1.0])
@@ -128,32 +148,32 @@ def test_ctrl_c_leaves_what_is_finished(run, tmp_path, monkeypatch, capsys):
     found, rows = results(tmp_path / "out")
     assert [row["what"] for row in rows] == ["something"] and not found["finished"]
     assert (tmp_path / "out/plot.png").is_file()
-    assert "interrupted; what was measured is in" in capsys.readouterr().err
+    assert "interrupted; results so far are in" in capsys.readouterr().err
 
 
 def test_what_fails_leaves_the_field_to_others(run, tmp_path, monkeypatch, capsys):
-    def full(network, way, device):
+    def full(network, mode, device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
-    monkeypatch.setattr("benchmarks.suites.vae.build_ours", full)
+    monkeypatch.setattr("benchmarks.suites.networks.prepare", full)
     assert run("--suite", "vae", "--size", 16) == 1
     _, rows = results(tmp_path / "out")
     assert [(row["who"], bool(row["error"]), len(row["seconds"])) for row in rows] == 2 * [
         ("ours eager", True, 0),
         ("diffusers eager", False, 2),
     ]
-    assert "takes another 3.00 GiB" in rows[0]["error"] and "--batch" in rows[0]["error"]
+    assert "needs another 3.00 GiB" in rows[0]["error"] and "--batch" in rows[0]["error"]
     assert "2 of 4 measurements failed" in capsys.readouterr().err
 
 
 def test_results_of_other_shapes_are_no_comparison():
-    settings = benchmark.settings_of(benchmark.parser().parse_args(["--repeats", "1"]), torch.device("cpu"))
+    settings = benchmark.settings_of(benchmark.build_parser().parse_args(["--repeats", "1"]), torch.device("cpu"))
     found = [
-        comparing.Contender(Row("unet", "call", who, "cpu"), lambda shape=shape: lambda: torch.zeros(shape))
+        compare.Contender(Row("unet", "call", who, "cpu"), lambda shape=shape: lambda: torch.zeros(shape))
         for who, shape in (("a", (2, 3)), ("b", (3, 2)))
     ]
     with pytest.raises(ValueError, match=r"b gives \(3, 2\), not \(2, 3\)"):
-        list(comparing.Bench(settings).compare(found))
+        list(compare.Bench(settings).compare(found))
 
 
 def test_a_cpu_does_fp16_in_fp32(caplog):
@@ -164,13 +184,15 @@ def test_a_cpu_does_fp16_in_fp32(caplog):
 
 
 def test_defaults_of_a_gpu():
-    settings = benchmark.settings_of(benchmark.parser().parse_args([]), torch.device("cuda"))
+    settings = benchmark.settings_of(benchmark.build_parser().parse_args([]), torch.device("cuda"))
     assert settings.precisions == ("fp16",) and settings.warm_up > 1
     assert [(scan.size, scan.batch) for scan in settings.scans()] == [(512, 1), (512, 8)]
 
 
 def test_scans_are_all_combinations():
-    args = benchmark.parser().parse_args(["--size", "64", "32", "--batch", "4", "1", "--precision", "fp32", "bf16"])
+    args = benchmark.build_parser().parse_args(
+        ["--size", "64", "32", "--batch", "4", "1", "--precision", "fp32", "bf16"]
+    )
     settings = benchmark.settings_of(args, torch.device("cpu"))
     found = [(scan.precision, scan.size, scan.batch) for scan in settings.scans()]
     assert found == list(itertools.product(("fp32", "bf16"), (64, 32), (4, 1)))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.shapes import HELD_OUT, Item, Scene, draw
-from ldm.data.shapes_judge import judge, read_scene
+from benchmarks.shapes.evaluator import detect_scene, evaluate
+from ldm.data.shapes import HELD_OUT, Item, Scene, render
 from ldm.inference import load_model, txt2img
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,14 +36,14 @@ def test_a_file_of_seven_prompts_in_batches_of_three(tmp_path):
     paths = samples(tmp_path / "out")
     assert [path.name for path in paths] == [f"{i:05}.png" for i in range(7)]
     assert Image.open(tmp_path / "out/grid-0000.png").size == (3 * 66 + 2, 3 * 66 + 2)
-    right = [judge(np.asarray(Image.open(path)), prompt).objects for path, prompt in zip(paths, prompts)]
+    right = [evaluate(np.asarray(Image.open(path)), prompt).objects for path, prompt in zip(paths, prompts)]
     assert sum(right) >= 5
     assert prompts[0] in Image.open(paths[0]).text["parameters"]
 
 
 def test_image_to_image_at_three_strengths(tmp_path):
     scene = Scene("white", (Item("square", "red", "large", 32.0, 32.0, 14.0),))
-    Image.fromarray(draw(scene)).resize((256, 256)).save(tmp_path / "init.png")
+    Image.fromarray(render(scene)).resize((256, 256)).save(tmp_path / "init.png")
     change = []
     for strength in ("0", "0.5", "1"):
         flags = ["--init-img", "init.png", "--strength", strength, "--plms", "--steps", "20", "--n_samples", "1"]
@@ -52,9 +52,9 @@ def test_image_to_image_at_three_strengths(tmp_path):
         picture = np.asarray(Image.open(samples(tmp_path / strength)[0]))
         assert picture.shape == (64, 64, 3)  # the model's own scale
         if strength == "0":
-            (item,) = read_scene(picture).items
+            (item,) = detect_scene(picture).items
             assert (item.shape, item.colour) == ("square", "red")
-        change.append(np.abs(picture.astype(float) - draw(scene)).mean())
+        change.append(np.abs(picture.astype(float) - render(scene)).mean())
     assert change[0] < change[1] < change[2]
 
 
@@ -70,7 +70,7 @@ def test_pictures_show_what_the_prompts_say(model, sampler, steps):
     pairs += [("cross", "white"), ("ring", "cyan"), ("diamond", "black"), ("circle", "yellow"), ("square", "white")]
     prompts = [f"a {colour} {shape}" for shape, colour in pairs if (shape, colour) not in HELD_OUT]
     images = txt2img(model, prompts, sampler=sampler, steps=steps, seed=0, progress=False)
-    right = [judge(np.asarray(image), prompt).objects for image, prompt in zip(images, prompts)]
+    right = [evaluate(np.asarray(image), prompt).objects for image, prompt in zip(images, prompts)]
     assert np.mean(right) >= 0.7
 
 

@@ -48,7 +48,7 @@ def test_a_folder_becomes_a_database(run, capsys):
         (["pictures", "mine.npy"], "name it mine.npz"),
         (["pictures", "no/mine.npz"], "there is no folder no to write mine.npz to"),
         (["nowhere", "mine.npz"], "there is no folder nowhere"),
-        (["clip", "mine.npz"], "there are no pictures in clip"),
+        (["clip", "mine.npz"], "no images in clip"),
         (["pictures", "mine.npz", "--clip", "no"], "CLIP's weights are not at no"),
     ],
 )

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.shapes.comparison import SETTINGS
+from benchmarks.shapes.scoring import PROMPT_SETS
 from ldm import cli
-from ldm.evaluation.comparison import WAYS
-from ldm.evaluation.scores import KINDS
 from scripts import evaluate
 from tests.tiny import write_tiny
 
@@ -21,7 +21,7 @@ def run(*argv: object) -> int:
 
 
 def test_the_script_knows_what_there_is() -> None:
-    assert tuple(KINDS) == evaluate.KINDS and tuple(WAYS) == evaluate.WAYS
+    assert tuple(PROMPT_SETS) == evaluate.PROMPT_SETS and tuple(SETTINGS) == evaluate.SETTINGS
 
 
 def test_options_before_and_behind_the_command() -> None:
@@ -34,7 +34,7 @@ def test_the_same_command_gives_the_same_table_in_a_folder_of_its_own(tmp_path: 
     for _ in range(2):
         assert run(*command, "--out", tmp_path / "out") == 0
     output = capsys.readouterr().out
-    assert "First stage: " in output and f"Table, numbers and pictures: {tmp_path / 'out-2'}" in output
+    assert "First stage: " in output and f"Table, numbers and images: {tmp_path / 'out-2'}" in output
     files = ["held-out-relation.png", "reconstructions.png", "results.json", "results.md", "single.png"]
     for folder in (tmp_path / "out", tmp_path / "out-2"):
         assert sorted(path.name for path in folder.iterdir()) == files
@@ -42,7 +42,7 @@ def test_the_same_command_gives_the_same_table_in_a_folder_of_its_own(tmp_path: 
     assert (tmp_path / "out/single.png").read_bytes() == (tmp_path / "out-2/single.png").read_bytes()
 
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert list(results["kinds"]) == ["held-out-relation", "single"]
+    assert list(results["prompt sets"]) == ["held-out-relation", "single"]
     assert results["settings"]["steps"] == 2 and results["settings"]["sampler"] == "dpmpp_2m_sde"
     assert results["first stage"]["psnr"] > 25 and results["first stage"]["prompts"] == 3
 
@@ -66,7 +66,7 @@ def test_distance_of_folders(tmp_path: Path, capsys) -> None:
     assert run("distance", tmp_path / "a", tmp_path / "same", *model) == 0
     lines = capsys.readouterr().out.splitlines()
     assert abs(float(lines[-4].removeprefix("Frechet distance "))) < 1e-5
-    assert lines[-2].startswith("of 3 and 3 pictures, by 64 features of the first stage of ")
+    assert lines[-2].startswith("of 3 and 3 images, by 64 features of the first stage of ")
     assert lines[-1].startswith("Not the published FID or KID")
     assert run("distance", tmp_path / "a", tmp_path / "b", *model) == 0
     assert float(capsys.readouterr().out.splitlines()[-4].removeprefix("Frechet distance ")) > 0.01
@@ -79,7 +79,7 @@ def test_distance_of_folders(tmp_path: Path, capsys) -> None:
         (["--prompts", "0"], "'0' is not a whole number of at least 1"),
         (["distance", "one"], "the following arguments are required: FOLDER"),
         (["distance", "nowhere", "."], "there is no folder nowhere"),
-        (["--ckpt", "tiny"], "the judge reads drawn scenes of 64x64 pixels, but this model draws 32x32"),
+        (["--ckpt", "tiny"], "the evaluator needs scenes of 64x64 pixels, but this model generates 32x32"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, against closed forms, and what folders they refuse."""
+"""Distances between sets of images against closed forms, and refused folders."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.evaluation import distances
-from ldm.evaluation.distances import first_stage_features, folder_features, inception_features
+from ldm import evaluation
+from ldm.evaluation import distances, first_stage_features, folder_features, inception_features
 from ldm.inference import load_model
 from tests.tiny import write_tiny
 
@@ -31,13 +31,13 @@ def test_frechet_distance_of_gaussians() -> None:
     a = gaussian(300, torch.zeros(5).double(), turn @ one.diag())
     b = gaussian(200, shift, turn @ two.diag())
     expected = shift.square().sum() + (one - two).square().sum()
-    assert distances.distances(a, b)["frechet"] == pytest.approx(float(expected), rel=1e-9)
-    assert distances.distances(b, a)["frechet"] == pytest.approx(float(expected), rel=1e-9)
+    assert distances(a, b)["frechet"] == pytest.approx(float(expected), rel=1e-9)
+    assert distances(b, a)["frechet"] == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_far_from_the_origin_nothing_is_lost() -> None:
     a = gaussian(500, torch.full((3,), 1e4).double(), torch.eye(3).double())
-    found = distances.distances(a, a + torch.tensor([0.1, 0, 0]).double())
+    found = distances(a, a + torch.tensor([0.1, 0, 0]).double())
     assert found["frechet"] == pytest.approx(0.01, rel=1e-3)
 
 
@@ -48,15 +48,15 @@ def test_kernel_distance_is_the_unbiased_estimate() -> None:
     kernel = torch.tensor(kernel)
     apart = 1 - torch.eye(30).double()
     expected = ((kernel[:30, :30] + kernel[30:, 30:]) * apart).sum() / (30 * 29) - 2 * kernel[:30, 30:].mean()
-    found = distances.distances(x, y)
+    found = distances(x, y)
     assert found["kernel"] == pytest.approx(float(expected), rel=1e-9) and found["kernel_deviation"] < 1e-9
-    assert found == distances.distances(x, y)
+    assert found == distances(x, y)
 
 
-def test_few_pictures_are_warned_of(caplog) -> None:
+def test_few_images_are_warned_of(caplog) -> None:
     points = torch.randn(6, 8)
-    assert distances.distances(points, points)["frechet"] == pytest.approx(0, abs=1e-6)
-    assert "6 pictures for 8 features: too few" in caplog.text
+    assert distances(points, points)["frechet"] == pytest.approx(0, abs=1e-6)
+    assert "6 images for 8 features: too few" in caplog.text
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-def mean_colour(pictures: torch.Tensor) -> torch.Tensor:
-    assert pictures.dtype == torch.uint8 and pictures.shape[1] == 3
-    return pictures.double().mean((2, 3))
+def mean_colour(images: torch.Tensor) -> torch.Tensor:
+    assert images.dtype == torch.uint8 and images.shape[1] == 3
+    return images.double().mean((2, 3))
 
 
 def test_a_folder_in_batches(folder: Path) -> None:
@@ -84,19 +84,19 @@ def test_a_folder_in_batches(folder: Path) -> None:
 def test_folders_that_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
         folder_features(tmp_path / "nowhere", mean_colour, 2)
-    with pytest.raises(ValueError, match="a.0.png is 32x32, but the pictures before it are 64x64"):
+    with pytest.raises(ValueError, match="a.0.png is 32x32, but the images before it are 64x64"):
         folder_features(folder, mean_colour, 2, size=(64, 64))
     Image.new("RGB", (16, 32)).save(folder / "4.png")
-    with pytest.raises(ValueError, match="a.4.png is 16x32, but the pictures before it are 32x32"):
+    with pytest.raises(ValueError, match="a.4.png is 16x32, but the images before it are 32x32"):
         folder_features(folder, mean_colour, 2)
     (folder / "2.png").write_bytes((folder / "3.png").read_bytes()[:900])
     with pytest.raises(ValueError, match="2.png is cut short or damaged"):
         folder_features(folder, mean_colour, 2)
     (tmp_path / "one").mkdir()
-    with pytest.raises(ValueError, match="no pictures in"):
+    with pytest.raises(ValueError, match="no images in"):
         folder_features(tmp_path / "one", mean_colour, 2)
     Image.new("RGB", (16, 32)).save(tmp_path / "one/1.png")
-    with pytest.raises(ValueError, match="one holds one picture"):
+    with pytest.raises(ValueError, match="one has one image"):
         folder_features(tmp_path / "one", mean_colour, 2)
 
 
@@ -116,9 +116,9 @@ def test_latents_as_features(folder: Path, tmp_path: Path) -> None:
 
 def test_inception_is_not_downloaded(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(distances, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="need torch-fidelity: install it, or use --features first-stage"):
         inception_features(torch.device("cpu"))
-    monkeypatch.setattr(distances, "find_spec", lambda name: name)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: name)
     with pytest.raises(FileNotFoundError, match="no Inception weights at .* or use --features first-stage"):
         inception_features(torch.device("cpu"))

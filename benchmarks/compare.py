@@ -1,4 +1,4 @@
-"""Contenders for the same work, measured in turns in one process."""
+"""Compare contenders for the same work, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -8,50 +8,49 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import profiling
-from benchmarks.memory import Peak
+from benchmarks.measure import PeakMemory, in_turns, measure_peak_flops, profile_call, ratio, synchronized_clock, timed
 from benchmarks.networks import Unavailable
-from benchmarks.roofline import measured_peak
-from benchmarks.rows import Row
-from benchmarks.settings import DTYPES, Settings
-from benchmarks.timing import clock_of, in_turns, ratio, timed
+from benchmarks.settings import DTYPES, Row, Settings
 
 logger = logging.getLogger(__name__)
 
 
 class Contender(NamedTuple):
-    """row: where it goes. build: makes everything ready, and gives the call to measure, whose result is compared."""
+    """A row to fill, and a function that prepares everything and returns the call to measure."""
 
     row: Row
     build: Callable[[], Callable[[], Tensor]]
 
 
 class Bench:
-    """What suites measure with: the settings, the machine's peaks by precision, and the profiles so far."""
+    """State of a benchmark: settings, peak operations per second by precision, profiles."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.peaks: dict[str, float] = {}
-        self.profiles: list[profiling.Profile] = []
+        self.profiles: list[dict[str, Any]] = []
 
     def peak(self, precision: str) -> float:
-        """Operations a second at best, measured when it is first asked for, unless the settings say it."""
+        """Return the peak operations per second, measured at the first call unless set."""
         if precision not in self.peaks:
             device, dtype = self.settings.device, DTYPES[precision]
-            self.peaks[precision] = self.settings.peak or measured_peak(device, dtype)
+            self.peaks[precision] = self.settings.peak or measure_peak_flops(device, dtype)
         return self.peaks[precision]
 
     @torch.no_grad()
     def compare(self, contenders: Sequence[Contender]) -> Iterator[Row]:
-        """The rows of contenders, measured in turns; results are compared with those of the first that works.
+        """Measure contenders interleaved and yield their rows.
 
-        A contender that fails says why in its row, and leaves the field to the others; one that is `Unavailable` has
-        none. Raises ValueError if their results have different shapes.
+        Results are compared with those of the first contender that works. One that fails has the error in its row,
+        one that is `Unavailable` has no row.
+
+        Raises:
+            ValueError: If results have different shapes.
         """
         settings, rows, calls = self.settings, {}, {}
         reference: Tensor | None = None
@@ -75,18 +74,21 @@ class Bench:
                 row.psnr = psnr(result, reference)
                 row.note = row.note or ("" if row.psnr else "equal")
             calls[row.who], rows[row.who] = call, row
-        turns = {who: functools.partial(timed, call, clock_of(settings.device)) for who, call in calls.items()}
-        yield from finished(rows, in_turns(turns, settings.repeats))
+        clock = synchronized_clock(settings.device)
+        turns = {who: functools.partial(timed, call, clock) for who, call in calls.items()}
+        yield from finish(rows, in_turns(turns, settings.repeats))
         if settings.profile and rows:
-            first = next(iter(rows))
-            self.profiles.append(profiling.profile(calls[first], rows[first], settings.device))
+            who, row = next(iter(rows.items()))
+            names = ("suite", "what", "who", "precision", "batch", "size")
+            operations = profile_call(calls[who], settings.device)
+            self.profiles.append({name: getattr(row, name) for name in names} | {"operations": operations})
         calls.clear()
         turns.clear()
         release(settings)
 
 
-def finished(rows: Mapping[str, Row], seconds: Mapping[str, Sequence[float]]) -> Iterator[Row]:
-    """Rows by name with what their turns took, by itself and by what the others took."""
+def finish(rows: Mapping[str, Row], seconds: Mapping[str, Sequence[float]]) -> Iterator[Row]:
+    """Fill rows with their times and the ratios to each other."""
     for name, row in rows.items():
         row.seconds = seconds[name]
         row.ratios = {other: ratio(seconds[name], seconds[other]) for other in rows if other != name}
@@ -94,12 +96,12 @@ def finished(rows: Mapping[str, Row], seconds: Mapping[str, Sequence[float]]) ->
 
 
 def _warm_up(settings: Settings, row: Row, call: Callable[[], Tensor]) -> Tensor:
-    """The result of the calls that do not count, the last of them with an eye on memory."""
+    """Make the calls that do not count, the last of them measuring memory; returns the first result."""
     result: list[Tensor] = []
     for number in range(settings.warm_up):
         result.clear()
-        with Peak(settings.device) as peak:
-            seconds = timed(lambda: result.append(call().clone()), clock_of(settings.device))
+        with PeakMemory(settings.device) as peak:
+            seconds = timed(lambda: result.append(call().clone()), synchronized_clock(settings.device))
         if number == 0:
             row.first = seconds
     row.memory = peak.extra
@@ -107,8 +109,7 @@ def _warm_up(settings: Settings, row: Row, call: Callable[[], Tensor]) -> Tensor
 
 
 def release(settings: Settings) -> None:
-    """Give back what contenders had, compiled code too: the next ones have other shapes, which would not be compiled
-    for as they are."""
+    """Free memory and compiled code: the next contenders have other shapes, for which they would not be reused."""
     gc.collect()
     torch.compiler.reset()
     if settings.on_gpu:
@@ -116,7 +117,7 @@ def release(settings: Settings) -> None:
 
 
 def psnr(result: Tensor, reference: Tensor) -> float | None:
-    """Peak signal-to-noise ratio in dB, the range of `reference` being the peak; None if both are equal."""
+    """Compute the PSNR in dB with the range of `reference` as peak; None if equal."""
     result, reference = result.float(), reference.float()
     error = (result - reference).square().mean().item()
     peak = (reference.max() - reference.min()).item()
@@ -124,10 +125,10 @@ def psnr(result: Tensor, reference: Tensor) -> float | None:
 
 
 def explain(error: BaseException) -> str:
-    """A sentence: how much memory was asked for, if that was it, and what to try."""
+    """Describe an error in a sentence; when out of memory, with the size and what to try."""
     text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
     if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text, re.IGNORECASE)):
         return text[:300]
     size = re.search(r"tried to allocate ([\d.]+ ?\w*)", text, re.IGNORECASE)
-    asked = f" (it takes another {size[1]})" if size else ""
-    return f"not enough memory{asked}: try a smaller --batch or --size, fewer --ways, or on a GPU --precision fp16"
+    needed = f" (needs another {size[1]})" if size else ""
+    return f"out of memory{needed}: try a smaller --batch or --size, fewer --ways, or on a GPU --precision fp16"

@@ -1,4 +1,4 @@
-"""Distances between two folders of pictures, by features of the pictures; the arithmetic is torchmetrics'."""
+"""Frechet and kernel distances (FID, KID) between folders of images, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Features = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) uint8 to (B, D) float64
+Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 to features (B, D) float64
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes it
-_POSITIONS = 4  # latents are averaged to this many positions a side
+_POSITIONS = 4  # side of the grid that latents are averaged to
 _KERNEL_SUBSET, _KERNEL_SUBSETS = 1000, 100  # as published (Binkowski et al. 2018)
 
 
 def first_stage_features(model: LatentDiffusion) -> Features:
-    """The latents of a model's first stage, averaged to 4x4 positions: D = 16 times its channels."""
+    """Return a feature extractor: a first stage's latents averaged to 4x4 positions, D = 16 times its channels."""
 
     @torch.no_grad()
-    def features(pictures: Tensor) -> Tensor:
-        model.latent_size(*pictures.shape[2:])
-        encoded = model.encode_first_stage(pictures.to(model.device).float() / 127.5 - 1)
+    def features(images: Tensor) -> Tensor:
+        model.latent_size(*images.shape[2:])
+        encoded = model.encode_first_stage(images.to(model.device).float() / 127.5 - 1)
         latents = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded  # (B, C, h, w)
         return nn.functional.adaptive_avg_pool2d(latents.float(), _POSITIONS).flatten(1).cpu().double()
 
@@ -44,9 +44,11 @@ def first_stage_features(model: LatentDiffusion) -> Features:
 
 
 def inception_features(device: torch.device) -> Features:
-    """The 2048 features of Inception v3 that FID is published with, from torch-fidelity and its weights on disk.
+    """Return the published feature extractor of FID: Inception v3 of torch-fidelity, D = 2048.
 
-    Raises ImportError or FileNotFoundError where one of them is missing: nothing is downloaded.
+    Raises:
+        ImportError: If torch-fidelity is not installed.
+        FileNotFoundError: If its weights are not on disk: nothing is downloaded.
     """
     if find_spec("torch_fidelity") is None:
         raise ImportError("Inception features need torch-fidelity: install it, or use --features first-stage")
@@ -62,8 +64,8 @@ def inception_features(device: torch.device) -> Features:
     network = network.to(device)
 
     @torch.no_grad()
-    def features(pictures: Tensor) -> Tensor:
-        return network(pictures.to(device)).cpu().double()
+    def features(images: Tensor) -> Tensor:
+        return network(images.to(device)).cpu().double()
 
     return features
 
@@ -71,43 +73,53 @@ def inception_features(device: torch.device) -> Features:
 def folder_features(
     folder: Path, features: Features, batch: int, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, tuple[int, int]]:
-    """(features (N, D), (width, height)) of the pictures in a folder, which need one size: `size` if that is given.
+    """Compute the features of a folder's images.
 
-    Raises ValueError for fewer than two pictures, unequal sizes and files that are no pictures.
+    Args:
+        folder: The folder.
+        features: Feature extractor.
+        batch: Images per batch.
+        size: (width, height) that all images must have; by default that of the first.
+
+    Returns:
+        Features (N, D), and the size.
+
+    Raises:
+        ValueError: For fewer than two images, unequal sizes and files that are not images.
     """
     names, _ = scan(folder)
     if len(names) < 2:
-        raise ValueError(f"{folder} holds one picture, and a distance needs two or more in each folder")
-    found, pictures = [], []
-    for number, name in enumerate(tqdm(names, desc=folder.name, unit="picture"), 1):
-        picture = load_image(folder / name)
-        size = size or picture.size
-        if picture.size != size:
-            given, wanted = ("x".join(map(str, pair)) for pair in (picture.size, size))
-            raise ValueError(f"{folder / name} is {given}, but the pictures before it are {wanted}: use one size")
-        pictures.append(np.asarray(picture))
-        if len(pictures) == batch or number == len(names):
-            found.append(features(torch.from_numpy(np.stack(pictures)).movedim(-1, 1).contiguous()))
-            pictures = []
-    assert size is not None  # that of the first picture
+        raise ValueError(f"{folder} has one image, and a distance needs two or more in each folder")
+    found, images = [], []
+    for number, name in enumerate(tqdm(names, desc=folder.name, unit="image"), 1):
+        image = load_image(folder / name)
+        size = size or image.size
+        if image.size != size:
+            given, wanted = ("x".join(map(str, pair)) for pair in (image.size, size))
+            raise ValueError(f"{folder / name} is {given}, but the images before it are {wanted}: use one size")
+        images.append(np.asarray(image))
+        if len(images) == batch or number == len(names):
+            found.append(features(torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()))
+            images = []
+    assert size is not None  # that of the first image
     return torch.cat(found), size
 
 
 def distances(one: Tensor, other: Tensor) -> dict[str, float]:
-    """Frechet distance (Heusel et al. 2017) and kernel distance (Binkowski et al. 2018) of features (N, D), (M, D)."""
+    """Compute Frechet (Heusel et al. 2017) and kernel distance (Binkowski et al. 2018) of features (N, D), (M, D)."""
     mean, deviation = kernel_distance(one, other)
     return {"frechet": frechet_distance(one, other), "kernel": mean, "kernel_deviation": deviation}
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """Between normal distributions of the mean and covariance of features (N, D), (M, D)."""
+    """Compute the Frechet distance between Gaussians fitted to features (N, D), (M, D)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     counts = (len(one), len(other))
     if min(counts) <= one.shape[1]:
         logger.warning(
-            "%d pictures for %d features: too few to know their covariance, and the Frechet distance depends on the "
-            "number of pictures",
+            "%d images for %d features: too few to estimate the covariance; the Frechet distance depends on the "
+            "number of images",
             min(counts),
             one.shape[1],
         )
@@ -115,14 +127,14 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
 
 
 def kernel_distance(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """The mean over random subsets of features (N, D), (M, D), with its standard deviation.
+    """Compute mean and standard deviation of the kernel distance over random subsets of features (N, D), (M, D).
 
-    As an unbiased estimate it is below 0 about as often as above where nothing differs.
+    The estimate is unbiased: without a difference it is as often below 0 as above.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that features take memory
+        warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns of memory use
         metric = KernelInceptionDistance(_as_given(one), _KERNEL_SUBSETS, min(_KERNEL_SUBSET, len(one), len(other)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the subsets

@@ -1,4 +1,4 @@
-"""Training from cached latents: steps of a run of scripts/train.py, and of a plain loop over the same modules."""
+"""Speed of training from cached latents: steps of scripts/train.py and of a plain loop over the same modules."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.comparing import Bench, explain, finished, release
-from benchmarks.memory import Peak
-from benchmarks.rows import Row, row_of
-from benchmarks.settings import V1, Scan, Settings
-from benchmarks.timing import clock_of
+from benchmarks.compare import Bench, explain, finish, release
+from benchmarks.measure import PeakMemory, synchronized_clock
+from benchmarks.settings import V1, Row, Scan, Settings, row_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WARM_UP = 1  # steps that are not counted
-BATCHES = {False: (16,), True: (32,)}  # on a GPU
+WARM_UP = 1  # steps that do not count
+BATCHES = {False: (16,), True: (32,)}  # by whether on a GPU
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "sgd": "torch.optim.SGD"}
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 CONFIGS = {"bundled": "models/ldm/shapes64/config.yaml", "v1": V1}
@@ -36,21 +34,26 @@ DEFAULTS = {"model": None, "steps": 50, "optimizer": "adamw"}  # None: v1 on a G
 RUN, PLAIN = "training run", "plain loop"
 
 
-def rows(bench: Bench) -> Iterator[Row]:
-    """Images a second of both, in turns, of every scan."""
+def train(bench: Bench) -> Iterator[Row]:
+    """Measure images per second of both, interleaved."""
     settings = bench.settings
     options = {**DEFAULTS, **settings.train}
     model = options["model"] or ("v1" if settings.on_gpu else "bundled")
     sizes = (512,) if settings.on_gpu else (256,)
     for scan in settings.scans(sizes, BATCHES[settings.on_gpu], only_size=64 if model == "bundled" else None):
         if scan.precision not in PRECISIONS:
-            logger.warning("training in %s: measured in bf16, which keeps its range", scan.precision)
+            logger.warning("training in %s: measured in bf16, which has the range of fp32", scan.precision)
             scan = Scan("bf16", scan.batch, scan.size)
         what = f"{model}, {options['optimizer']}, cached latents"
         more = {"items": scan.batch, "unit": "images"}
         found = {who: row_of("train", what, who, settings.device, scan, **more) for who in (PLAIN, RUN)}
         try:
-            with _quiet(), tempfile.TemporaryDirectory() as folder, torch.enable_grad(), Peak(settings.device) as peak:
+            with (
+                _quiet(),
+                tempfile.TemporaryDirectory() as folder,
+                torch.enable_grad(),
+                PeakMemory(settings.device) as peak,
+            ):
                 pairs = measure(model, options, scan, settings.device, Path(folder))
         except (RuntimeError, MemoryError) as error:
             found[RUN].error = explain(error)
@@ -59,13 +62,13 @@ def rows(bench: Bench) -> Iterator[Row]:
         found[RUN].memory = peak.extra
         found[RUN].note = f"{len(pairs)} steps"
         runs, plains = zip(*pairs)
-        yield from finished(found, {RUN: runs, PLAIN: plains})
+        yield from finish(found, {RUN: runs, PLAIN: plains})
         release(settings)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within it nothing is told of a run's settings and its end."""
+    """Silence the messages of a run."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "ldm.training")]
     levels = [each.level for each in loggers]
     for each in loggers:
@@ -80,7 +83,7 @@ def _quiet() -> Iterator[None]:
 
 
 class RandomLatents:
-    """A data set of cached latents `entry` of `shape` and captions, or contexts of shape `context`: all random."""
+    """Dataset of random latents `entry` of `shape`, with a caption or with random contexts of shape `context`."""
 
     def __init__(self, length: int, entry: str, shape: Sequence[int], context: Sequence[int] | None = None) -> None:
         self.length, self.entry, self.shape, self.context = length, entry, tuple(shape), context
@@ -89,7 +92,7 @@ class RandomLatents:
         return self.length
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One item."""
+        """Return item `index`."""
         item: dict[str, Any] = {self.entry: rng.standard_normal(self.shape, dtype="float32")}
         if self.context:
             return item | {"context": rng.standard_normal(self.context, dtype="float32")}
@@ -97,24 +100,24 @@ class RandomLatents:
 
 
 def model_and_latents(name: str, size: int = 256, recompute: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `model` section to train, and what `RandomLatents` is to hold for it, of pictures of `size` pixels.
+    """Return a config's `model` section and the arguments of `RandomLatents` for images of `size` pixels.
 
-    recompute: as v1's config has it, what the backward pass needs is computed again, to save memory.
+    recompute: use gradient checkpointing, as v1's config does.
     """
     model: dict[str, Any] = Settings(config=CONFIGS[name]).model_config["model"]
     model["base_learning_rate"] = 1e-6
     if name == "bundled":
         model["params"]["use_ema"] = True
         return model, {"entry": "moments", "shape": (16, 8, 8)}
-    nothing = {"target": "torch.nn.Identity"}  # latents and contexts are there already
+    identity = {"target": "torch.nn.Identity"}  # latents and contexts are cached
     model["params"]["unet_config"]["params"]["use_checkpoint"] = recompute
-    model["params"] |= {"image_size": size // 8, "cond_stage_config": nothing}
+    model["params"] |= {"image_size": size // 8, "cond_stage_config": identity}
     model["params"]["first_stage_config"] = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
     return model, {"entry": "latents", "shape": (4, size // 8, size // 8), "context": (77, 768)}
 
 
 def plain_step(model: LatentDiffusion, optimizer: torch.optim.Optimizer, batch: Mapping[str, Any], bf16: bool) -> None:
-    """One step of training as a short script would do it: noise, forward, loss, backward, optimiser, averages."""
+    """Take a training step as a short script would: noise, forward, loss, backward, optimizer, EMA."""
     if "moments" in batch:
         mean, logvar = batch["moments"].chunk(2, dim=1)
         z = model.scale_factor * (mean + (0.5 * logvar).exp() * torch.randn_like(mean))
@@ -139,26 +142,27 @@ def plain_step(model: LatentDiffusion, optimizer: torch.optim.Optimizer, batch: 
 def measure(
     model_name: str, options: Mapping[str, Any], scan: Scan, device: torch.device, folder: Path
 ) -> list[tuple[float, float]]:
-    """Seconds of (a step of a run, a plain step) on the same weights, as many pairs as `options` have steps.
+    """Measure pairs of (seconds of a step of a run, seconds of a plain step) on the same weights.
 
-    Plain steps are taken between those of a run, so that both meet the same machine. The run is one of
-    scripts/train.py in all but pictures and checkpoints; `folder` is its folder.
+    Plain steps alternate with those of the run, which is one of scripts/train.py in `folder`, without image logs and
+    checkpoints.
     """
     import pytorch_lightning as pl
 
     from ldm.training.run import build_data, build_model, build_trainer, set_learning_rate
     from ldm.training.signals import Signals
+    from ldm.util import trust
 
     pairs: list[tuple[float, float]] = []
-    now = clock_of(device)
+    now = synchronized_clock(device)
 
     class InTurns(pl.Callback):
-        """Takes a plain step after each of the run, and the time of both."""
+        """Take a plain step after each of the run, and time both."""
 
         resumed: float | None = None
 
         def on_train_batch_end(self, trainer: pl.Trainer, model: Any, outputs: Any, batch: Any, index: int) -> None:
-            """Lightning's hook."""
+            """Time the step that ended, then a plain one."""
             stopped = now()
             plain_step(model, trainer.optimizers[0], batch, scan.precision == "bf16")
             resumed = now()
@@ -166,6 +170,7 @@ def measure(
                 pairs.append((stopped - self.resumed, resumed - stopped))
             self.resumed = resumed
 
+    trust(__name__)  # for RandomLatents in the run's config
     settings = _run_settings(model_name, options, scan, device)
     data, model = build_data(settings), build_model(settings)
     trainer = build_trainer(settings, model, folder, now="benchmark")

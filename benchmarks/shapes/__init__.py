@@ -1,0 +1,1 @@
+"""Accuracy of models of synthetic scenes, see `ldm.data.shapes`."""
