@@ -40,6 +40,19 @@ def averaged_weights(averages: Iterable[tuple[LitEma, nn.Module]]) -> Iterator[N
             average.swap(module)
 
 
+def random_stages(module: nn.Module) -> list[str]:
+    """Names of children that are not trained and got no weights from a file."""
+    if hasattr(module, "checkpoint_path"):  # loading reported what the file lacks
+        return []
+    return [
+        name
+        for name, part in module.named_children()
+        if (weights := list(part.parameters()))
+        and not any(weight.requires_grad for weight in weights)
+        and not any(hasattr(child, "checkpoint_path") for child in part.modules())
+    ]
+
+
 # ---- optimizers ----
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ldm.images import text_to_tensor
-from ldm.models.diffusion.batches import image_row
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.models.diffusion.image_logs import image_row
 from ldm.models.diffusion.special_models import LatentInpaintDiffusion
 from tests.golden import golden_configs
 from tests.models.test_diffusion_training import Point, point

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,15 +43,12 @@ def first_rows(cond: Condition, count: int | None) -> Condition:
     return None if cond is None else cond[:count]
 
 
-def image_row(panels: Sequence[Tensor]) -> Tensor:
-    """One image (1, C, n H, T W) of T panels (n, C, H, W): a row for every item, time from left to right."""
-    wide = torch.cat(list(panels), dim=3)  # (n, C, H, T W)
-    return torch.cat(list(wide.split(1)), dim=2)
-
-
-def select_logs(log: dict[str, Tensor], return_keys: Iterable[str] | None) -> dict[str, Tensor]:
-    """The entries called `return_keys`; all of them if that matches none, as published."""
-    return {key: log[key] for key in return_keys or () if key in log} or log
+def image_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a config's `image_size`, which is one number or two; ValueError for anything else."""
+    sides = list(size) if hasattr(size, "__iter__") else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"image_size must be one number of latent pixels or two, height and width, not {size!r}")
+    return sides[0], sides[1]
 
 
 class ConditionDropout:

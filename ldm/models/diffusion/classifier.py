@@ -63,14 +63,15 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         configs = sorted(Path(diffusion_path).glob("configs/*-project.yaml"))
         if not configs:
             raise FileNotFoundError(f"diffusion_path {diffusion_path} has no configs/*-project.yaml")
-        self.diffusion_config: Any = OmegaConf.to_container(read_yaml(configs[-1]), resolve=True)["model"]
+        config: Any = OmegaConf.to_container(read_yaml(configs[-1]), resolve=True)
+        self.diffusion_config = config["model"]
         self.diffusion_config["params"]["ckpt_path"] = diffusion_ckpt_path
         self.load_diffusion()
 
         self.monitor = monitor
         self.log_time_interval = max(self.diffusion_model.num_timesteps // log_steps, 1)
         self.log_steps = log_steps
-        self.label_key = getattr(self.diffusion_model, "cond_stage_key", label_key)
+        self.label_key: str = getattr(self.diffusion_model, "cond_stage_key", label_key) or ""
         if self.label_key not in __models__:
             raise ValueError(f"label_key {self.label_key!r} is not one of {', '.join(__models__)}")
         self.load_classifier(ckpt_path, pool)
@@ -166,8 +167,8 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         prefix = "train" if self.training else "val"
         log = {f"{prefix}/loss": loss.mean()}
         log |= {f"{prefix}/acc@{k}": torch.tensor(self.compute_top_k(logits, targets, k)) for k in (1, 5)}
-        options = {"on_step": self.training, "on_epoch": True, "batch_size": len(loss)}
-        self.log_dict(log, sync_dist=self.trainer.world_size > 1, **options)
+        sync = self.trainer.world_size > 1
+        self.log_dict(log, on_step=self.training, on_epoch=True, batch_size=len(loss), sync_dist=sync)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss at random noise levels."""

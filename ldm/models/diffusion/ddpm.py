@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.checkpoint import init_from_checkpoint
-from ldm.images import text_to_tensor
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.batches import (
     CLASS_KEYS,
@@ -32,13 +31,20 @@ from ldm.models.diffusion.batches import (
     ConditionDropout,
     entry_of,
     first_rows,
-    image_row,
+    image_sides,
     images_of,
-    select_logs,
 )
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.distributed_rng import DistributedRNG, seeded
 from ldm.models.diffusion.guidance import Condition
+from ldm.models.diffusion.image_logs import (
+    condition_images,
+    diffuse,
+    image_row,
+    outer_mask,
+    sampling_options,
+    select_logs,
+)
 from ldm.models.diffusion.noise import NoiseSource
 from ldm.models.model_info import ModelInfo
 from ldm.models.training import (
@@ -51,6 +57,7 @@ from ldm.models.training import (
     freeze_all_but,
     lr_schedules,
     make_optimizer,
+    random_stages,
 )
 from ldm.modules.diffusionmodules.schedule import (
     PARAMETERIZATIONS,
@@ -92,14 +99,6 @@ def pop_loading(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs.pop(name) for name in LOADING_KEYS if name in kwargs}
 
 
-def image_sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a config's `image_size`, which is one number or two; ValueError for anything else."""
-    sides = list(size) if hasattr(size, "__iter__") else [size, size]
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"image_size must be one number of latent pixels or two, height and width, not {size!r}")
-    return sides[0], sides[1]
-
-
 class DiffusionWrapper(pl.LightningModule):
     """The network, given its condition in the way that `conditioning_key` names.
 
@@ -136,10 +135,9 @@ class DiffusionWrapper(pl.LightningModule):
                 x = torch.cat([x, *self._need(c_concat, "c_concat")], dim=1)
             if key != "concat":
                 contexts = list(self._need(c_crossattn, "c_crossattn"))
-                if not self.sequential_cross_attn:
-                    # a single context stays the same tensor object, which caches of its keys and values look for
-                    contexts = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=1)
-                inputs["context"] = contexts
+                # a single context stays the same tensor object, which caches of its keys and values look for
+                joined = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=1)
+                inputs["context"] = contexts if self.sequential_cross_attn else joined
             if key.endswith("-adm"):
                 inputs["y"] = self._need(c_adm, "c_adm")
         return self.diffusion_model(x, t, **inputs)
@@ -570,24 +568,12 @@ class DDPM(pl.LightningModule):
     def on_train_start(self) -> None:
         """Remember the steps of a resumed run; warn of frozen stages that a new run leaves with random weights."""
         self._averaged_step = self.global_step
-        names = self._random_stages()
+        names = random_stages(self)
         if names and self.global_step == 0 and self.trainer.is_global_zero:
             logger.warning(
                 "%s: frozen, but with random weights: give each a ckpt_path in its config, or one to the model",
                 ", ".join(names),
             )
-
-    def _random_stages(self) -> list[str]:
-        """Children that are not trained and got no weights from a file."""
-        if hasattr(self, "checkpoint_path"):  # loading reported what the file lacks
-            return []
-        return [
-            name
-            for name, part in self.named_children()
-            if (weights := list(part.parameters()))
-            and not any(weight.requires_grad for weight in weights)
-            and not any(hasattr(module, "checkpoint_path") for module in part.modules())
-        ]
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Update the averages: after every optimizer step, or with `ema_every_micro_batch` after every batch."""
@@ -662,7 +648,7 @@ class DDPM(pl.LightningModule):
             **kwargs: options of latent models, ignored.
         """
         x = self.get_input(batch, self.first_stage_key)[:N]
-        log = {"inputs": x, "diffusion_row": self._get_rows_from_list(self._diffuse(x[:n_row]))}
+        log = {"inputs": x, "diffusion_row": self._get_rows_from_list(diffuse(self, x[:n_row]))}
         if sample:
             with self.ema_scope("Plotting"):
                 log["samples"], steps = self.sample(batch_size=len(x), return_intermediates=True)
@@ -672,12 +658,6 @@ class DDPM(pl.LightningModule):
     def _get_rows_from_list(self, samples: Sequence[Tensor]) -> Tensor:
         """One image (1, C, n H, T W) of T tensors (n, C, H, W): a row for every item."""
         return image_row(samples)
-
-    def _diffuse(self, x: Tensor) -> list[Tensor]:
-        """x at every `log_every_t`-th timestep and the last, with the same noise."""
-        noise = torch.randn_like(x)
-        times = sorted({*range(0, self.num_timesteps, self.log_every_t), self.num_timesteps - 1})
-        return [self.q_sample(x_start=x, t=torch.full((len(x),), t, device=x.device), noise=noise) for t in times]
 
 
 class LatentDiffusion(DDPM):
@@ -730,7 +710,7 @@ class LatentDiffusion(DDPM):
         if cond_stage_config == UNCONDITIONAL and not force_null_conditioning:
             conditioning_key = None
         self.num_timesteps_cond = num_timesteps_cond or 1
-        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)
+        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)  # type: ignore[misc]  # args: those before
         self.concat_mode = concat_mode
         self.cond_stage_key = cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
@@ -990,7 +970,7 @@ class LatentDiffusion(DDPM):
                 encode = force_c_encode or not self.cond_stage_trainable
                 c = self.get_learned_conditioning(xc) if encode else xc
         if self.use_positional_encodings:
-            pos_x, pos_y = self.compute_latent_shifts(batch)  # of a subclass
+            pos_x, pos_y = self.compute_latent_shifts(batch)
             key = __conditioning_keys__.get(self.model.conditioning_key or "")
             c = {"pos_x": pos_x, "pos_y": pos_y, **({key: c} if key else {})}
         out = [z, c]
@@ -1021,6 +1001,10 @@ class LatentDiffusion(DDPM):
         if key in CLASS_KEYS:
             return {name: value[:bs] for name, value in batch.items()}
         return super().get_input(batch, key)[:bs]
+
+    def compute_latent_shifts(self, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Positions (x, y) of the latents, for `use_positional_encodings`; a subclass defines them."""
+        raise NotImplementedError(f"use_positional_encodings: {type(self).__name__} has no compute_latent_shifts")
 
     def forward(self, x: Tensor, c: Condition = None, *args: Any, **kwargs: Any) -> Losses:
         """Loss of latents at random timesteps under `c`, which is encoded here if its encoder is trained."""
@@ -1149,34 +1133,38 @@ class LatentDiffusion(DDPM):
         x_prev = self._add_noise(mean, log_variance, t, eps)
         return (x_prev, x0[0]) if return_x0 else x_prev
 
-    def _p_sample_steps(
+    def _ancestral_loop(
         self,
         cond: Condition,
         x: Tensor,
         steps: int,
         verbose: bool,
+        callbacks: tuple[Callable[[int], None] | None, Callable[[Tensor, int], None] | None],
         mask: Tensor | None,
         x0: Tensor | None,
-        temperature: float | Sequence[float] | None = None,
+        log_every_t: int | None,
+        temperature: float | Sequence[float] = 1.0,
         **options: Any,
-    ) -> Iterator[tuple[int, Tensor, Any]]:
-        """Sample from timestep steps - 1 down to 0: (t, x_{t-1}, the predicted x_0 if asked for) of every step."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Sample from timestep steps - 1 down to 0: x_0, and x_t, or its predicted x_0, every `log_every_t` steps."""
         if mask is not None and (x0 is None or x0.shape[2:] != mask.shape[2:]):
             raise ValueError("mask needs x0, of the same height and width")
+        callback, img_callback = callbacks
+        logged = []
         for i in tqdm(reversed(range(steps)), desc="Sampling", total=steps, disable=not verbose, leave=None):
             t = torch.full((x.shape[0],), i, device=self.device, dtype=torch.long)
-            if temperature is not None:
-                options["temperature"] = temperature if isinstance(temperature, (int, float)) else temperature[i]
-            out = self.p_sample(x, self.condition_at(cond, t), t, clip_denoised=self.clip_denoised, **options)
-            x, predicted = out if options.get("return_x0") else (out, None)
+            options["temperature"] = temperature if isinstance(temperature, (int, float)) else temperature[i]
+            x = self.p_sample(x, self.condition_at(cond, t), t, clip_denoised=self.clip_denoised, **options)
+            x, predicted = x if isinstance(x, tuple) else (x, None)
             if mask is not None and x0 is not None:
                 x = self.q_sample(x0, t) * mask + (1.0 - mask) * x
-            yield i, x, predicted
-
-    def _start(self, x_T: Tensor | None, shape: Sequence[int], noise: NoiseSource | None) -> Tensor:
-        if x_T is not None:
-            return x_T
-        return torch.randn(tuple(shape), device=self.device) if noise is None else noise(shape, self.device)
+            if i % (log_every_t or self.log_every_t) == 0 or i == steps - 1:
+                logged.append(x if predicted is None else predicted)
+            if callback:
+                callback(i)
+            if img_callback:
+                img_callback(x, i)
+        return x, logged
 
     @torch.no_grad()
     def p_sample_loop(  # type: ignore[override]
@@ -1208,19 +1196,14 @@ class LatentDiffusion(DDPM):
             mask, x0: keep the latent x0 where mask is 1.
             noise: random numbers from elsewhere than torch's global generator.
         """
-        x = start = self._start(x_T, shape, noise)
-        log_every_t = log_every_t or self.log_every_t
+        if x_T is None:
+            x_T = torch.randn(tuple(shape), device=self.device) if noise is None else noise(shape, self.device)
         steps = min(n for n in (timesteps, start_T, self.num_timesteps) if n is not None)
         options: dict[str, Any] = {"quantize_denoised": quantize_denoised} | ({"noise": noise} if noise else {})
-        intermediates = [x]
-        for i, x, _ in self._p_sample_steps(cond, start, steps, verbose, mask, x0, **options):
-            if i % log_every_t == 0 or i == steps - 1:
-                intermediates.append(x)
-            if callback:
-                callback(i)
-            if img_callback:
-                img_callback(x, i)
-        return (x, intermediates) if return_intermediates else x
+        x, logged = self._ancestral_loop(
+            cond, x_T, steps, verbose, (callback, img_callback), mask, x0, log_every_t, **options
+        )
+        return (x, [x_T, *logged]) if return_intermediates else x
 
     @torch.no_grad()
     def progressive_denoising(
@@ -1251,25 +1234,23 @@ class LatentDiffusion(DDPM):
         """
         if batch_size is not None:
             shape, cond = (batch_size, *shape[-3:]), first_rows(cond, batch_size)
-        x = start = self._start(x_T, shape, None)
-        log_every_t = log_every_t or self.log_every_t
-        steps = min(start_T or self.num_timesteps, self.num_timesteps)
-        options = {
-            "quantize_denoised": quantize_denoised,
-            "return_x0": True,
-            "noise_dropout": noise_dropout,
-            "score_corrector": score_corrector,
-            "corrector_kwargs": corrector_kwargs,
-        }
-        predictions = []
-        for i, x, predicted in self._p_sample_steps(cond, start, steps, verbose, mask, x0, temperature, **options):
-            if i % log_every_t == 0 or i == steps - 1:
-                predictions.append(predicted)
-            if callback:
-                callback(i)
-            if img_callback:
-                img_callback(x, i)
-        return x, predictions
+        x_T = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T
+        return self._ancestral_loop(
+            cond,
+            x_T,
+            min(start_T or self.num_timesteps, self.num_timesteps),
+            verbose,
+            (callback, img_callback),
+            mask,
+            x0,
+            log_every_t,
+            temperature,
+            quantize_denoised=quantize_denoised,
+            return_x0=True,
+            noise_dropout=noise_dropout,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+        )
 
     @torch.no_grad()
     def sample(  # type: ignore[override]
@@ -1313,7 +1294,8 @@ class LatentDiffusion(DDPM):
         shape = tuple(kwargs.pop("shape", None) or (self.channels, *image_sides(self.image_size)))
         if ddim:
             kwargs["quantize_x0"] = kwargs.pop("quantize_denoised", False)
-            return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
+            steps = ddim_steps or self.num_timesteps
+            return DDIMSampler(self).sample(steps, batch_size, shape, cond, verbose=False, **kwargs)
         kwargs = {"verbose": False, **kwargs}
         return self.sample(
             cond=cond, batch_size=batch_size, return_intermediates=True, shape=(batch_size, *shape), **kwargs
@@ -1365,9 +1347,9 @@ class LatentDiffusion(DDPM):
             z, c, log = self._log_inputs(batch, N)
             n_row = min(n_row, len(z))
             if plot_diffusion_rows:
-                log["diffusion_row"] = self._get_denoise_row_from_list(self._diffuse(z[:n_row]))
+                log["diffusion_row"] = self._get_denoise_row_from_list(diffuse(self, z[:n_row]))
             if sample:
-                options = self._sampling_options(c, z, ddim_steps, ddim_eta)
+                options = sampling_options(self, c, z, ddim_steps, ddim_eta)
                 samples, steps = self.sample_log(**options)
                 log["samples"] = self.decode_first_stage(samples)
                 if plot_denoise_rows:
@@ -1379,7 +1361,7 @@ class LatentDiffusion(DDPM):
                 if unconditional_guidance_scale > 1.0 and c is not None:
                     uncond = self._unconditional_like(c, len(z), unconditional_guidance_label)
                     guided, _ = self.sample_log(
-                        **self._sampling_options(c, z, ddim_steps or self.num_timesteps, ddim_eta),
+                        **sampling_options(self, c, z, ddim_steps or self.num_timesteps, ddim_eta),
                         unconditional_guidance_scale=unconditional_guidance_scale,
                         unconditional_conditioning=uncond,
                     )
@@ -1409,7 +1391,7 @@ class LatentDiffusion(DDPM):
             x = images_of(batch, self.first_stage_key, self.device)[:N]
         if x is not None:
             log = {"inputs": x} | log
-        return z, c, log if c is None else log | self._log_condition(batch, xc, len(z), xrec.shape[2:])
+        return z, c, log if c is None else log | condition_images(self, batch, xc, xrec)
 
     def _get_input_to_log(self, batch: Mapping[str, Any], N: int) -> Sequence[Any]:
         """(z, c, x, xrec, xc) of `get_input`, with c encoded."""
@@ -1422,35 +1404,11 @@ class LatentDiffusion(DDPM):
             bs=N,
         )
 
-    def _log_condition(self, batch: Mapping[str, Any], xc: Any, count: int, size: Sequence[int]) -> dict[str, Tensor]:
-        """The condition as images (B, 3, H, W) of `size`: text, or what it shows."""
-        key = self.cond_stage_key
-        if key in PLAIN_KEYS + CLASS_KEYS:
-            texts = batch.get("human_label", batch.get(key)) if key in CLASS_KEYS else batch.get(key)
-            if texts is None:  # only its encoding was cached
-                return {}
-            texts = texts.tolist() if isinstance(texts, Tensor) else texts
-            return {"conditioning": text_to_tensor([str(text) for text in texts[:count]], *size).to(self.device)}
-        if key == self.first_stage_key or not isinstance(xc, Tensor) or xc.ndim != 4:
-            return {}
-        if xc.shape[1] in (1, 3):
-            return {"conditioning": xc.expand(-1, 3, -1, -1)}
-        return {"original_conditioning": self.to_rgb(xc)}
-
     def to_rgb(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) as colors (B, 3, H, W) in [-1, 1], by a random projection."""
         if not hasattr(self, "colorize"):
             self.colorize = torch.randn(3, x.shape[1], 1, 1).to(x)
         return colorize(x, self.colorize)
-
-    def _sampling_options(self, c: Condition, z: Tensor, steps: int | None, eta: float) -> dict[str, Any]:
-        """Keywords of `sample_log` for samples like z."""
-        options: dict[str, Any] = {"cond": c, "batch_size": len(z), "ddim": steps is not None, "ddim_steps": steps}
-        if steps is not None:
-            options |= {"ddim_steps": min(max(steps, 1), self.num_timesteps), "eta": eta}
-        if tuple(z.shape[1:]) != (self.channels, *image_sides(self.image_size)):
-            options["shape"] = tuple(z.shape[1:])  # left out where it is the default: overrides may not take it
-        return options
 
     def _unconditional_like(self, cond: Condition, count: int, label: Any) -> Condition:
         """The unconditional counterpart of `cond`."""
@@ -1459,9 +1417,7 @@ class LatentDiffusion(DDPM):
 
     def _log_inpainting(self, z: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """Samples that keep all of z (B, C, h, w) but its middle, and samples that keep only that."""
-        h, w = z.shape[2:]
-        mask = torch.ones(len(z), 1, h, w, device=z.device)
-        mask[:, :, h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 0.0  # 1 is kept
+        mask = outer_mask(z)
         inside, _ = self.sample_log(**options, mask=mask, x0=z)
         outside, _ = self.sample_log(**options, mask=1.0 - mask, x0=z)
         inside, outside = self.decode_first_stage(inside), self.decode_first_stage(outside)

@@ -1,3 +1,3 @@
 """Moved."""
 
-from ldm.models.diffusion.ddpm import image_sides as square  # noqa: F401
+from ldm.models.diffusion.batches import image_sides as square  # noqa: F401

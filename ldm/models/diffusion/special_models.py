@@ -244,6 +244,8 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
         low_scale_key: as published, without effect: `concat_keys` names the entry.
     """
 
+    low_scale_model: Any
+
     def __init__(
         self,
         concat_keys: Sequence[str] = ("lr",),
@@ -258,7 +260,7 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
         loading = pop_loading(kwargs)
         super().__init__(concat_keys, *args, **kwargs)
         self.reshuffle_patch_size = reshuffle_patch_size
-        self.low_scale_model: Any = None
+        self.low_scale_model = None
         self.low_scale_key = low_scale_key
         if low_scale_config is not None:
             self.instantiate_low_stage(low_scale_config)
@@ -279,7 +281,7 @@ class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
         return entry
 
     @torch.no_grad()
-    def get_input(self, *args: Any, **kwargs: Any) -> list[Any]:  # type: ignore[override]
+    def get_input(self, *args: Any, **kwargs: Any) -> list[Any]:
         """As `LatentFinetuneDiffusion.get_input`, noised and with `c_adm`, the noise level, if there is a low stage."""
         z, cond, *more = super().get_input(*args, **kwargs)
         if self.low_scale_model is not None:
@@ -301,6 +303,8 @@ class LatentUpscaleDiffusion(LatentDiffusion):
         noise_level_key: its entry with noise levels (B,); None for random ones.
     """
 
+    low_scale_model: Any
+
     def __init__(
         self,
         *args: Any,
@@ -310,7 +314,7 @@ class LatentUpscaleDiffusion(LatentDiffusion):
         conditioning_key: str = "hybrid-adm",
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)
+        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)  # type: ignore[misc]  # args: those before
         self.instantiate_low_stage(low_scale_config)
         self.low_scale_key = low_scale_key
         self.noise_level_key = noise_level_key
@@ -422,12 +426,14 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         if not freeze_embedder:
             raise ValueError("freeze_embedder: false cannot train: the optimizer does not get the embedder's weights")
         loading = pop_loading(kwargs)
-        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)
+        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)  # type: ignore[misc]  # args: those before
         self.embed_key = embedding_key
         self.embedding_dropout = embedding_dropout
         self._init_embedder(embedder_config, freeze_embedder)
         self._init_noise_aug(noise_aug_config)
         self._load(**loading)
+
+    embedder: Any
 
     def _init_embedder(self, config: Mapping[str, Any], freeze: bool = True) -> None:
         self.add_frozen_stage("embedder", config)
@@ -490,15 +496,13 @@ class Layout2ImgDiffusion(LatentDiffusion):
     def __init__(self, cond_stage_key: str, *args: Any, **kwargs: Any) -> None:
         if cond_stage_key != "coordinates_bbox":
             raise ValueError(f"Layout2ImgDiffusion needs cond_stage_key coordinates_bbox, not {cond_stage_key!r}")
-        super().__init__(*args, cond_stage_key=cond_stage_key, **kwargs)
+        super().__init__(*args, cond_stage_key=cond_stage_key, **kwargs)  # type: ignore[misc]  # args: those before
 
-    def log_images(  # type: ignore[override]
-        self, batch: Mapping[str, Any], N: int = 8, *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """As `LatentDiffusion.log_images`, and bbox_image, the boxes, if the data set can plot them."""
         log = super().log_images(batch, N, *args, **kwargs)
         datasets = getattr(getattr(self._trainer, "datamodule", None), "datasets", {})
-        dataset = datasets.get("train" if self.training else "validation")
+        dataset: Any = datasets.get("train" if self.training else "validation")
         builders = getattr(dataset, "conditional_builders", {})
         if self.cond_stage_key in builders:
             plot = builders[self.cond_stage_key].plot

@@ -1,5 +1,0 @@
-"""PyTorch Lightning."""
-
-import pytorch_lightning as pl
-
-__all__ = ["pl"]
