@@ -58,7 +58,7 @@ ALIASES: dict[str, str] = {
         "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
     ),
     "taming.modules.losses.lpips.LPIPS": "ldm.modules.losses.lpips.LPIPS",
-    "taming.modules.discriminator.model.NLayerDiscriminator": "ldm.modules.losses.discriminator.NLayerDiscriminator",
+    "taming.modules.discriminator.model.NLayerDiscriminator": "ldm.modules.losses.adversarial.NLayerDiscriminator",
     "main.DataModuleFromConfig": "ldm.data.loading.DataModuleFromConfig",
     "main.WrappedDataset": "ldm.data.loading.WrappedDataset",
     "main.ImageLogger": "ldm.training.callbacks.ImageLogger",

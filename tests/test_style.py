@@ -11,7 +11,7 @@ from ldm.util import REPOSITORY
 
 # A pattern and the word to use instead. People may still read about "pictures" in prose.
 FORBIDDEN = {
-    r"\b(lay|lays|laying|laid)[ _-]?out\b|\blaid_out\b|\bLaidOut": "pack (weights), make_schedule",
+    r"\b(lay|lays|laying|laid)[ _-]out\b|\blaid_out\b|\bLaidOut": "pack (weights), make_schedule",
     r"\bredraw\w*|\bdrawing\b|\bdrawn\b": "sample, generate, sampled",
     r"\battend_to\b|\bseeing_themselves|\bside_by_side\b": "scaled_dot_product_attention, parallel",
     r"\blodg(e|ing)\b": "offload",

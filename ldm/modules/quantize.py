@@ -1,4 +1,4 @@
-"""Vector quantisation of the VQ first stages (van den Oord et al. 2017)."""
+"""Vector quantisation (van den Oord et al. 2017)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 4096  # positions whose distances to all entries are in memory at once
+ROWS = 4096  # positions per chunk, which bounds the memory for distances
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest codebook entry for every latent position, with a straight-through gradient.
+    """Replace every latent by its nearest codebook entry, with a straight-through gradient.
 
-    n_e: entries in the codebook. e_dim: their width. beta: weight of the commitment loss.
-    remap: a `.npy` file with the entries in use; indices then count among these alone. unknown_index: what becomes of
-    an index that is not among them: "random" for any of them, "extra" for one more index, or the number of one.
-    sane_index_shape: indices of shape (B, H, W) rather than flat, or with `remap` (BHW, 1).
-    legacy: the published behaviour, in which beta weighs the codebook term instead of the commitment term.
+    Args:
+        n_e: Number of codebook entries.
+        e_dim: Width of an entry.
+        beta: Weight of the commitment loss.
+        remap: `.npy` file with the indices in use, to which indices are mapped.
+        unknown_index: Replacement of other indices: "random", "extra" (one more index), or an index.
+        sane_index_shape: Return indices of shape (B, H, W) rather than flat, or (BHW, 1) with `remap`.
+        legacy: As published: beta weighs the codebook term instead of the commitment term.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(n_e, e_dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
         self.remap = remap
-        self.re_embed = n_e  # how many indices there are
+        self.re_embed = n_e  # number of indices
         if remap is not None:
             used = load_used(remap, n_e)
             self.register_buffer("used", used)
@@ -49,14 +52,14 @@ class VectorQuantizer(nn.Module):
             self.unknown_index = check_unknown_index(unknown_index, len(used))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """(B, e_dim, H, W) -> (quantised latent of the same shape, loss, (None, None, indices)), as published."""
+        """Quantise z (B, e_dim, H, W); returns (quantised z, loss, (None, None, indices))."""
         b, _, h, w = z.shape
         flat = z.movedim(1, -1).reshape(-1, self.e_dim)  # (BHW, C)
         codes = self.embedding.weight  # (n_e, C)
-        with torch.autocast(z.device.type, enabled=False):  # half precision confuses neighbours
+        with torch.autocast(z.device.type, enabled=False):  # half precision confuses close entries
             flat, codes = flat.detach().float(), codes.detach().float()
             norms = codes.pow(2).sum(1)
-            # |z - e|^2 (rows, n_e) without the term that is the same for all entries
+            # |z - e|^2 (rows, n_e) without |z|^2, which is the same for all entries
             distances = (torch.addmm(norms, rows, codes.t(), alpha=-2) for rows in flat.split(ROWS))
             indices = torch.cat([distance.argmin(dim=1) for distance in distances])
         quantised = self.embedding(indices).view(b, h, w, self.e_dim).movedim(-1, 1)
@@ -69,10 +72,10 @@ class VectorQuantizer(nn.Module):
             indices = indices.view(b, h, w)
         return z + (quantised - z).detach(), loss, (None, None, indices)
 
-    used: Tensor  # the entries that are used, where there is a remap
+    used: Tensor  # indices in use, with remap
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Indices (B, ...) into the codebook as indices into the used entries, of the same shape."""
+        """Map codebook indices (B, ...) to indices into `used`."""
         match = inds[..., None].eq(self.used)  # (B, ..., number of used entries)
         new, known = match.int().argmax(-1), match.any(-1)
         if self.unknown_index == "random":
@@ -82,11 +85,11 @@ class VectorQuantizer(nn.Module):
         return torch.where(known, new, other)
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """The way back: indices into the codebook. The extra index stands for the first of the used entries."""
+        """Map indices into `used` to codebook indices; the extra index to the first of them."""
         return self.used[inds.where(inds < len(self.used), 0)]
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
-        """Entries for `indices`; with `shape` (B, H, W, C) as a latent (B, C, H, W)."""
+        """Look up entries; with `shape` (B, H, W, C) as a latent (B, C, H, W)."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         entries = self.embedding(indices)
@@ -97,9 +100,9 @@ VectorQuantizer2 = VectorQuantizer  # the public name of this variant
 
 
 def load_used(path: str, n_e: int) -> Tensor:
-    """The codebook entries that a `.npy` file lists, int64, on the CPU even while models are built without memory."""
+    """Read codebook indices from a `.npy` file: int64, on the CPU also while models are built on meta."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"remap names {path}, which is not there: it is a .npy file of codebook indices")
+        raise FileNotFoundError(f"remap: {path} does not exist: it must be a .npy file of codebook indices")
     used = np.load(path, allow_pickle=False)
     if used.ndim != 1 or used.dtype.kind not in "iu" or not used.size or used.min() < 0 or used.max() >= n_e:
         raise ValueError(f"remap: {path} must be a row of indices from 0 to {n_e - 1}, not {used.dtype} {used.shape}")
@@ -107,7 +110,7 @@ def load_used(path: str, n_e: int) -> Tensor:
 
 
 def check_unknown_index(unknown_index: str | int, used: int) -> str | int:
-    """Either "random" or the number that unknown indices get."""
+    """Resolve `unknown_index` to "random" or an index."""
     if unknown_index == "extra":
         return used
     if unknown_index != "random" and not (isinstance(unknown_index, int) and 0 <= unknown_index < used):

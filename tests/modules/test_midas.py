@@ -7,9 +7,9 @@ import torch
 from transformers import DPTConfig, DPTForDepthEstimation
 
 from ldm.checkpoint import CheckpointError, build_on_meta, save_checkpoint
-from ldm.modules.midas.api import MiDaSInference, fit
+from ldm.modules.midas import api
+from ldm.modules.midas.api import MiDaSInference, fit, from_transformers, load_midas_transform, load_model
 from ldm.modules.midas.dpt import StandardizedConv
-from ldm.modules.midas.names import from_transformers
 from tests.golden import assert_agrees, difference, tensor
 from tests.reference.fill import fill
 
@@ -117,12 +117,12 @@ def test_weights_of_ones_own(theirs, ours, tmp_path, kind):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no weights of MiDaS: model.safetensors or pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match="no weights of MiDaS: it needs model.safetensors or"):
         MiDaSInference(config=SMALL, path=tmp_path)
     path = save_checkpoint(tmp_path / "a.ckpt", {"model.diffusion_model.out.2.bias": torch.ones(4)})
     with pytest.raises(CheckpointError):
         MiDaSInference(config=SMALL, path=path)
-    with pytest.raises(ValueError, match="model_type 'midas_v21' .* dpt_hybrid"):
+    with pytest.raises(ValueError, match="model_type must be 'dpt_hybrid', got 'midas_v21'"):
         MiDaSInference("midas_v21")
 
 
@@ -158,3 +158,20 @@ def test_filters_are_standardised_before_they_are_rounded():
     conv = StandardizedConv(4, 4, 1).half()
     conv.weight.fill_(0.5)
     assert conv(torch.ones(1, 4, 8, 8).half()).eq(0).all()
+
+
+@torch.no_grad()
+def test_published_helpers(tmp_path, monkeypatch):
+    transform = load_midas_transform("dpt_hybrid")
+    image = torch.rand(100, 150, 3)
+    found = transform({"image": image.numpy(), "name": "x"})
+    assert found["name"] == "x" and found["image"].shape == (3, 256, 384)
+    torch.testing.assert_close(torch.from_numpy(found["image"]), fit(2 * image.movedim(-1, 0)[None] - 1)[0])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="midas_models/dpt_hybrid-midas-501f0c75.pt: download"):
+        load_model("dpt_hybrid")
+    with pytest.raises(ValueError, match="got 'dpt_large'"):
+        load_midas_transform("dpt_large")
+    monkeypatch.setattr(api, "MiDaSInference", lambda model_type, path: MiDaSInference(model_type, config=SMALL))
+    model, _ = load_model("dpt_hybrid", tmp_path / "x.pt")
+    assert model(tensor("x", 1, 3, 32, 32)).shape == (1, 1, 32, 32)

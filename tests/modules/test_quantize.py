@@ -107,7 +107,7 @@ def test_shapes_of_indices(used):
 
 
 def test_mistakes_are_named(used, tmp_path):
-    with pytest.raises(FileNotFoundError, match="remap names .*none.npy"):
+    with pytest.raises(FileNotFoundError, match="remap: .*none.npy does not exist"):
         quantiser(remap=str(tmp_path / "none.npy"))
     for index in ("other", 3):
         with pytest.raises(ValueError, match=f"unknown_index must be random, extra or 0 to 2, not {index!r}"):

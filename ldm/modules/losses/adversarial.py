@@ -1,22 +1,90 @@
-"""What the losses of both kinds of first stage share: pixel and perceptual distance, discriminator, their balance."""
+"""Patch discriminator, its losses, and what the losses of both kinds of first stage share."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.losses.discriminator import D_LOSSES, NLayerDiscriminator
 from ldm.modules.losses.lpips import LPIPS
+
+DummyLoss = nn.Identity  # public configs name it where a first stage is not trained
+
+
+class NLayerDiscriminator(nn.Module):
+    """PatchGAN discriminator (Isola et al. 2017, section 3.2.2): one logit per overlapping patch.
+
+    Args:
+        input_nc: Channels of the images.
+        ndf: Width of the first layer, doubled per layer up to 8 times.
+        n_layers: Strided layers; 3 give patches of 70 pixels.
+    """
+
+    def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = ndf
+        for n in range(1, n_layers + 1):
+            stride = 2 if n < n_layers else 1
+            before, width = width, ndf * min(2**n, 8)
+            # no bias: the norm has one
+            layers += [
+                nn.Conv2d(before, width, 4, stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.LeakyReLU(0.2),
+            ]
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
+        self.apply(weights_init)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, input_nc, H, W) -> (B, 1, h, w)
+        return self.main(x)
+
+
+def weights_init(module: nn.Module) -> None:
+    """Initialise convolutions from N(0, 0.02) and norms from N(1, 0.02) (Radford et al. 2016)."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Compute the discriminator's hinge loss (Lim and Ye 2017)."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Compute the discriminator's cross entropy (Goodfellow et al. 2014, eq. 1)."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+D_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
+
+
+def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
+    """Return `weight` from step `threshold` on, before that `value`."""
+    return value if global_step < threshold else weight
 
 
 class AdversarialLoss(nn.Module):
-    """Distance of a reconstruction, and a discriminator that tells it from its picture (Esser et al. 2021, 3.1).
+    """Base class: pixel and perceptual distance with a discriminator (Esser et al. 2021, section 3.1).
 
-    disc_start: step at which the discriminator joins in. pixelloss_weight, perceptual_weight: of the L1 distance
-    (pixel_loss "l1", or "l2") and of LPIPS; with perceptual_weight 0 there is no LPIPS and none of its files is needed.
-    disc_factor: multiplies both sides of the game; with 0 there is no discriminator. disc_weight: of its gradient in
-    proportion to the distance's, see `calculate_adaptive_weight`. disc_loss: "hinge" or "vanilla". disc_conditional:
-    the discriminator also sees `cond`, whose channels disc_in_channels includes. vgg_path, lpips_path: LPIPS's files.
+    Args:
+        disc_start: Step from which the discriminator is used.
+        pixelloss_weight: Weight of the pixel distance.
+        disc_num_layers: Strided layers of the discriminator.
+        disc_in_channels: Its input channels.
+        disc_factor: Weight of both adversarial losses; 0 for no discriminator.
+        disc_weight: Factor of `calculate_adaptive_weight`.
+        perceptual_weight: Weight of LPIPS; with 0 its files are not needed.
+        use_actnorm: Not supported: no published first stage uses it.
+        disc_conditional: Concatenate `cond`, whose channels `disc_in_channels` includes, to the discriminator's input.
+        disc_ndf: Width of the discriminator.
+        disc_loss: "hinge" or "vanilla".
+        pixel_loss: "l1" or "l2".
+        vgg_path: LPIPS's VGG16.
+        lpips_path: LPIPS's linear weights.
     """
 
     def __init__(
@@ -57,17 +125,13 @@ class AdversarialLoss(nn.Module):
         self.disc_loss = D_LOSSES[disc_loss]
 
     def distance(self, inputs: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighed sum of pixel and perceptual distance (B, C, H, W), and the perceptual one's mean."""
+        """Compute the weighted pixel and perceptual distance (B, C, H, W), and the mean perceptual one."""
         error = (inputs - reconstructions).float()
         rec_loss = self.pixel_weight * (error.abs() if self.pixel_loss == "l1" else error.square())
         if self.perceptual_loss is None:
             return rec_loss, rec_loss.new_zeros(())
         p_loss = self.perceptual_loss(inputs, reconstructions)
         return rec_loss + self.perceptual_weight * p_loss, p_loss.mean()
-
-    def factor_at(self, global_step: int) -> float:
-        """The discriminator's factor: 0 before `disc_start`."""
-        return self.disc_factor if global_step >= self.discriminator_iter_start else 0.0
 
     def generator_part(
         self,
@@ -77,18 +141,18 @@ class AdversarialLoss(nn.Module):
         last_layer: Tensor | None,
         cond: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the discriminator adds to the generator's loss, and the parts of it by name."""
+        """Compute the adversarial term of the generator's loss, and its parts by name."""
         weight = g_loss = nll_loss.new_zeros(())
         if self.discriminator is not None:
-            g_loss = -self.discriminator(self._seen(reconstructions, cond)).float().mean()
+            g_loss = -self.discriminator(self._disc_input(reconstructions, cond)).float().mean()
             if g_loss.requires_grad and nll_loss.requires_grad:  # in validation there is nothing to balance
-                weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
-        factor = self.factor_at(global_step)
+                weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer=last_layer)
+        factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
         parts = {"d_weight": weight, "disc_factor": nll_loss.new_tensor(factor), "g_loss": g_loss}
         return weight * factor * g_loss, parts
 
-    def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
-        """disc_weight times the ratio of the gradients at the decoder's last layer (Esser et al. 2021, eq. 7)."""
+    def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None = None) -> Tensor:
+        """Compute disc_weight times the ratio of gradients at the decoder's last layer (Esser et al. 2021, eq. 7)."""
         if last_layer is None:
             raise ValueError("training with a discriminator needs last_layer, the decoder's last weight")
         nll_grad, g_grad = (
@@ -100,20 +164,21 @@ class AdversarialLoss(nn.Module):
     def discriminator_loss(
         self, inputs: Tensor, reconstructions: Tensor, global_step: int, cond: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's own loss, and the parts of it by name."""
+        """Compute the discriminator's loss, and its parts by name."""
         if self.discriminator is None:
-            raise ValueError("there is no discriminator to train: disc_factor is 0")
-        logits_real = self.discriminator(self._seen(inputs.detach(), cond)).float()
-        logits_fake = self.discriminator(self._seen(reconstructions.detach(), cond)).float()
-        loss = self.factor_at(global_step) * self.disc_loss(logits_real, logits_fake)
+            raise ValueError("disc_factor is 0: there is no discriminator to train")
+        logits_real = self.discriminator(self._disc_input(inputs.detach(), cond)).float()
+        logits_fake = self.discriminator(self._disc_input(reconstructions.detach(), cond)).float()
+        factor = adopt_weight(self.disc_factor, global_step, threshold=self.discriminator_iter_start)
+        loss = factor * self.disc_loss(logits_real, logits_fake)
         return loss, {"disc_loss": loss, "logits_real": logits_real, "logits_fake": logits_fake}
 
-    def _seen(self, images: Tensor, cond: Tensor | None) -> Tensor:
+    def _disc_input(self, images: Tensor, cond: Tensor | None) -> Tensor:
         if self.disc_conditional != (cond is not None):
             raise ValueError(f"disc_conditional is {self.disc_conditional}, but cond is {type(cond).__name__}")
         return images if cond is None else torch.cat([images, cond], dim=1)
 
 
-def named(parts: dict[str, Tensor], split: str) -> dict[str, Tensor]:
-    """Parts of a loss as they are logged: detached means, under `split`/name."""
+def log_entries(parts: dict[str, Tensor], split: str) -> dict[str, Tensor]:
+    """Format parts of a loss for logging: detached means under `split`/name."""
     return {f"{split}/{name}": value.detach().float().mean() for name, value in parts.items()}

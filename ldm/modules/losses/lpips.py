@@ -1,4 +1,4 @@
-"""LPIPS: the distance of two pictures in the features of a VGG16 (Zhang et al. 2018)."""
+"""LPIPS: perceptual distance by features of a VGG16 (Zhang et al. 2018)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINEAR_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/m
 
 
 class ScalingLayer(nn.Module):
-    """Pictures in -1..1 to what the VGG16 was trained on: ImageNet's channels, centred and of unit variance."""
+    """Normalise images in [-1, 1] by ImageNet's mean and standard deviation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ScalingLayer(nn.Module):
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG16 (Simonyan and Zisserman 2015) in five slices, numbered through as in torchvision."""
+    """Convolutions of VGG16 (Simonyan and Zisserman 2015) in five slices, numbered as in torchvision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class VGG16(nn.Module):
 
 
 class NetLinLayer(nn.Module):
-    """Weights of a feature map's channels. Dropout stood before them when they were learnt; only its place is left."""
+    """Weights of a feature map's channels; the identity is in place of the dropout of their training."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -70,17 +70,21 @@ class NetLinLayer(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018, eq. 1, the VGG16 with linear weights), always frozen.
+    """Learned perceptual distance (Zhang et al. 2018, eq. 1), VGG16 with linear weights, always frozen.
 
-    The weights are the published ones and come from files: `vgg_path`, by default torch hub's cache, and `linear_path`,
-    by default the public code's or torch hub's cache. Nothing is downloaded.
-    Raises FileNotFoundError if a file is missing, ValueError if it holds something else.
+    Args:
+        vgg_path: torchvision's VGG16; by default in torch hub's cache.
+        linear_path: The published linear weights; by default where the public code keeps them, or torch hub's cache.
+
+    Raises:
+        FileNotFoundError: If a file is missing: nothing is downloaded.
+        ValueError: If it holds something else.
     """
 
     def __init__(self, vgg_path: str | None = None, linear_path: str | None = None) -> None:
         super().__init__()
         self.scaling_layer = ScalingLayer()
-        with torch.device("meta"):  # without values: no random draw can stand in for the published ones
+        with torch.device("meta"):  # no values: random weights must never be used by accident
             self.net = VGG16()
             for i, widths in enumerate(VGG_WIDTHS):
                 self.add_module(f"lin{i}", NetLinLayer(widths[-1]))
@@ -91,13 +95,13 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> LPIPS:
-        """Does nothing: a measure is not trained along with what it measures."""
+        """Keep eval mode."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of pictures x and y, (B, 3, H, W) in -1..1, as (B, 1, 1, 1). At least 16 pixels a side."""
+        """Compute the distance (B, 1, 1, 1) of images x and y, (B, 3, H, W) in [-1, 1], H and W at least 16."""
         distance = torch.zeros((), device=x.device)
-        features = (self.net(self.scaling_layer(picture)) for picture in (x, y))
+        features = (self.net(self.scaling_layer(images)) for images in (x, y))
         for i, (fx, fy) in enumerate(zip(*features)):
             difference = (unit_length(fx.float()) - unit_length(fy.float())).square()
             distance = distance + self.get_submodule(f"lin{i}")(difference).mean(dim=(2, 3), keepdim=True)
@@ -105,13 +109,13 @@ class LPIPS(nn.Module):
 
 
 def unit_length(x: Tensor, eps: float = 1e-10) -> Tensor:
-    """(B, C, H, W) with the channels of every position scaled to the length 1."""
+    """Scale the channels of every position of x (B, C, H, W) to length 1."""
     # vector_norm, since a root of squares has no gradient where all channels are 0
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps)
 
 
 def _find(path: str | None, option: str, name: str, url: str) -> Path:
-    """The file an option names, or the cached one."""
+    """Find the file of an option, or the cached one."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(name).name)
     places = [Path(path).expanduser()] if path is not None else [public_path(name) or Path(name), cached]
     if found := next((place for place in places if place.is_file()), None):
@@ -124,7 +128,7 @@ def _find(path: str | None, option: str, name: str, url: str) -> Path:
 
 
 def _vgg_state(path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The convolutions in a VGG16 file of torchvision, under the names of the five slices."""
+    """Read torchvision's VGG16 under the names of the five slices."""
     state = read_checkpoint(path).state
     with torch.device("meta"):
         names = VGG16().state_dict()
@@ -132,7 +136,7 @@ def _vgg_state(path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _fill(module: nn.Module, source: tuple[Path, Mapping[str, Tensor]]) -> None:
-    """Give `module`, which has no values yet, those of a file, all of them."""
+    """Assign a file's weights to a module on the meta device. ValueError unless it has all of them."""
     path, state = source
     own = module.state_dict()
     if wrong := [key for key in own if key not in state or state[key].shape != own[key].shape]:

@@ -1,20 +1,23 @@
-"""A loss for small first stages: no discriminator, no perceptual network."""
+"""Loss of small first stages."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.losses.adversarial import named
+from ldm.modules.losses.adversarial import log_entries
 
-_FOREGROUND = 0.1  # difference from the ground, in any channel, from which a pixel belongs to an object
+_FOREGROUND = 0.1  # difference from the background, in any channel, from which a pixel belongs to an object
 
 
 class ReconstructionLoss(nn.Module):
-    """Mean of l1_weight |e| + l2_weight e^2, plus kl_weight times the mean KL. Called as `LPIPSWithDiscriminator` is.
+    """Loss without discriminator and LPIPS: mean of l1_weight |e| + l2_weight e^2, plus kl_weight times the mean KL.
 
-    foreground_weight: for pictures of objects on plain ground. Pixels unlike the top left one, which is taken for
-    ground, count (1 + foreground_weight) times.
+    Args:
+        kl_weight: Weight of the KL term.
+        l1_weight: Weight of the absolute error.
+        l2_weight: Weight of the squared error.
+        foreground_weight: Additional weight of pixels unlike the top left one, for objects on a plain background.
     """
 
     discriminator = None
@@ -42,7 +45,7 @@ class ReconstructionLoss(nn.Module):
         last_layer: Tensor | None = None,
         split: str = "train",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of reconstructions of inputs, both (B, C, H, W) in -1..1, and its parts as `split`/name."""
+        """Compute the loss of reconstructions of inputs (B, C, H, W) in [-1, 1], and log entries."""
         error = reconstructions.float() - inputs
         distance = self.l1_weight * error.abs() + self.l2_weight * error.square()
         is_object = (inputs - inputs[:, :, :1, :1]).abs().amax(1, keepdim=True) > _FOREGROUND  # (B, 1, H, W)
@@ -50,4 +53,4 @@ class ReconstructionLoss(nn.Module):
         kl_loss = posteriors.kl().float().mean()
         loss = nll_loss + self.kl_weight * kl_loss
         parts = {"total_loss": loss, "kl_loss": kl_loss, "nll_loss": nll_loss, "rec_loss": distance}
-        return loss, named(parts, split)
+        return loss, log_entries(parts, split)

@@ -1,22 +1,48 @@
-"""The loss of vector-quantised first stages."""
+"""Loss of vector-quantised first stages."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.modules.losses.adversarial import AdversarialLoss, named
+from ldm.modules.losses.adversarial import (
+    AdversarialLoss,
+    DummyLoss,
+    NLayerDiscriminator,
+    adopt_weight,
+    hinge_d_loss,
+    log_entries,
+    vanilla_d_loss,
+    weights_init,
+)
+from ldm.modules.losses.lpips import LPIPS
 
-DummyLoss = nn.Identity  # the public name for "not to be trained"
+__all__ = [
+    "LPIPS",
+    "DummyLoss",
+    "NLayerDiscriminator",
+    "VQLPIPSWithDiscriminator",
+    "adopt_weight",
+    "hinge_d_loss",
+    "l1",
+    "l2",
+    "measure_perplexity",
+    "vanilla_d_loss",
+    "weights_init",
+]
 
 
 class VQLPIPSWithDiscriminator(AdversarialLoss):
     """Reconstruction, codebook loss, LPIPS and a patch discriminator (Esser et al. 2021, eq. 4 to 7).
 
-    codebook_weight: of the quantiser's loss. n_classes: size of the codebook, for the log of how much of it is in use.
-    perceptual_loss: "lpips", the only one. The other options are those of `AdversarialLoss`.
+    Args:
+        disc_start: Step from which the discriminator is used.
+        codebook_weight: Weight of the quantiser's loss.
+        n_classes: Size of the codebook, to log its perplexity.
+        perceptual_loss: "lpips", the only one.
+        **options: Options of `AdversarialLoss`.
     """
 
     def __init__(
@@ -45,13 +71,14 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         split: str = "train",
         predicted_indices: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the autoencoder (optimizer_idx 0) or of the discriminator (1), and its parts as `split`/name.
+        """Compute the loss of the autoencoder (optimizer_idx 0) or of the discriminator (1), and log entries.
 
-        inputs, reconstructions: pictures (B, C, H, W). predicted_indices: the codes they were decoded from.
+        Args are those of `LPIPSWithDiscriminator.forward`, with the quantiser's `codebook_loss` and
+        `predicted_indices`, the codebook indices of the latents.
         """
         if optimizer_idx == 1:
             loss, parts = self.discriminator_loss(inputs, reconstructions, global_step, cond)
-            return loss, named(parts, split)
+            return loss, log_entries(parts, split)
         rec_loss, p_loss = self.distance(inputs, reconstructions)
         nll_loss = rec_loss.mean()
         adversarial, parts = self.generator_part(nll_loss, reconstructions, global_step, last_layer, cond)
@@ -61,11 +88,21 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         parts |= {"rec_loss": rec_loss, "p_loss": p_loss}
         if predicted_indices is not None and self.n_classes is not None:
             parts["perplexity"], parts["cluster_usage"] = measure_perplexity(predicted_indices, self.n_classes)
-        return loss, named(parts, split)
+        return loss, log_entries(parts, split)
 
 
 @torch.no_grad()
 def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
-    """Perplexity of the codes in a batch (n_embed if all are used alike), and how many codes occur."""
-    share = predicted_indices.flatten().bincount(minlength=n_embed).float() / predicted_indices.numel()
-    return torch.exp(-(share * torch.log(share + 1e-10)).sum()), (share > 0).sum()
+    """Compute the perplexity of codes in a batch (n_embed if all are equally frequent), and how many occur."""
+    frequency = predicted_indices.flatten().bincount(minlength=n_embed).float() / predicted_indices.numel()
+    return torch.exp(-(frequency * torch.log(frequency + 1e-10)).sum()), (frequency > 0).sum()
+
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    """Compute the absolute error, element by element."""
+    return torch.abs(x - y)
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    """Compute the squared error, element by element."""
+    return torch.square(x - y)

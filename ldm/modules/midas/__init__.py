@@ -1,1 +1,1 @@
-"""Depth from a picture, as the depth-to-image model sees it."""
+"""MiDaS depth estimation of the depth-to-image model."""

@@ -1,7 +1,6 @@
-"""DPT-Hybrid: a depth map from one picture, by a vision transformer over the features of a ResNet.
+"""DPT-Hybrid: monocular depth estimation by a vision transformer over ResNet features.
 
-Ranftl et al. 2021, "Vision Transformers for Dense Prediction", section 3; Ranftl et al. 2020 for MiDaS, whose version 3
-names the weights.
+Ranftl et al. 2021, "Vision Transformers for Dense Prediction", section 3. Weight names are those of MiDaS 3.
 """
 
 from __future__ import annotations
@@ -19,32 +18,32 @@ from ldm.modules.diffusionmodules.util import normalization
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """x (B, C, H, W) with zeros around it, the odd one right and below, for an answer of ceil(side / stride)."""
+    """Pad x (B, C, H, W) with zeros, more on the right and bottom, for outputs of ceil(side / stride)."""
     h, w = (max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:])
     return F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2))
 
 
 class StandardizedConv(nn.Conv2d):
-    """Convolution by filters of mean 0 and variance 1 (Qiao et al. 2019), with `pad_same`."""
+    """Convolution with standardised weights (Qiao et al. 2019) and `pad_same`."""
 
     def __init__(self, width_in: int, width_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__(width_in, width_out, kernel, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / stride, W / stride)
-        weight = self.weight.float()  # half precision has no 1e-8
+        weight = self.weight.float()  # 1e-8 underflows in half precision
         var, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
         weight = ((weight - mean) * torch.rsqrt(var + 1e-8)).to(self.weight.dtype)
         return F.conv2d(pad_same(x, self.kernel_size[0], self.stride[0]), weight, stride=self.stride)
 
 
 def conv_norm(width_in: int, width_out: int, kernel: int, stride: int) -> nn.Sequential:
-    """A convolution and its norm, so named."""
+    """Build a convolution and its norm."""
     parts = {"conv": StandardizedConv(width_in, width_out, kernel, stride), "norm": normalization(width_out)}
     return nn.Sequential(OrderedDict(parts))
 
 
 class Bottleneck(nn.Module):
-    """Residual block of three convolutions at a quarter of the width (He et al. 2016)."""
+    """Residual bottleneck block (He et al. 2016)."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -61,7 +60,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Features at 1/4 of a picture's size, and at half of the last for every further stage (width, blocks)."""
+    """Features at 1/4 of the image size, halved by every further stage (width, blocks)."""
 
     def __init__(self, stem: int, stages: Sequence[tuple[int, int]]) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ class ResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with one matrix for queries, keys and values."""
+    """Multi-head self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -98,7 +97,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Layer of the transformer: attention, then two linear layers, each after a norm (Dosovitskiy et al. 2021)."""
+    """Pre-norm transformer layer (Dosovitskiy et al. 2021)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -114,7 +113,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Where the features that become tokens are made."""
+    """ResNet and projection to tokens."""
 
     def __init__(self, stem: int, stages: Sequence[tuple[int, int]], width: int) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class PatchEmbed(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A vision transformer whose tokens are the ResNet's last features."""
+    """Vision transformer over the ResNet's last features."""
 
     def __init__(
         self, width: int, depth: int, heads: int, grid: int, stem: int, stages: Sequence[tuple[int, int]]
@@ -133,10 +132,10 @@ class Transformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)  # files have it; depth comes from what lies before it
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # in published files; not used
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """x (B, 3, H, W) to the ResNet's features and each block's tokens (B, 1 + H / 16 * W / 16, D)."""
+        """Return the ResNet's features of x (B, 3, H, W) and every block's tokens (B, 1 + H / 16 * W / 16, D)."""
         features = self.patch_embed.backbone(x)
         x = self.patch_embed.proj(features[-1])  # (B, D, H / 16, W / 16)
         place = self._positions(*x.shape[2:])
@@ -148,7 +147,7 @@ class Transformer(nn.Module):
         return features, tokens
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """The embedding of the places, resized from the square that was learnt: (1, 1 + height * width, D)."""
+        """Interpolate the positional embedding to (1, 1 + height * width, D)."""
         first, places = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         side = math.isqrt(places.shape[1])
         places = places.transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
@@ -157,7 +156,7 @@ class Transformer(nn.Module):
 
 
 class Reassemble(nn.ModuleDict):
-    """Tokens as a map again, the class token read into each of them; names are places in MiDaS' sequence."""
+    """Reassemble tokens, with the class token projected into each, to a feature map (Ranftl et al. 2021, 3.2)."""
 
     def __init__(self, width: int, halve: bool) -> None:
         project = nn.Sequential(nn.Linear(2 * width, width), nn.GELU())
@@ -165,7 +164,7 @@ class Reassemble(nn.ModuleDict):
         super().__init__(parts | ({"4": nn.Conv2d(width, width, 3, stride=2, padding=1)} if halve else {}))
 
     def forward(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
-        """tokens (B, 1 + h * w, D), size (h, w), to (B, D, h, w) or half of that."""
+        """Reassemble tokens (B, 1 + h * w, D) to (B, D, h, w), or half of that."""
         readout, x = tokens[:, :1], tokens[:, 1:]
         x = self.get_submodule("0.project")(torch.cat([x, readout.expand_as(x)], dim=2))
         x = self["3"](x.transpose(1, 2).unflatten(2, tuple(size)))
@@ -173,7 +172,7 @@ class Reassemble(nn.ModuleDict):
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions, each after a ReLU, beside the identity."""
+    """Residual unit of two pre-activation convolutions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -185,7 +184,7 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds the features of the next finer level, refines, and doubles the size. The coarsest has no level to add."""
+    """Fusion block: add features of the next finer level, refine, upsample twice. The coarsest adds nothing."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -200,10 +199,17 @@ class Fusion(nn.Module):
 
 
 class DPTHybrid(nn.Module):
-    """Relative inverse depth of pictures: larger is nearer, of no fixed scale. The defaults are the published sizes.
+    """Relative inverse depth of images; larger is nearer. The defaults are the published sizes.
 
-    width, depth, heads: of the transformer. hooks: its blocks whose tokens count. grid: side of the learnt places.
-    stem, stages: of the ResNet, three stages as (width, blocks). features: width of the decoder.
+    Args:
+        width: Width of the transformer.
+        depth: Its layers.
+        heads: Its attention heads.
+        hooks: Its layers whose tokens the decoder uses.
+        grid: Side of the learned positional embedding.
+        stem: Width of the ResNet's stem.
+        stages: Its three stages as (width, blocks).
+        features: Width of the decoder.
     """
 
     def __init__(
@@ -242,7 +248,7 @@ class DPTHybrid(nn.Module):
         self.scratch = nn.ModuleDict(scratch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1], sides that are multiples of 32, to depth (B, 1, H, W), from 0."""
+        """Estimate depth (B, 1, H, W) >= 0 of x (B, 3, H, W) in [-1, 1] with sides that are multiples of 32."""
         maps, tokens = self.pretrained["model"](x)
         size = maps[-1].shape[2:]  # H / 16, W / 16
         levels = maps[:2]

@@ -9,7 +9,7 @@ import torch
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator, ReconstructionLoss, VQLPIPSWithDiscriminator
-from ldm.modules.losses.discriminator import NLayerDiscriminator, vanilla_d_loss
+from ldm.modules.losses.adversarial import NLayerDiscriminator, vanilla_d_loss
 from ldm.modules.losses.lpips import LPIPS, VGG16, VGG_WIDTHS
 from ldm.modules.losses.vqperceptual import measure_perplexity
 from ldm.util import get_obj_from_str, instantiate_from_config
@@ -245,3 +245,26 @@ def test_public_paths():
         "ldm.modules.losses.contperceptual.DummyLoss",
     ):
         assert not list(instantiate_from_config({"target": dummy}).parameters())
+
+
+def test_published_helpers():
+    from ldm.modules.losses import contperceptual, vqperceptual
+
+    assert [contperceptual.adopt_weight(2.0, step, threshold=3) for step in (2, 3)] == [0.0, 2.0]
+    assert vqperceptual.adopt_weight(2.0, 2, threshold=3, value=0.5) == 0.5
+    x, y = torch.rand(2, 3), torch.rand(2, 3)
+    assert torch.equal(vqperceptual.l1(x, y), (x - y).abs()) and torch.equal(vqperceptual.l2(x, y), (x - y) ** 2)
+    for module in (contperceptual, vqperceptual):
+        assert {"LPIPS", "NLayerDiscriminator", "hinge_d_loss", "vanilla_d_loss", "weights_init"} <= set(module.__all__)
+
+
+def test_an_overridden_adaptive_weight_is_used():
+    class Fixed(LPIPSWithDiscriminator):
+        def calculate_adaptive_weight(self, nll_loss, g_loss, last_layer=None):
+            return torch.tensor(3.0)
+
+    loss = Fixed(disc_start=0, perceptual_weight=0.0, disc_ndf=8, disc_num_layers=1)
+    x, y = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16, requires_grad=True)
+    posterior = DiagonalGaussianDistribution(torch.zeros(1, 8, 2, 2))
+    _, parts = loss(x, y, posterior, 0, 0)
+    assert parts["train/d_weight"] == 3.0
