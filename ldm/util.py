@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import re
 import sys
 import textwrap
@@ -15,6 +16,8 @@ from ldm.trust import check_found, check_path, trust
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "ALIASES",
@@ -34,6 +37,7 @@ __all__ = [
     "parallel_data_prefetch",
     "public_path",
     "trust",
+    "warn_about_other_distributions",
 ]
 
 # Where the files of the public layout (configs/..., models/...) may be, besides the working directory.
@@ -78,6 +82,26 @@ ALIASES: dict[str, str] = {
 def public_path(path: str) -> Path | None:
     """Return where a file of the public layout such as `configs/x.yaml` is, or None."""
     return next((place / path for place in (Path(), REPOSITORY, INSTALLED, BESIDE) if (place / path).is_file()), None)
+
+
+OTHER_DISTRIBUTIONS = ("stable-diffusion-sdkit",)  # which install a package `ldm`, too
+
+
+@functools.cache
+def warn_about_other_distributions() -> None:
+    """Log a warning, once, if another distribution has installed its `ldm` over or under this one."""
+    from importlib import metadata  # which `import ldm.util` must not wait for
+
+    for name in OTHER_DISTRIBUTIONS:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        logger.warning(
+            "%s %s is installed, which has a package ldm too, so that files of both may be mixed: run "
+            "`pip uninstall %s`, then install latent-diffusion again (docs/migrating.md)",
+            *(name, version, name),
+        )
 
 
 def exists(x: object) -> bool:

@@ -121,3 +121,15 @@ def test_parallel_data_prefetch(processes):
     for given, workers, kind in (([1], 0, "list"), ([1], 1, "tuple"), (data, 1, "list")):
         with pytest.raises(ValueError, match="target_data_type|cannot split"):
             util.parallel_data_prefetch(_double, given, workers, kind, processes)
+
+
+def test_another_distribution_of_ldm(monkeypatch, caplog):
+    util.warn_about_other_distributions.cache_clear()
+    util.warn_about_other_distributions()
+    assert not caplog.records
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"stable-diffusion-sdkit": "2.1.5"}[name])
+    util.warn_about_other_distributions.cache_clear()
+    for _ in range(2):
+        util.warn_about_other_distributions()
+    (record,) = caplog.records
+    assert "stable-diffusion-sdkit 2.1.5" in record.getMessage() and "pip uninstall" in record.getMessage()

@@ -24,7 +24,7 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 
     Args:
         num_records: the length.
-        valid_ids: what `sample_ids` is at first. Each loading process gets a part of it.
+        valid_ids: what `sample_ids` is at first; each loading process gets a part of it.
         size: side of the images.
     """
 
@@ -38,6 +38,12 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 
     def __len__(self) -> int:
         return self.num_records
+
+    def select_part(self, part: int, parts: int) -> None:
+        """Set `sample_ids` to one of `parts` parts of `valid_ids`, for a loading process."""
+        if self.valid_ids is not None:
+            length = len(self.valid_ids)
+            self.sample_ids = self.valid_ids[part * length // parts : (part + 1) * length // parts]
 
     @abstractmethod
     def __iter__(self) -> Iterator[dict[str, Any]]:

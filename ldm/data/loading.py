@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import os
 import random
@@ -17,7 +19,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
 
 SETS = ("train", "validation", "test", "predict")
 
@@ -235,10 +240,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
             if name in self.datasets:
                 continue
             dataset = instantiate_from_config(config)
-            if isinstance(dataset, IterableDataset):
+            if isinstance(dataset, IterableDataset) and not isinstance(dataset, Txt2ImgIterableBaseDataset):
                 raise ValueError(
                     f"data.params.{name}: {config['target']} is an IterableDataset, with which no run can resume: use "
-                    "a data set with __len__ and __getitem__"
+                    "a data set with __len__ and __getitem__, or a Txt2ImgIterableBaseDataset"
                 )
             if len(dataset) == 0:
                 raise ValueError(f"data.params.{name}: {config['target']} has no items")
@@ -262,8 +267,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _train_loader(self) -> DataLoader:
         loader = self._loader("train", shuffle=True)
-        batches: Any = loader.batch_sampler  # `EpochBatches`
-        batches.start_at(*self._start)
+        if isinstance(loader.batch_sampler, EpochBatches):
+            loader.batch_sampler.start_at(*self._start)
+        elif self._start[1]:
+            logger.warning("an iterable data set starts its epoch again: %d batches of it are repeated", self._start[1])
         return loader
 
     def _loader_of(self, name: str) -> Callable[[], DataLoader]:
@@ -272,6 +279,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _loader(self, name: str, *, shuffle: bool) -> DataLoader:
         dataset, trainer = self.datasets[name], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        if isinstance(dataset, Txt2ImgIterableBaseDataset):
+            if self.num_workers == 0:
+                dataset.select_part(rank, world)
+            init = functools.partial(_init_iterable, self.seed, rank, world)
+            return WorkerCheckingLoader(dataset, self.batch_size, num_workers=self.num_workers, worker_init_fn=init)
         alike = name != "train"  # so that the results of two validations can be compared
         return WorkerCheckingLoader(
             SeededItems(dataset, self.seed),
@@ -288,3 +300,14 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _init_iterable(seed: int, rank: int, world: int, worker: int) -> None:
+    """Give a worker its part of the ids, and random numbers of its own."""
+    _ignore_signals(worker)
+    info = torch.utils.data.get_worker_info()
+    assert info is not None
+    part = rank * info.num_workers + worker
+    info.dataset.select_part(part, world * info.num_workers)
+    random.seed(seed + part)
+    np.random.seed(seed + part)

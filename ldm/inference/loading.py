@@ -24,7 +24,7 @@ from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES, ScheduleChoice
 from ldm.models.model_info import ModelInfo, SamplingDefaults
 from ldm.modules.layout import lay_out
-from ldm.util import public_path
+from ldm.util import public_path, warn_about_other_distributions
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -64,6 +64,7 @@ def load_model(
 
     Raises FileNotFoundError, CheckpointError or ValueError, each with what to do, if that does not work out.
     """
+    warn_about_other_distributions()
     where = choose_device(device)
     precision = choose_precision(precision, where)
     checkpoint = _read(Path(ckpt) if ckpt is not None else _default_checkpoint(), verify)

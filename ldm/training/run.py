@@ -37,7 +37,7 @@ from ldm.training.settings import Settings, read_settings
 from ldm.training.signals import Signals, Stopped
 from ldm.training.strategies import choose_strategy
 from ldm.trust import allowlist_only
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, warn_about_other_distributions
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def train(args: argparse.Namespace) -> None:
     _silence_lightning()
     if not folders.is_first_process():
         logging.getLogger("ldm").setLevel(logging.WARNING)
+    warn_about_other_distributions()
     settings = read_settings(args)
     for note in settings.notes:
         logger.info(note)

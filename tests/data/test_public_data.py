@@ -245,6 +245,36 @@ def test_iterable_base():
     assert [len(batch) for batch in DataLoader(data, batch_size=2)] == [2, 1]
 
 
+class Records(Txt2ImgIterableBaseDataset):
+    """Numbers, as records of an iterable data set."""
+
+    def __init__(self, length=8):
+        super().__init__(length, list(range(length)))
+
+    def __iter__(self):
+        for number in self.sample_ids:
+            yield {"image": np.full((16, 16, 3), number / 10, np.float32), "number": number}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_iterable_data_in_a_data_module(num_workers):
+    config = {"target": "tests.data.test_public_data.Records"}
+    module = DataModuleFromConfig(2, config, num_workers=num_workers)
+    module.setup()
+    module.check_batch_size(1)
+    seen = [number for batch in module.train_dataloader() for number in batch["number"].tolist()]
+    assert sorted(seen) == list(range(8))
+
+
+def test_processes_divide_iterable_data():
+    data = Records()
+    parts = []
+    for part in range(3):
+        data.select_part(part, 3)
+        parts += data.sample_ids
+    assert parts == list(range(8))
+
+
 # ---- Open Images, landscapes ----
 
 
