@@ -96,7 +96,7 @@ def test_the_chooser_finds_the_config(name):
     shapes = {key: tuple(value.shape) for key, value in model_of(name).state_dict().items()}
     family = family_of(shapes)
     assert name in family.configs
-    assert family.whole == ("first_stage_models" not in name and "autoencoder" not in name)
+    assert family.complete == ("first_stage_models" not in name and "autoencoder" not in name)
 
 
 def test_an_installation_finds_every_config(monkeypatch):

@@ -1,34 +1,30 @@
-"""Damage that loads without a word: checksums, and values that are no numbers."""
+"""Find damage that loads without an error (checksums, NaN), and identify weights (fingerprints)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+ALWAYS = 64 * 2**20  # bytes: files up to this size are compared with their recorded checksum whenever they are read
+SHA256 = "sha256"  # key in the metadata of safetensors written here: the checksum of all bytes after the header
+PLACEHOLDER = "0" * 64
 
-ALWAYS = 64 * 2**20  # bytes: a file of this size or less is compared with its recorded checksum whenever it is read
-SHA256 = "sha256"  # in the metadata of safetensors that we write: of all bytes after the header
 
-
-def sum_file(path: Path) -> Path:
-    """Where the checksum of a file is recorded, as `sha256sum FILE > FILE.sha256` does it."""
+def checksum_file(path: Path) -> Path:
+    """Return where the checksum of a file is recorded, as by `sha256sum FILE > FILE.sha256`."""
     return path.with_name(path.name + ".sha256")
 
 
-def recorded_sum(path: Path) -> str | None:
-    """The sha256 that is recorded beside a file, None if there is no such record.
-
-    Raises ValueError if there is a record that says nothing of the file.
-    """
-    record = sum_file(path)
+def recorded_checksum(path: Path) -> str | None:
+    """Return the sha256 recorded beside a file, or None. Raises ValueError if the record is of another file."""
+    record = checksum_file(path)
     try:
         text = record.read_bytes()[: 2**20].decode("utf-8", "replace")
     except FileNotFoundError:
@@ -41,45 +37,42 @@ def recorded_sum(path: Path) -> str | None:
 
 
 def compare_with_record(path: Path) -> bool:
-    """Whether there is a checksum beside the file; ValueError if the file has another one."""
-    recorded = recorded_sum(path)
+    """Compare a file with the checksum beside it; return whether there is one. Raises ValueError if they differ."""
+    recorded = recorded_checksum(path)
     if recorded is None:
         return False
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != recorded:
         raise ValueError(
-            f"{path} is not the file whose checksum {sum_file(path).name} records (sha256 {found[:12]}..., recorded is "
-            f"{recorded[:12]}...): download or copy it again, or delete the record if the file was changed on purpose"
+            f"{path} is not the file whose checksum {checksum_file(path).name} records (sha256 {found[:12]}..., "
+            f"recorded is {recorded[:12]}...): download or copy it again, or delete the record if the file was changed "
+            "on purpose"
         )
     return True
 
 
-def data_sum(file: BinaryIO) -> str:
-    """sha256 of all that follows the header of a safetensors file, in hexadecimal."""
+def data_checksum(file: BinaryIO) -> str:
+    """Return the sha256 of everything after the header of a safetensors file."""
     file.seek(0)
     file.seek(8 + int.from_bytes(file.read(8), "little"))
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed asks for more than a BinaryIO
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def note_data_sum(path: Path) -> None:
-    """Put the true sum into the metadata of a safetensors file that was written with `PLACEHOLDER` there."""
+def write_data_checksum(path: Path) -> None:
+    """Replace `PLACEHOLDER` in the metadata of a safetensors file by the checksum of its data."""
     with path.open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-        place = header.index(json.dumps(PLACEHOLDER).encode())
-        found = data_sum(file)
+        place = file.read(length).index(json.dumps(PLACEHOLDER).encode())
+        checksum = data_checksum(file)
         file.seek(8 + place + 1)
-        file.write(found.encode())
+        file.write(checksum.encode())
 
 
-PLACEHOLDER = "0" * 64
+def find_not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Return the first key with NaN values, or with infinite ones in a weight or bias, or None.
 
-
-def not_a_number(state: Mapping[str, Tensor]) -> str | None:
-    """The first weight with values that are no numbers (NaN), or infinite; None if there is none.
-
-    Only weights and biases count as infinite: masks of attention and tables of noise schedules are so on purpose.
+    Attention masks and noise schedules are infinite on purpose.
     """
     for key, value in state.items():
         if not (value.is_floating_point() or value.is_complex()):
@@ -89,3 +82,26 @@ def not_a_number(state: Mapping[str, Tensor]) -> str | None:
         if not bool(value.isfinite().all() if strict else not value.isnan().any()):
             return key
     return None
+
+
+def fingerprint(module: nn.Module, ignore: Sequence[str] = ()) -> str:
+    """Return a sha256 over names, shapes, dtypes and values of a state dict, for caches of what a model computed.
+
+    The device and the order of registration do not matter.
+
+    Args:
+        module: the module.
+        ignore: prefixes of keys that do not count.
+
+    Raises:
+        ValueError: the module is on the meta device and has no values.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(tuple(ignore)):
+            continue
+        if tensor.is_meta:
+            raise ValueError(f"a model without weights has no fingerprint ({name} is on the meta device)")
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

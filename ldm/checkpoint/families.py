@@ -1,6 +1,6 @@
-"""What a checkpoint is, told from its keys and shapes: the public configs that fit it, or why it cannot serve.
+"""Recognise what a checkpoint is by its keys and shapes: the public configs that fit, or why it cannot be used.
 
-A further family is one more row of `FAMILIES`.
+To add a family, add a row to `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 UNET = "model.diffusion_model."
 
-# Where each kind of conditioning keeps its table of tokens or classes.
+# The table of tokens or classes of each kind of conditioning.
 TEXT_TOWERS = {
     "clip": "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
     "openclip": "cond_stage_model.model.token_embedding.weight",
@@ -26,9 +26,9 @@ TEXT_TOWERS = {
 
 
 def ema_name(key: str) -> str:
-    """The name under which `LitEma` keeps its copy of a weight: no dots, and no `model.` before a UNet's.
+    """Return `LitEma`'s name for the average of a weight: no dots, and no `model.` before a UNet's.
 
-    Copies of a condition's encoder, which only models with `ema_cond_stage` have, stand apart from the UNet's.
+    Averages of a condition's encoder, which only models with `ema_cond_stage` have, have a prefix of their own.
     """
     if key.startswith("cond_stage_model."):
         return "cond_stage_ema." + key.removeprefix("cond_stage_model.").replace(".", "")
@@ -37,16 +37,16 @@ def ema_name(key: str) -> str:
 
 @dataclass(frozen=True)
 class Features:
-    """The few sizes that tell families apart; None where a file has no such part."""
+    """The sizes that tell families apart; None where a file has no such part."""
 
     unet: bool = False  # any weight of a UNet, plain or EMA
     in_channels: int | None = None  # of the UNet: latent 4, inpainting 9, ...
     width: int | None = None  # the UNet's model_channels
-    context: int | None = None  # width of cross-attention's context
-    vector: int | None = None  # width of the class or vector that enters with the timestep
+    context: int | None = None  # width of the context of cross-attention
+    vector: int | None = None  # width of the class or vector that is added to the timestep embedding
     text: str | None = None  # one of TEXT_TOWERS
     vocabulary: int | None = None
-    # of an autoencoder in a file of its own; its factor is pixels per latent, a side
+    # of an autoencoder in a file of its own; its factor is pixels per latent, along a side
     ae_width: int | None = None
     ae_factor: int | None = None
     ae_channels: int | None = None
@@ -55,9 +55,11 @@ class Features:
 
 
 def features(shapes: Shapes) -> Features:
-    """The `Features` of a file whose tensors have these shapes, under published names."""
+    """Return the `Features` of a file with these shapes by published key."""
+    text = next((name for name, key in TEXT_TOWERS.items() if shapes.get(key)), None)
+    tower: dict[str, Any] = {"text": text, "vocabulary": shapes[TEXT_TOWERS[text]][0] if text else None}
     if not any(key.startswith((UNET, ema_name(UNET))) for key in shapes):
-        return Features(**_tower(shapes), **_autoencoder(shapes))
+        return Features(**tower, **_autoencoder(shapes))
     width, in_channels = _unet_shape(shapes, "input_blocks.0.0.weight", 4)[:2]
     contexts = (shape[-1] for key, shape in shapes.items() if re.search(r"attn2\.?to_k\.?weight$", key) and shape)
     vectors = (_unet_shape(shapes, name, 2)[-1] for name in ("label_emb.weight", "label_emb.0.0.weight"))
@@ -67,23 +69,18 @@ def features(shapes: Shapes) -> Features:
         width=width,
         context=next(contexts, None),
         vector=next((vector for vector in vectors if vector is not None), None),
-        **_tower(shapes),
+        **tower,
     )
 
 
 def _unet_shape(shapes: Shapes, name: str, axes: int) -> tuple[int | None, ...]:
-    """The shape of the UNet's weight `name`, plain or averaged; all None if there is none of so many axes."""
+    """Return the shape of the UNet's weight `name`, plain or EMA; all None if there is none with so many axes."""
     shape = shapes.get(UNET + name) or shapes.get(ema_name(UNET + name)) or ()
     return shape if len(shape) == axes else (None,) * axes
 
 
-def _tower(shapes: Shapes) -> dict[str, Any]:
-    text = next((name for name, key in TEXT_TOWERS.items() if shapes.get(key)), None)
-    return {"text": text, "vocabulary": shapes[TEXT_TOWERS[text]][0] if text else None}
-
-
 def _autoencoder(shapes: Shapes) -> dict[str, Any]:
-    """What is known of a file that holds an autoencoder alone, with nothing before its names."""
+    """Return the features of a file that holds only an autoencoder, without a prefix."""
     first, latent = shapes.get("encoder.conv_in.weight"), shapes.get("post_quant_conv.weight")
     if not first or not latent:
         return {}
@@ -99,28 +96,28 @@ def _autoencoder(shapes: Shapes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model, the public configs that fit its files and what tells it from others.
+    """A kind of model: how to recognise its files, and the public configs that fit them.
 
-    Where shapes cannot tell several configs apart, the first serves unless whoever loads knows more: Stable Diffusion
-    v2's two differ in what the network predicts, which the loader finds out by asking it; configs for other data sets
-    differ in nothing that sampling uses. A family without configs is named only to be refused.
+    Where shapes cannot tell several configs apart, the first is used unless the loader knows more: Stable Diffusion
+    v2's two differ in what the network predicts, which the loader finds out by running it; configs for other data sets
+    differ in nothing that sampling uses. A family without configs is recognised only to be refused.
     """
 
     name: str
     configs: tuple[str, ...] = ()
-    wants: Mapping[str, Any] = field(default_factory=dict)  # features that a file of this family has
-    tower: Mapping[str, Any] = field(default_factory=dict)  # features that it has unless it lacks the tower
-    part: str | None = None  # a beginning of keys that a file of this family has
-    whole: bool = True  # a model to draw with, and not an autoencoder alone
+    wants: Mapping[str, Any] = field(default_factory=dict)  # features of its files
+    tower: Mapping[str, Any] = field(default_factory=dict)  # features of files that include the tower
+    key: str | None = None  # a prefix of keys of its files
+    complete: bool = True  # a model to sample from, not only an autoencoder
 
     @property
     def loads(self) -> bool:
-        """Whether there is a config to load its files with."""
+        """Whether there is a config for its files."""
         return bool(self.configs)
 
     def fits(self, found: Features, shapes: Shapes) -> bool:
-        """Whether a file with these features and these shapes by key is one of this family."""
-        if self.part is not None and not any(key.startswith(self.part) for key in shapes):
+        """Return whether a file with these features and shapes is of this family."""
+        if self.key is not None and not any(key.startswith(self.key) for key in shapes):
             return False
         if found.text is not None and any(getattr(found, name) != value for name, value in self.tower.items()):
             return False
@@ -131,8 +128,16 @@ class Family:
         return f"{self.name} ({named})" if named else self.name
 
 
-_SD = "configs/stable-diffusion/"
-_LDM = "configs/latent-diffusion/"
+def _sd(*names: str) -> tuple[str, ...]:
+    return tuple(f"configs/stable-diffusion/{name}.yaml" for name in names)
+
+
+def _ldm(*names: str) -> tuple[str, ...]:
+    return tuple(f"configs/latent-diffusion/{name}.yaml" for name in names)
+
+
+def _models(*names: str) -> tuple[str, ...]:
+    return tuple(f"models/ldm/{name}/config.yaml" for name in names)
 
 
 def _unet(width: int, in_channels: int, context: int | None = None, vector: int | None = None) -> dict[str, Any]:
@@ -146,98 +151,75 @@ def _first_stage(name: str, factor: int, channels: int, codes: int | None = None
         f"the {kind} autoencoder {name} alone",
         (f"models/first_stage_models/{name}/config.yaml", *others),
         wants | {"ae_attention": "noattn" not in name},
-        whole=False,
+        complete=False,
     )
 
 
-UNKNOWN = Family("a latent diffusion model of a kind that is not known here", wants={"unet": True})
+UNKNOWN = Family("a latent diffusion model of an unknown kind", wants={"unet": True})
 
 # The first row that fits counts.
 FAMILIES = (
-    Family("SDXL", part="conditioner.embedders."),
-    Family("Stable Diffusion 3", part=UNET + "joint_blocks."),
-    Family("Flux", part=UNET + "double_blocks."),
-    Family("Flux", part="double_blocks."),
-    Family("Zero-1-to-3", part="cc_projection."),
-    Family("Stable Diffusion v1", (_SD + "v1-inference.yaml",), _unet(320, 4, 768), {"text": "clip"}),
-    Family(
-        "Stable Diffusion v1 inpainting",
-        (_SD + "v1-inpainting-inference.yaml",),
-        _unet(320, 9, 768),
-        {"text": "clip"},
-    ),
+    Family("SDXL", key="conditioner.embedders."),
+    Family("Stable Diffusion 3", key=UNET + "joint_blocks."),
+    Family("Flux", key=UNET + "double_blocks."),
+    Family("Flux", key="double_blocks."),
+    Family("Zero-1-to-3", key="cc_projection."),
+    Family("Stable Diffusion v1", _sd("v1-inference"), _unet(320, 4, 768), {"text": "clip"}),
+    Family("Stable Diffusion v1 inpainting", _sd("v1-inpainting-inference"), _unet(320, 9, 768), {"text": "clip"}),
     Family("InstructPix2Pix on Stable Diffusion v1", (), _unet(320, 8, 768)),
-    Family("Stable Diffusion v2", (_SD + "v2-inference.yaml", _SD + "v2-inference-v.yaml"), _unet(320, 4, 1024)),
-    Family("Stable Diffusion v2 inpainting", (_SD + "v2-inpainting-inference.yaml",), _unet(320, 9, 1024)),
-    Family("Stable Diffusion v2 depth2img", (_SD + "v2-midas-inference.yaml",), _unet(320, 5, 1024)),
-    Family(
-        "Stable Diffusion v2 unCLIP on ViT-H",
-        (_SD + "v2-1-stable-unclip-h-inference.yaml",),
-        _unet(320, 4, 1024, vector=2048),
-    ),
-    Family(
-        "Stable Diffusion v2 unCLIP on ViT-L",
-        (_SD + "v2-1-stable-unclip-l-inference.yaml",),
-        _unet(320, 4, 1024, vector=1536),
-    ),
-    Family("the Stable Diffusion x4 upscaler", (_SD + "x4-upscaling.yaml",), _unet(256, 7, 1024, vector=1024)),
+    Family("Stable Diffusion v2", _sd("v2-inference", "v2-inference-v"), _unet(320, 4, 1024)),
+    Family("Stable Diffusion v2 inpainting", _sd("v2-inpainting-inference"), _unet(320, 9, 1024)),
+    Family("Stable Diffusion v2 depth2img", _sd("v2-midas-inference"), _unet(320, 5, 1024)),
+    Family("Stable Diffusion v2 unCLIP on ViT-H", _sd("v2-1-stable-unclip-h-inference"), _unet(320, 4, 1024, 2048)),
+    Family("Stable Diffusion v2 unCLIP on ViT-L", _sd("v2-1-stable-unclip-l-inference"), _unet(320, 4, 1024, 1536)),
+    Family("the Stable Diffusion x4 upscaler", _sd("x4-upscaling"), _unet(256, 7, 1024, 1024)),
     Family(
         "the latent diffusion text-to-image model txt2img-f8-large",
-        (_LDM + "txt2img-1p4B-eval.yaml",),
+        _ldm("txt2img-1p4B-eval"),
         _unet(320, 4, 1280),
         {"text": "bert"},
     ),
-    Family(
-        "latent diffusion text2img256", ("models/ldm/text2img256/config.yaml",), _unet(192, 3, 640), {"text": "bert"}
-    ),
+    Family("latent diffusion text2img256", _models("text2img256"), _unet(192, 3, 640), {"text": "bert"}),
     Family(
         "class-conditional latent diffusion on ImageNet, f4",
-        (_LDM + "cin256-v2.yaml",),
+        _ldm("cin256-v2"),
         _unet(192, 3, 512),
         {"text": "class", "vocabulary": 1001},
     ),
     Family(
         "class-conditional latent diffusion on ImageNet, f8",
-        ("models/ldm/cin256/config.yaml", _LDM + "cin-ldm-vq-f8.yaml"),
+        _models("cin256") + _ldm("cin-ldm-vq-f8"),
         _unet(256, 4, 512),
         {"text": "class", "vocabulary": 1000},
     ),
     Family(
         "unconditional latent diffusion on CelebA-HQ, FFHQ or LSUN bedrooms",
-        (
-            *(f"models/ldm/{name}/config.yaml" for name in ("celeba256", "ffhq256", "lsun_beds256")),
-            *(f"{_LDM}{name}-ldm-vq-4.yaml" for name in ("celebahq", "ffhq", "lsun_bedrooms")),
-        ),
+        _models("celeba256", "ffhq256", "lsun_beds256")
+        + _ldm("celebahq-ldm-vq-4", "ffhq-ldm-vq-4", "lsun_bedrooms-ldm-vq-4"),
         _unet(224, 3),
     ),
     Family(
         "unconditional latent diffusion on LSUN churches",
-        ("models/ldm/lsun_churches256/config.yaml", _LDM + "lsun_churches-ldm-kl-8.yaml"),
+        _models("lsun_churches256") + _ldm("lsun_churches-ldm-kl-8"),
         _unet(192, 4),
     ),
     Family(
         "latent diffusion for semantic synthesis",
-        ("models/ldm/semantic_synthesis256/config.yaml", "models/ldm/semantic_synthesis512/config.yaml"),
+        _models("semantic_synthesis256", "semantic_synthesis512"),
         _unet(128, 6),
     ),
-    Family("latent diffusion for super-resolution", ("models/ldm/bsr_sr/config.yaml",), _unet(160, 6)),
-    Family("latent diffusion for inpainting", ("models/ldm/inpainting_big/config.yaml",), _unet(256, 7)),
+    Family("latent diffusion for super-resolution", _models("bsr_sr"), _unet(160, 6)),
+    Family("latent diffusion for inpainting", _models("inpainting_big"), _unet(256, 7)),
     Family(
         "layout-to-image latent diffusion",
-        ("models/ldm/layout2img-openimages256/config.yaml",),
+        _models("layout2img-openimages256"),
         _unet(128, 3, 512),
         {"text": "bert", "vocabulary": 8192},
     ),
     Family(
-        "retrieval-augmented diffusion",
-        ("configs/retrieval-augmented-diffusion/768x768.yaml",),
-        _unet(448, 16, 768),
+        "retrieval-augmented diffusion", ("configs/retrieval-augmented-diffusion/768x768.yaml",), _unet(448, 16, 768)
     ),
-    Family(
-        "the bundled model of shapes",
-        ("models/ldm/shapes64/config.yaml",),
-        {"text": "clip", "vocabulary": 35, "context": 128},
-    ),
+    Family("the bundled model of shapes", _models("shapes64"), {"text": "clip", "vocabulary": 35, "context": 128}),
     UNKNOWN,
     _first_stage("kl-f4", 4, 3, None, "configs/autoencoder/autoencoder_kl_64x64x3.yaml"),
     _first_stage("kl-f8", 8, 4, None, "configs/autoencoder/autoencoder_kl_32x32x4.yaml"),
@@ -250,7 +232,7 @@ FAMILIES = (
     _first_stage("vq-f16", 16, 8, 16384),
 )
 
-# Files that hold no whole model: what they are, and keys that only they have.
+# Files without a complete model: what they are, and keys that only they have.
 PARTS = (
     ("a LoRA", r"lora_(up|down|A|B)\b|lora_(unet|te\d?)_|_lora\.|\.(hada_w|lokr_w|oft_)"),
     ("a ControlNet", r"^(control_model\.|controlnet_|input_hint_block\.|zero_convs\.)"),
@@ -264,41 +246,42 @@ PARTS = (
 
 
 def family_of(shapes: Shapes) -> Family | None:
-    """The first family that `shapes` (published name -> shape) fits; None if they hold nothing that is known."""
+    """Return the first family that a file with these shapes by published key fits, or None."""
     found = features(shapes)
     return next((family for family in FAMILIES if family.fits(found, shapes)), None)
 
 
 def detect_config(shapes: Shapes) -> str | None:
-    """The public config for a checkpoint with these shapes: "configs/stable-diffusion/v1-inference.yaml", ...
+    """Return the public config for a file, such as `configs/stable-diffusion/v1-inference.yaml`.
 
-    None if it is of no family that this code can load; `config_for` says in words why.
+    None if there is none; `config_for` says why.
     """
     family = family_of(shapes)
     return family.configs[0] if family and family.loads else None
 
 
 def _part_of(shapes: Shapes) -> str | None:
-    """What a file that is not a whole model is, None if its keys say nothing."""
-    for name, pattern in PARTS:
-        if any(re.search(pattern, key) for key in shapes):
-            return name
-    return None
+    return next((name for name, pattern in PARTS if any(re.search(pattern, key) for key in shapes)), None)
 
 
 def describe(shapes: Shapes) -> str:
-    """What a file with these shapes looks like, in words: "Stable Diffusion v2 (configs/...)", "a LoRA", ..."""
+    """Describe a file for a message: "Stable Diffusion v2 (configs/...)", "a LoRA", ..."""
     family = family_of(shapes)
-    return str(family) if family else _part_of(shapes) or "no model that is known here"
+    return str(family) if family else _part_of(shapes) or "an unknown model"
 
 
-def config_for(checkpoint: Checkpoint, *, whole: bool = True) -> str:
-    """`detect_config` for a file that was read; CheckpointError, saying what it is, where there is none.
+def config_for(checkpoint: Checkpoint, *, complete: bool = True) -> str:
+    """Return the public config for a checkpoint.
 
-    whole: the file must hold a model to draw with; without it, an autoencoder in a file of its own will do.
+    Args:
+        checkpoint: from `read_checkpoint`.
+        complete: whether the file must hold a model to sample from, or an autoencoder alone is enough.
+
+    Raises:
+        CheckpointError: there is no such config; the message says what the file is.
     """
     family = family_of(checkpoint.shapes)
-    if family is None or (whole and not family.whole):
+    if family is None or (complete and not family.complete):
         raise CheckpointError(not_a_model(checkpoint))
     if family is UNKNOWN:
         raise CheckpointError(f"{checkpoint.path} holds {family}: name its config with --config")
@@ -308,10 +291,10 @@ def config_for(checkpoint: Checkpoint, *, whole: bool = True) -> str:
 
 
 def not_a_model(checkpoint: Checkpoint) -> str:
-    """One sentence on a file without any UNet that is known here."""
+    """Return a message about a file without a known UNet."""
     part = _part_of(checkpoint.shapes)
     if part:
         use = ", or use scripts/reconstruct.py for this one" if "autoencoder (VAE) alone" in part else ""
-        return f"{checkpoint.path} is {part}, not a whole model: name a checkpoint that holds the model itself{use}"
+        return f"{checkpoint.path} is {part}, not a complete model: name a checkpoint with the model itself{use}"
     first = ", ".join(list(checkpoint.shapes)[:3])
-    return f"{checkpoint.path} holds no model that is known here (its first weights: {first})"
+    return f"{checkpoint.path} holds no known model (its first weights: {first})"

@@ -1,4 +1,4 @@
-"""Starting training from a file that may hold more or less than the model, and saying what came of it."""
+"""Start training from a file that may hold more or less than the model."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ def init_from_checkpoint(
     prefix: str = "",
     widen: Mapping[str, int] | None = None,
 ) -> list[str]:
-    """Copy into a module what fits of a file; one log message says what was left out and what stays as it is.
+    """Copy the weights of a file that fit a module, and log which do not.
 
-    Only keys that start with `prefix` count, without it; those that, with it, start with one of `ignore_keys` do not.
-    widen: weights, with `prefix`, that may have fewer input channels in the file, and how many of these to take at
-    most; the module's other input channels become zero there.
-    The noise schedule stays the module's own. A file with averaged weights only gives those. A module on the meta
-    device is left alone, for `fill_model` will bring all of its weights. Like that, this notes on the module where its
-    weights are from, as `checkpoint_path`.
+    The module keeps its own noise schedule. A file with only EMA weights gives those. A module on the meta device is
+    left alone, for `fill_model` will bring all of its weights.
 
-    Returns the module's own keys that nothing was found for.
-    Raises CheckpointError, a ValueError, if less than half of the network's weights fit: a start that is nearly random
-    should be a random one. The network is a latent diffusion model's UNet, or else all of the module.
+    Args:
+        module: the module; its `checkpoint_path` becomes `path`.
+        path: the file.
+        ignore_keys: prefixes of keys (with `prefix`) that are not copied.
+        prefix: only keys that start with it are copied, without it.
+        widen: weights (with `prefix`) that may have fewer input channels in the file, and how many of these to copy
+            at most; the module's other input channels become zero.
+
+    Returns:
+        The module's keys for which nothing was found.
+
+    Raises:
+        CheckpointError: less than half of the network's weights fit (of a latent diffusion model's UNet, otherwise of
+            the whole module). A start that is nearly random should be a random one.
     """
     own = module.state_dict()
     if any(parameter.is_meta for parameter in module.parameters()):
@@ -47,23 +54,35 @@ def init_from_checkpoint(
     source, _ = match_ema(own, given)
     wanted = [k for k in own if not f"{prefix}{k}".startswith(ignored) and k.rpartition(".")[2] not in COMPUTED]
     found = {k: given[source[k]] for k in wanted if source[k] in given}
-    widened = _widened(found, own, {k.removeprefix(prefix): keep for k, keep in (widen or {}).items()})
+    widened = _widen(found, own, {k.removeprefix(prefix): keep for k, keep in (widen or {}).items()})
     found |= widened
     fitting = {k: value for k, value in found.items() if value.shape == own[k].shape}
     _check_enough(wanted, fitting, f"{path} looks like {describe(checkpoint.shapes)}")
     module.load_state_dict(fitting, strict=False)
-    module.checkpoint_path = str(path)  # type: ignore[assignment]  # a note, on any module
+    module.checkpoint_path = str(path)  # type: ignore[assignment]  # a plain attribute, on any module
 
     missing = sorted(own.keys() - fitting.keys())
+    # averages that the file lacks start from the weights
+    initial = [k for k in missing if not k.startswith(tuple(AVERAGES)) and k.rpartition(".")[2] not in COMPUTED]
     used = {source[k] for k in found}
-    extra = [k for k in given if k not in used and k.rpartition(".")[2] not in COMPUTED]
-    wider = [f"{k} ({given[source[k]].shape[1]} of {own[k].shape[1]} are the file's)" for k in sorted(widened)]
-    _report(path, own, fitting, found, missing, extra, wider)
+    unused = [k for k in given if k not in used and k.rpartition(".")[2] not in COMPUTED]
+    unlike = [
+        f"{k} ({shape_text(value.shape)} in the file, {shape_text(own[k].shape)} here)"
+        for k, value in found.items()
+        if k not in fitting
+    ]
+    zero = [f"{k} ({given[source[k]].shape[1]} of {own[k].shape[1]} are in the file)" for k in sorted(widened)]
+    report = [f"{len(fitting)} of {len(own)} weights taken"]
+    report += [f"new input channels start at zero: {', '.join(zero)}"] if zero else []
+    report += [f"{len(unlike)} have another shape: {few(unlike, 5)}"] if unlike else []
+    report += [f"{len(initial)} stay at their initial values: {_by_module(initial)}"] if initial else []
+    report += [f"{len(unused)} of the file are left out: {_by_module(unused)}"] if unused else []
+    logger.log(logging.WARNING if unlike or initial else logging.INFO, "%s: %s", path, "; ".join(report))
     return missing
 
 
-def _widened(found: Mapping[str, Tensor], own: Mapping[str, Tensor], keep: Mapping[str, int]) -> dict[str, Tensor]:
-    """Weights (O, C, k, k) in `keep` that have more input channels here: that many of the file's, then zeros."""
+def _widen(found: Mapping[str, Tensor], own: Mapping[str, Tensor], keep: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the weights (O, C, k, k) in `keep` with zeros for the input channels that the file lacks."""
     result: dict[str, Tensor] = {}
     for key in keep.keys() & found.keys():
         given, shape = found[key], own[key].shape
@@ -86,32 +105,8 @@ def _check_enough(wanted: Iterable[str], fitting: Mapping[str, Tensor], looks: s
         raise CheckpointError(f"only {count} of the network's {len(network)} weights fit the file: {looks}")
 
 
-def _report(
-    path: str | os.PathLike[str],
-    own: Mapping[str, Tensor],
-    fitting: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-    missing: Sequence[str],
-    extra: Sequence[str],
-    wider: Sequence[str],
-) -> None:
-    unlike = [
-        f"{k} ({shape_text(value.shape)} in the file, {shape_text(own[k].shape)} here)"
-        for k, value in found.items()
-        if k not in fitting
-    ]
-    # averages that the file lacks start from the weights
-    initial = [k for k in missing if not k.startswith(tuple(AVERAGES)) and k.rpartition(".")[2] not in COMPUTED]
-    parts = [f"{len(fitting)} of {len(own)} weights taken"]
-    parts += [f"new input channels start at zero: {', '.join(wider)}"] if wider else []
-    parts += [f"{len(unlike)} have another shape: {few(unlike, 5)}"] if unlike else []
-    parts += [f"{len(initial)} stay at their initial values: {_by_module(initial)}"] if initial else []
-    parts += [f"{len(extra)} of the file are left out: {_by_module(extra)}"] if extra else []
-    logger.log(logging.WARNING if unlike or initial else logging.INFO, "%s: %s", path, "; ".join(parts))
-
-
 def _by_module(keys: Iterable[str]) -> str:
-    """Keys by the first two parts of their names: how many, and which few."""
+    """Group keys by the first two parts of their names: how many, and which few."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         parts = key.split(".")

@@ -1,4 +1,4 @@
-"""Models without weights, and their filling: every check first, then one assignment."""
+"""Build models on the meta device and fill them with a checkpoint's tensors: every check first, then one assignment."""
 
 from __future__ import annotations
 
@@ -24,75 +24,67 @@ logger = logging.getLogger(__name__)
 # The noise schedule follows from the config; files carry it, pruned ones rounded to half precision.
 SCHEDULE_BUFFERS = frozenset(
     (
-        "betas",
-        "alphas_cumprod",
-        "alphas_cumprod_prev",
-        "sqrt_alphas_cumprod",
-        "sqrt_one_minus_alphas_cumprod",
-        "log_one_minus_alphas_cumprod",
-        "sqrt_recip_alphas_cumprod",
-        "sqrt_recipm1_alphas_cumprod",
-        "posterior_variance",
-        "posterior_log_variance_clipped",
-        "posterior_mean_coef1",
-        "posterior_mean_coef2",
+        *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+        *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+        *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
         "lvlb_weights",
     )
 )
-# Running averages, and the modules that they are averages of.
+# Prefixes of EMA weights, and of the modules that they average.
 AVERAGES = {"model_ema.": "model.", "cond_stage_ema.": "cond_stage_model."}
 EMA_COUNTERS = frozenset(prefix + name for prefix in AVERAGES for name in ("decay", "num_updates"))
 
-# What files carry beside a model's weights and a model may well do without. Anything else is reported.
+# Keys in files that a model can do without. Others are reported.
 HARMLESS_EXTRAS = (
-    r"model_ema\.",  # running averages, of no use to a model without `use_ema`
+    r"model_ema\.",  # EMA weights, of no use to a model without `use_ema`
     r"(first_stage_model\.)?(loss|model_ema)\.",  # a first stage's losses and averages
     r"(.*\.)?(" + "|".join(sorted(SCHEDULE_BUFFERS)) + ")$",
-    r"logvar$",  # learnt loss weights, a training matter
-    r"denoiser\.",  # k-diffusion's schedule, saved by programs that wrap a model in it
-    # the picture half and the heads of CLIP, where a whole CLIPModel was saved as the text tower
+    r"logvar$",  # learnt loss weights, for training only
+    r"denoiser\.",  # k-diffusion's schedule, saved by programs that wrap a model
+    # the image tower and the heads of CLIP, where a complete CLIPModel was saved as the text tower
     r"cond_stage_model\.(transformer\.)?(vision_model|visual_projection|text_projection|logit_scale)\b",
-    # the other half of CLIP beside a tower of OpenCLIP's names, and what follows from a tower's sizes
+    # the other tower of OpenCLIP, and what follows from a tower's sizes
     r"cond_stage_model\.model\.(attn_mask|visual)\b",
     r"embedder\.(mean$|std$|model\.(attn_mask|transformer|token_embedding|positional_embedding|ln_final)\b)",
     r"embedder\.model\.(text_projection|logit_scale)$",
-    r"depth_model\.model\.pretrained\.model\.head\.",  # MiDaS keeps the classes of its ViT, and does not use them
+    r"depth_model\.model\.pretrained\.model\.head\.",  # the class head of MiDaS's ViT is unused
 )
 _HARMLESS = re.compile("|".join(HARMLESS_EXTRAS))
 
-_FILLING = frozenset((Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_))
+_INITIALIZERS = frozenset((Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_))
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a file's tensors in a model."""
+    """What happened to a file's tensors."""
 
     filled: int  # tensors of the model that came from the file
-    own: tuple[str, ...]  # absent from the file, kept as the model made them: schedule, position_ids, counters
+    own: tuple[str, ...]  # not in the file and computed by the model: schedule, position_ids, counters
     ignored: tuple[str, ...]  # in the file, not needed, known to be harmless
-    unexpected: tuple[str, ...]  # in the file, not in the model, of unknown meaning
-    ema: str  # which of the two sets of UNet weights serves, in words; "" if the matter does not arise
+    unexpected: tuple[str, ...]  # in the file, not in the model, unknown
+    ema: str  # which of the two sets of UNet weights is used; "" if there is only one
     notes: tuple[str, ...] = ()  # everything else that was logged
 
 
 def build_on_meta(model_config: Any) -> nn.Module:
-    """The model that a `{target, params}` config describes, without memory: nothing is initialised.
+    """Build the model of a `{target, params}` config on the meta device, without memory or initialisation.
 
-    What a model computes from its config (schedules, position ids) it makes on the CPU and holds already.
+    What a model computes from its config (schedules, position ids) is on the CPU already. The config may name
+    allow-listed classes only (see `ldm.trust`).
     """
-    with torch.device("meta"), _Uninitialised(), building(), allowlist_only():
+    with torch.device("meta"), _SkipInit(), building(), allowlist_only():
         model: nn.Module = instantiate_from_config(model_config)
     return model
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Lets `nn.init` and its like pass over what has no memory, for which torch would import its compiler."""
+class _SkipInit(TorchFunctionMode):
+    """Skip initialisers of meta tensors, for which torch would import its compiler."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FILLING or getattr(func, "__module__", None) == nn.init.__name__:
+        if func in _INITIALIZERS or getattr(func, "__module__", None) == nn.init.__name__:
             tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
             if tensor.is_meta:
                 return tensor
@@ -101,47 +93,50 @@ class _Uninitialised(TorchFunctionMode):
 
 @torch.no_grad()
 def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> LoadReport:
-    """Give `model` the checkpoint's tensors by assignment; those of the right dtype stay memory-mapped.
+    """Assign a checkpoint's tensors to a model; those of the right dtype stay memory-mapped.
 
-    Weights and their EMA copies become `dtype`; buffers keep the dtype that the model declares. A file with only
-    one of weights and EMA copies serves a model that has both, or only the other.
+    A file with only one of weights and EMA weights serves a model that has both, or only the other. A part in the
+    model's `optional_parts` becomes None if the file has nothing of it, unless it has weights already. Weights in a
+    module's `spare_weights` are zero where the file lacks them. Everything is checked before the model is touched.
 
-    A part of the model that its `optional_parts` name becomes None if the file has nothing of it, unless it has
-    weights already. What a module's `spare_weights` name is zero where the file lacks it.
+    Args:
+        model: from `build_on_meta`, or any module. Its `checkpoint_path` and `mapped_file` become the checkpoint's.
+        checkpoint: from `read_checkpoint`.
+        dtype: of weights and their EMA; buffers keep the dtype that the model declares.
 
-    Everything is checked before the model is touched; afterwards its `checkpoint_path` is the file's. Raises
-    CheckpointError if a weight is missing or has another shape or kind, RuntimeError if the model holds something on
-    the meta device that no file can fill.
+    Raises:
+        CheckpointError: a weight is missing, or has another shape or kind.
+        RuntimeError: the model has a meta tensor that no file can fill.
     """
     own = model.state_dict()
-    absent = _absent_options(model, checkpoint.state)
+    absent = _absent_optional_parts(model, checkpoint.state)
     own = {key: tensor for key, tensor in own.items() if not (tensor.is_meta and key.startswith(absent))}
     _check_fillable(model, own)
     source, ema = match_ema(own, checkpoint.state)
-    again = {key: first for key, first in _second_names(model).items() if key in own}
-    for key, first in again.items():  # a file may have either name
+    tied = {key: first for key, first in _tied_keys(model).items() if key in own}
+    for key, first in tied.items():  # a file may have either name
         source[key] = source[first] = source[first] if source[first] in checkpoint.state else source[key]
-    kept = {
+    computed = {
         key for key in own if key.startswith(absent) or _keeps_own(key, own[key], checkpoint.state.get(source[key]))
     }
     spare = {key for key in _spare_weights(model) if key in own and source[key] not in checkpoint.state}
-    kept |= spare
-    _check_fit(own, source, kept, checkpoint)
+    computed |= spare
+    _check_fit(own, source, computed, checkpoint)
     _check_kinds(own, source, checkpoint)
-    notes = _check_schedule(own, kept, checkpoint)
+    notes = _check_schedule(own, computed, checkpoint)
 
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors: dict[str, Tensor] = {}
     taken: set[str] = set()
     for key, tensor in own.items():
-        if key in kept:
+        if key in computed:
             tensors[key] = torch.zeros(tensor.shape, dtype=dtype, device="cpu") if key in spare else tensor
             continue
-        if key in again:
-            tensors[key] = tensors[again[key]]
+        if key in tied:
+            tensors[key] = tensors[tied[key]]
             continue
         given = checkpoint.state[source[key]]
-        weight = tensor.is_floating_point() and (key in parameters or _is_ema_copy(key))
+        weight = tensor.is_floating_point() and (key in parameters or _is_ema_weight(key))
         value = given.to(dtype if weight else tensor.dtype)
         # training changes weights in place, so a weight and its average may not share memory
         tensors[key] = value.clone() if value is given and source[key] in taken else value
@@ -151,9 +146,9 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
             setattr(model, part.rstrip("."), None)
     model.load_state_dict(tensors, strict=True, assign=True)
     _check_none_on_meta(model)
-    model.checkpoint_path = str(checkpoint.path)  # type: ignore[assignment]  # notes, on any module
+    model.checkpoint_path = str(checkpoint.path)  # type: ignore[assignment]  # plain attributes, on any module
     model.mapped_file = checkpoint.mapped  # type: ignore[assignment]  # for `check_unchanged`
-    model.to("cpu")  # moves nothing, but tells a Lightning module, which noted the meta device, where it is
+    model.to("cpu")  # moves nothing, but a Lightning module has noted the meta device as its own
 
     extras = [key for key in checkpoint.state if key not in taken and key not in own]
     ignored = tuple(key for key in extras if _is_harmless(key, own))
@@ -163,24 +158,24 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     for note in notes:
         logger.warning(note)
     if spare:
-        logger.info("%s lacks %d weights that nothing reads, which are zero now", checkpoint.path, len(spare))
+        logger.info("%s lacks %d weights that are never used; they are zero now", checkpoint.path, len(spare))
     if ema:
         logger.info("%s: %s", checkpoint.path, ema)
-    return LoadReport(len(own) - len(kept), tuple(sorted(kept)), ignored, unexpected, ema, tuple(notes))
+    return LoadReport(len(own) - len(computed), tuple(sorted(computed)), ignored, unexpected, ema, tuple(notes))
 
 
 # --- which tensor of the file goes where ----------------------------------------------------------
 
 
-def _second_names(model: nn.Module) -> dict[str, str]:
-    """Keys under which a state dict lists a tensor again, for a module that is used twice; and each tensor's first."""
+def _tied_keys(model: nn.Module) -> dict[str, str]:
+    """Map further keys of a tensor to its first, for modules that are used twice."""
     first: dict[int, str] = {}
     listed = model.state_dict(keep_vars=True)
     return {key: first[id(value)] for key, value in listed.items() if first.setdefault(id(value), key) != key}
 
 
 def _spare_weights(model: nn.Module) -> set[str]:
-    """The keys of weights that modules say they do not read."""
+    """Return the keys of weights that modules declare as unused."""
     return {
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
@@ -188,43 +183,43 @@ def _spare_weights(model: nn.Module) -> set[str]:
     }
 
 
-def _is_ema_copy(key: str) -> bool:
+def _is_ema_weight(key: str) -> bool:
     return key.startswith(tuple(AVERAGES)) and key not in EMA_COUNTERS
 
 
 def match_ema(own: Iterable[str], state: Iterable[str]) -> tuple[dict[str, str], str]:
-    """For each key of the model the key of the file that fills it; in words, which set of UNet weights that is."""
+    """Return for each key of the model the key of the file that fills it, and which set of UNet weights that is."""
     own, state = dict.fromkeys(own), frozenset(state)
     source = {key: key for key in own}
-    words = ""
+    ema_note = ""
     for ema, plain in AVERAGES.items():
         averaged = [k for k in own if k.startswith(plain) and (ema_name(k) in own or ema_name(k) in state)]
-        model_has_ema = any(key.startswith(ema) and _is_ema_copy(key) for key in own)
+        model_has_ema = any(key.startswith(ema) and _is_ema_weight(key) for key in own)
         file_has_ema = any(ema_name(key) in state for key in averaged)
         file_has_plain = any(key in state for key in averaged)
         found = ""
         if file_has_ema and not file_has_plain:
             source |= {key: ema_name(key) for key in averaged}
-            found = "holds only the EMA weights, which are used"
+            found = "holds only EMA weights, which are used"
         elif model_has_ema and file_has_plain and not file_has_ema:
             source |= {ema_name(key): key for key in averaged}
-            found = "holds no EMA weights; the plain ones serve as their averages"
+            found = "holds no EMA weights; the plain ones are used instead"
         elif model_has_ema and file_has_ema:
             found = "holds plain and EMA weights; sampling uses the EMA weights"
         elif file_has_ema:
             found = "holds plain and EMA weights; the plain ones are used (use_ema is off)"
-        words = words or found
-    return source, words
+        ema_note = ema_note or found
+    return source, ema_note
 
 
-def _absent_options(model: nn.Module, state: Iterable[str]) -> tuple[str, ...]:
-    """How the keys of the model's `optional_parts` begin, of those that a file has nothing of."""
+def _absent_optional_parts(model: nn.Module, state: Iterable[str]) -> tuple[str, ...]:
+    """Return prefixes of those `optional_parts` of the model that a file has nothing of."""
     parts = tuple(f"{part}." for part in getattr(model, "optional_parts", ()))
     return tuple(part for part in parts if not any(key.startswith(part) for key in state))
 
 
 def _keeps_own(key: str, own: Tensor, given: Tensor | None) -> bool:
-    """Whether the model's own value serves: it is real, and the file has none or only a rounded one."""
+    """Return whether the model's computed value is used: the file has none, or only a rounded one."""
     if own.is_meta:
         return False
     name = key.rpartition(".")[2]
@@ -234,8 +229,8 @@ def _keeps_own(key: str, own: Tensor, given: Tensor | None) -> bool:
 
 
 def _is_harmless(key: str, own: Mapping[str, Tensor]) -> bool:
-    if key.startswith("model_ema.") and any(_is_ema_copy(name) for name in own):
-        return False  # the model averages its weights, and does not know this one
+    if key.startswith("model_ema.") and any(_is_ema_weight(name) for name in own):
+        return False  # the model has EMA weights, but not this one
     return _HARMLESS.match(key) is not None
 
 
@@ -254,19 +249,21 @@ def _check_fillable(model: nn.Module, own: Mapping[str, Tensor]) -> None:
 def _check_none_on_meta(model: nn.Module) -> None:
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
-        raise RuntimeError(f"{len(left)} tensors of the model are still without values: {few(left)}")
+        raise RuntimeError(f"{len(left)} tensors of the model are still on the meta device: {few(left)}")
 
 
-def _check_fit(own: Mapping[str, Tensor], source: Mapping[str, str], kept: set[str], checkpoint: Checkpoint) -> None:
-    """Missing weights and other shapes, all in one sentence with what the file looks like."""
-    needed = [key for key in own if key not in kept]
+def _check_fit(
+    own: Mapping[str, Tensor], source: Mapping[str, str], computed: set[str], checkpoint: Checkpoint
+) -> None:
+    """Raise CheckpointError for missing weights and other shapes, with what the file looks like."""
+    needed = [key for key in own if key not in computed]
     missing = [key for key in needed if source[key] not in checkpoint.state]
     shapes = checkpoint.shapes
     unlike = [key for key in own if source[key] in shapes and shapes[source[key]] != tuple(own[key].shape)]
     if not missing and not unlike:
         return
     family = family_of(shapes)
-    if len(missing) == len(needed) and not (family and family.whole):
+    if len(missing) == len(needed) and not (family and family.complete):
         raise CheckpointError(not_a_model(checkpoint))
     faults = []
     if missing:
@@ -286,20 +283,20 @@ def _check_fit(own: Mapping[str, Tensor], source: Mapping[str, str], kept: set[s
 
 
 def _absent_parts(own: Iterable[str], missing: Iterable[str], shapes: Iterable[str]) -> list[str]:
-    """Top-level parts of the model (`cond_stage_model`, ...) of which the file has not a single weight."""
+    """Return top-level parts of the model (`cond_stage_model`, ...) of which the file has no weight."""
     absent = {key.partition(".")[0] for key in missing} - {key.partition(".")[0] for key in shapes}
     return sorted(absent & {key.partition(".")[0] for key in own if "." in key})
 
 
-def _check_schedule(own: Mapping[str, Tensor], kept: set[str], checkpoint: Checkpoint) -> list[str]:
-    """A note if the file was made with another noise schedule than the config's."""
+def _check_schedule(own: Mapping[str, Tensor], computed: set[str], checkpoint: Checkpoint) -> list[str]:
+    """Return a note if the file has another noise schedule than the config."""
     key = "alphas_cumprod"
     if key not in own or key not in checkpoint.state or own[key].is_meta:
         return []
     ours, theirs = own[key].float(), checkpoint.state[key].float()
     if torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4):
         return []
-    used = "the config's is used, for the file's is rounded" if key in kept else "the file's is used"
+    used = "the config's is used, because the file's is rounded" if key in computed else "the file's is used"
     return [
         f"{checkpoint.path} was made with another noise schedule than the config's (alphas_cumprod ends at "
         f"{theirs[-1]:.3g}, in the config at {ours[-1]:.3g}); {used}"
@@ -307,7 +304,7 @@ def _check_schedule(own: Mapping[str, Tensor], kept: set[str], checkpoint: Check
 
 
 def _check_kinds(own: Mapping[str, Tensor], source: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Numbers of another kind that a conversion would turn into others: integers, truth values, complex numbers."""
+    """Raise CheckpointError for dtypes whose conversion would change values: integers, booleans, complex numbers."""
     for key, tensor in own.items():
         given = checkpoint.state.get(source[key])
         if given is None or given.dtype == tensor.dtype:
@@ -321,11 +318,11 @@ def _check_kinds(own: Mapping[str, Tensor], source: Mapping[str, str], checkpoin
 
 
 def check_unchanged(model: nn.Module) -> None:
-    """CheckpointError if the file that a model's weights are mapped from was changed in place since it was read.
+    """Raise CheckpointError if the file that a model's weights are mapped from was changed in place.
 
-    A new file under the old name does no harm, nor does removing the file, for what is mapped stays. But of a file that
-    is cut short, pages are gone, and touching one ends the process without a message. This cannot be ruled out for the
-    time that a drawing takes: copy a file to a new name and rename that, instead of writing over it.
+    Replacing or removing the file does no harm: what is mapped stays. But if it is truncated, pages are gone, and
+    touching one kills the process without a message. Copy a file to a new name and rename it, instead of writing over
+    it.
     """
     before = getattr(model, "mapped_file", None)
     if before is None or any(parameter.device.type != "cpu" for parameter in model.parameters()):
@@ -339,11 +336,11 @@ def check_unchanged(model: nn.Module) -> None:
 
 
 def few(names: Iterable[str], limit: int = 3) -> str:
-    """The first `limit` names for a message, and dots if there are more."""
+    """Join the first `limit` names for a message."""
     names = list(names)
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """Sizes for a message, as 320x4x3x3."""
+    """Format a shape for a message, as 320x4x3x3."""
     return "x".join(str(size) for size in shape) or "a scalar"

@@ -1,4 +1,4 @@
-"""Checkpoints that other tools load: published names, plain tensors, written whole or not at all."""
+"""Save checkpoints that other tools load: published names, plain tensors, written atomically."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.checkpoint.checksums import PLACEHOLDER, SHA256, note_data_sum
+from ldm.checkpoint.checksums import PLACEHOLDER, SHA256, write_data_checksum
+from ldm.checkpoint.families import ema_name
+from ldm.checkpoint.load_weights import AVERAGES, EMA_COUNTERS, SCHEDULE_BUFFERS
 from ldm.files import atomic_write
 
 
@@ -22,14 +24,17 @@ def save_checkpoint(
     epoch: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write `state` to `path`: `.safetensors`, or `.ckpt` in Lightning's layout (`state_dict` beside the counters).
+    """Write a state dict as `.safetensors`, or as `.ckpt` in Lightning's layout (`state_dict` beside the counters).
 
-    Values are stored bit for bit, with a checksum that reading with `verify` compares: a zip file's own, or `sha256` in
-    the metadata of safetensors, over all bytes after the header. The file appears under its name only when it is
-    complete; a failure leaves what was there before. Returns the path.
+    Values are stored bit for bit with a checksum, which `read_checkpoint(verify=True)` compares. The file appears
+    under its name when it is complete; a failure leaves what was there before.
 
-    Raises FileExistsError if the file exists and `overwrite` is off, ValueError for an unknown suffix or an empty
-    state.
+    Returns:
+        The path, expanded.
+
+    Raises:
+        FileExistsError: the file exists and `overwrite` is off.
+        ValueError: the suffix is neither of the two, or there are no weights.
     """
     path = Path(path).expanduser()
     if path.suffix not in (".ckpt", ".safetensors"):
@@ -44,14 +49,14 @@ def save_checkpoint(
         if path.suffix == ".safetensors":
             metadata = {"format": "pt", "global_step": str(global_step), "epoch": str(epoch), SHA256: PLACEHOLDER}
             save_file(tensors, partial, metadata)
-            note_data_sum(partial)
+            write_data_checksum(partial)
         else:
             torch.save({"state_dict": tensors, "global_step": global_step, "epoch": epoch}, partial)
     return path
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, each alone in its memory: a view would drag along all that it is a view of."""
+    """Return contiguous CPU tensors without shared memory: a view would save everything that it is a view of."""
     seen: set[int] = set()
     tensors = {}
     for key, value in state.items():
@@ -62,3 +67,29 @@ def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
     return tensors
+
+
+def prune(state: Mapping[str, Tensor], *, use_ema: bool = True, half: bool = False) -> dict[str, Tensor]:
+    """Return what sampling needs of a training checkpoint: no averages, no losses.
+
+    Args:
+        state: the state dict of a `Checkpoint`.
+        use_ema: replace weights by their averages, if there are any.
+        half: convert weights to float16; noise schedules and the scale of the latents stay.
+
+    Raises:
+        ValueError: the averages are incomplete.
+    """
+    averaged = {key for key in state if not key.startswith(tuple(AVERAGES)) and ema_name(key) in state}
+    copies = [key for key in state if key.startswith(tuple(AVERAGES)) and key not in EMA_COUNTERS]
+    if len(averaged) != len(copies):
+        raise ValueError(f"{len(copies)} EMA weights do not match {len(averaged)} weights of the same names")
+    exact = SCHEDULE_BUFFERS | {"scale_factor"}
+    pruned = {}
+    for key, value in state.items():
+        if key.startswith((*AVERAGES, "loss.", "first_stage_model.loss.", "first_stage_model.model_ema.")):
+            continue
+        value = state[ema_name(key)] if use_ema and key in averaged else value
+        shrinks = half and value.dtype in (torch.float32, torch.float64) and key.rpartition(".")[2] not in exact
+        pruned[key] = value.half() if shrinks else value
+    return pruned

@@ -269,7 +269,7 @@ def _config_beside(checkpoint: Checkpoint, *, whole: bool = True) -> str | Path:
     beside, family = Path(checkpoint.path).with_name("config.yaml"), family_of(checkpoint.shapes)
     if (family is None or len(family.configs) != 1) and beside.is_file():
         return beside
-    return config_for(checkpoint, whole=whole)
+    return config_for(checkpoint, complete=whole)
 
 
 # ---- what a network predicts ----

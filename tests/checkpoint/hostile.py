@@ -27,7 +27,7 @@ SECONDS = 60  # for one file; none takes more than one or two
 LOADS = "loads"
 MORE = "asks for more than weights"
 UNSAFE = "cannot be read safely"
-DAMAGED = "cut short or damaged"
+DAMAGED = "truncated or damaged"
 
 # ---- a pickle's instructions, one by one ----
 
@@ -257,9 +257,9 @@ def archives() -> dict[str, tuple[bytes, str]]:
     weights = {"archive/data/0": WEIGHT}
     made = {
         "as it should be": (good, LOADS),
-        "out of its folder": (archive(state(w=tensor()), weights | {"archive/../../x": b""}), "place of its own"),
-        "absolute": (archive(state(w=tensor()), weights | {"/etc/passwd": b""}), "place of its own"),
-        "backslashes": (archive(state(w=tensor()), weights | {"..\\x": b""}), "place of its own"),
+        "out of its folder": (archive(state(w=tensor()), weights | {"archive/../../x": b""}), "outside of the archive"),
+        "absolute": (archive(state(w=tensor()), weights | {"/etc/passwd": b""}), "outside of the archive"),
+        "backslashes": (archive(state(w=tensor()), weights | {"..\\x": b""}), "outside of the archive"),
         "two checkpoints": (archive(state(w=tensor()), weights | {"b/data.pkl": b""}), "several"),
         "overlapping": (patched(second + 42, b"\0\0\0\0"), "overlaps|not where|zip directory"),
         "beyond its end": (patched(second + 42, struct.pack("<I", len(good))), DAMAGED),
@@ -317,8 +317,8 @@ def headers() -> dict[str, tuple[bytes, str]]:
         "nested": (safetensors(b'{"w":' + b"[" * 1_000_000), DAMAGED),
         "no text": (safetensors(b'{"\xff\xfe":' + w.encode() + b"}"), DAMAGED),
         "many": (safetensors(many, b""), "more than any model"),
-        "for a terminal": (safetensors({"\x1b[2J\n": entry()}), "names that are no names"),
-        "a name of 1 MB": (safetensors({"w" * 2**20: entry()}), "names that are no names"),
+        "for a terminal": (safetensors({"\x1b[2J\n": entry()}), "unprintable or very long names"),
+        "a name of 1 MB": (safetensors({"w" * 2**20: entry()}), "unprintable or very long names"),
         "metadata": (safetensors({"__metadata__": {"global_step": "9" * 10_000}, "w": entry()}), LOADS),
     }
     tower = "cond_stage_model.transformer."
@@ -331,8 +331,8 @@ def headers() -> dict[str, tuple[bytes, str]]:
 
 def names() -> dict[str, tuple[bytes, str]]:
     return {
-        "for a terminal": (archive(state(**{"\x1b[2J": tensor()})), "names that are no names"),
-        "half a letter": (archive(state(**{"\udcff": tensor()})), "names that are no names"),
+        "for a terminal": (archive(state(**{"\x1b[2J": tensor()})), "unprintable or very long names"),
+        "half a letter": (archive(state(**{"\udcff": tensor()})), "unprintable or very long names"),
         "of entries": (archive(state(**{"\x1b[2J\n": b"N"})), "holds no weights"),
     }
 

@@ -80,7 +80,7 @@ def unet_alone(shapes):
 def test_whole_models_are_recognised(keys, held):
     shapes = held(shapes_of(keys))
     family = family_of(shapes)
-    assert family.whole and config_of(keys) in family.configs
+    assert family.complete and config_of(keys) in family.configs
     assert detect_config(shapes) == config_for(checkpoint_of(shapes)) == family.configs[0]
     assert describe(shapes).startswith(f"{family.name} ({family.configs[0]}")
 
@@ -89,9 +89,9 @@ def test_whole_models_are_recognised(keys, held):
 def test_autoencoders_are_recognised_and_no_whole_models(keys):
     shapes = shapes_of(keys) | {"loss.logvar": (), "loss.discriminator.main.0.weight": (64, 3, 4, 4)}
     family = family_of(shapes)
-    assert not family.whole and config_of(keys) in family.configs
-    assert detect_config(shapes) == config_for(checkpoint_of(shapes), whole=False) == family.configs[0]
-    with pytest.raises(CheckpointError, match=r"^x.ckpt is an autoencoder \(VAE\) alone, not a whole model"):
+    assert not family.complete and config_of(keys) in family.configs
+    assert detect_config(shapes) == config_for(checkpoint_of(shapes), complete=False) == family.configs[0]
+    with pytest.raises(CheckpointError, match=r"^x.ckpt is an autoencoder \(VAE\) alone, not a complete model"):
         config_for(checkpoint_of(shapes))
 
 
@@ -101,7 +101,7 @@ def test_a_models_own_first_stage_is_no_autoencoders_file():
 
 
 def test_which_models_shapes_cannot_tell_apart():
-    together = [family.configs for family in FAMILIES if len(family.configs) > 1 and family.whole]
+    together = [family.configs for family in FAMILIES if len(family.configs) > 1 and family.complete]
     names = [[config.removesuffix(".yaml").removesuffix("/config").split("/")[-1] for config in g] for g in together]
     assert names == [
         ["v2-inference", "v2-inference-v"],
@@ -154,7 +154,7 @@ def test_partial_v1_files_are_still_v1():
     assert detect_config(with_control) == V1
 
 
-@pytest.mark.parametrize("channels", [(8, "InstructPix2Pix"), (5, "of a kind that is not known")])
+@pytest.mark.parametrize("channels", [(8, "InstructPix2Pix"), (5, "of an unknown kind")])
 def test_other_widths_of_the_first_convolution(channels):
     shapes = shapes_of("stable-diffusion.v1-inference")
     shapes["model.diffusion_model.input_blocks.0.0.weight"] = (320, channels[0], 3, 3)
@@ -183,7 +183,7 @@ def test_other_widths_of_the_first_convolution(channels):
 def test_files_that_hold_no_whole_model(key, name):
     checkpoint = checkpoint_of({key: (4, 4)})
     assert describe(checkpoint.shapes) == name
-    with pytest.raises(CheckpointError, match="not a whole model") as caught:
+    with pytest.raises(CheckpointError, match="not a complete model") as caught:
         config_for(checkpoint)
     assert f"x.ckpt is {name}" in str(caught.value)
 
@@ -214,7 +214,7 @@ def test_relatives_of_v1_are_not_taken_for_what_they_are_not():
 
 
 def test_files_that_say_nothing():
-    with pytest.raises(CheckpointError, match=r"no model that is known here \(its first weights: fc.weight\)"):
+    with pytest.raises(CheckpointError, match=r"no known model \(its first weights: fc.weight\)"):
         config_for(checkpoint_of({"fc.weight": (10, 10)}))
 
 

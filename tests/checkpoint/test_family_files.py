@@ -81,7 +81,7 @@ def test_published_autoencoders_fit_with_their_losses(name):
 
 def test_an_autoencoders_file_is_no_whole_model():
     given = Checkpoint(Path("vae.ckpt"), published("first_stage_models.kl-f8"))
-    with pytest.raises(CheckpointError, match=r"^vae.ckpt is an autoencoder \(VAE\) alone, not a whole model"):
+    with pytest.raises(CheckpointError, match=r"^vae.ckpt is an autoencoder \(VAE\) alone, not a complete model"):
         fill_model(build_on_meta(tiny_config()), given)
     other = build_on_meta(OmegaConf.load(ROOT / "models/first_stage_models/kl-f4/config.yaml").model)
     with pytest.raises(CheckpointError, match=r"weights have another shape.* looks like the KL-regularised .* kl-f8 "):

@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm import cli
 from ldm.checkpoint import Checkpoint, CheckpointError, fill_model, read_checkpoint, reading
-from ldm.checkpoint.formats import containers, pickles
+from ldm.checkpoint.formats import containers, unpickler
 from ldm.checkpoint.formats.allowlist import DTYPES
 from scripts import prune_checkpoint
 from tests.checkpoint import hostile
@@ -64,7 +64,7 @@ def test_one_line_at_the_command_line(tmp_path, capsys):
 def test_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(CheckpointError, match="is no file"):
+        with pytest.raises(CheckpointError, match="is not a file"):
             read_checkpoint(path)
 
 
@@ -73,7 +73,7 @@ def test_limits_of_number(tmp_path, monkeypatch):
     assert len(read_checkpoint(tmp_path / "a.ckpt").state) == 20
     for module, name, expected in [
         (reading, "MAX_TENSORS", "20 tensors, more than any model has"),
-        (pickles, "MAX_STEPS", "too many things"),
+        (unpickler, "MAX_STEPS", "too many values"),
         (containers, "MAX_DIRECTORY", "more entries than any"),
         (containers, "MAX_PICKLE", "more beside tensors"),
     ]:

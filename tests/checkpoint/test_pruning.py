@@ -53,7 +53,7 @@ def test_averages_of_a_first_stage() -> None:
 def test_a_part_of_the_averages_is_refused() -> None:
     state = dict(trained().state_dict())
     del state[next(key for key in state if key.startswith("model.diffusion_model."))]
-    with pytest.raises(ValueError, match="averaged weights"):
+    with pytest.raises(ValueError, match="EMA weights"):
         prune(state)
 
 

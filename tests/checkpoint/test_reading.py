@@ -263,8 +263,8 @@ def test_missing_file_and_folder(tmp_path):
         (b"\0" * 5000, "filled with zeros"),
         (b"GGUF\x03\0\0\0" + b"\0" * 50, "GGUF"),
         (b"\x1f\x8b\x08\x00" + bytes(range(200)), "neither a .ckpt nor a .safetensors"),
-        (b"PK\x03\x04" + b"\0" * 100, "cut short or damaged"),
-        (b"\x80\x02}q\x00.", "cut short or damaged|cannot be read safely"),
+        (b"PK\x03\x04" + b"\0" * 100, "truncated or damaged"),
+        (b"\x80\x02}q\x00.", "truncated or damaged|cannot be read safely"),
     ],
 )
 def test_strangers(tmp_path, content, expected):

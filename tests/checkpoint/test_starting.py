@@ -113,7 +113,7 @@ def test_new_input_channels_start_at_zero(file, caplog):
     average = model.model_ema.get_buffer(name.removeprefix("model_ema."))
     assert torch.equal(average[:, :4], given.state[name]) and average[:, 4:].eq(0).all()
     assert not {FIRST, name} & set(missing)
-    assert f"new input channels start at zero: {FIRST} (4 of 9 are the file's)" in caplog.text
+    assert f"new input channels start at zero: {FIRST} (4 of 9 are in the file)" in caplog.text
     assert caplog.records[0].levelno == logging.INFO
 
     init_from_checkpoint(model, path)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ldm.checkpoint.formats.containers import MAX_PICKLE
-from ldm.checkpoint.formats.pickles import MAX_STEPS
-from ldm.checkpoint.reading import MAX_SAFETENSORS_HEADER
+from ldm.checkpoint.formats.unpickler import MAX_STEPS
+from ldm.checkpoint.formats.safetensors import MAX_HEADER
 from tests.checkpoint.hostile import MORE, START, UNSAFE, archive, name, text
 from tests.training.test_trainer_state import READER
 
@@ -41,7 +41,7 @@ def filled(room: int, start: bytes, entry: bytes, end: bytes, joint: bytes = b",
 
 
 def headers() -> Iterator[tuple[str, bytes, str]]:
-    room = MAX_SAFETENSORS_HEADER - 8
+    room = MAX_HEADER - 8
     entry = b'"w%09d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     refused = "names more in its header than any model has"
     yield "names", header(filled(room, b"{", entry, b"}")), refused
@@ -54,7 +54,7 @@ def headers() -> Iterator[tuple[str, bytes, str]]:
 def pickled() -> Iterator[tuple[str, bytes, str]]:
     steps = MAX_STEPS - 10
     yield "dictionaries", archive(START + b"(" + b"}" * steps + b"t."), "holds a tuple"
-    yield "too many things", archive(START + b"(" + b"}" * (steps + 20) + b"t."), UNSAFE
+    yield "too many values", archive(START + b"(" + b"}" * (steps + 20) + b"t."), UNSAFE
     keys = b"".join(text(f"{n:07}") + b"N" for n in range(steps // 2))
     yield "keys", archive(START + b"}(" + keys[: MAX_PICKLE - 8] + b"u."), "holds no weights|" + UNSAFE
     yield "numbers", archive(START + b"(" + b"G\x3f\xf0\0\0\0\0\0\1" * steps + b"t."), "holds a tuple"

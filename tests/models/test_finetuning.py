@@ -62,7 +62,7 @@ def test_a_widened_model_begins_as_it_was(plain, file, caplog, only_unet):
     if not only_unet:  # which takes weights alone
         with model.ema_scope(), plain.ema_scope():
             assert_agrees(answers(model, concat), answers(plain), 1e-6)
-    assert f"{FIRST.removeprefix('model.' if only_unet else '')} (4 of 9 are the file's)" in caplog.text
+    assert f"{FIRST.removeprefix('model.' if only_unet else '')} (4 of 9 are in the file)" in caplog.text
 
 
 def test_averages_alone_and_weights_alone(plain, tmp_path):

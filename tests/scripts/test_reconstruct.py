@@ -125,7 +125,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
 def test_files_without_an_autoencoder(tmp_path, capsys):
     save_checkpoint("lora.ckpt", {"lora_unet_down.lora_up.weight": torch.zeros(2, 2)})
     assert run("photo.png", "--ckpt", "lora.ckpt") == 2
-    assert "lora.ckpt is a LoRA, not a whole model" in capsys.readouterr().err
+    assert "lora.ckpt is a LoRA, not a complete model" in capsys.readouterr().err
     model = filled(torch.nn.Linear(2, 2))
     save_checkpoint("other.ckpt", model.state_dict())
     OmegaConf.save({"model": {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 2}}}, "o.yaml")

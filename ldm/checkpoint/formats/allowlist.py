@@ -1,4 +1,4 @@
-"""Names that pickled checkpoints mention: what they stand for, and which are known to be harmless."""
+"""The names that a pickled checkpoint may mention, and what they stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = (
     *("float8_e5m2fnuz", "complex32", "complex64", "complex128", "bool"),
     *("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
 )
-# Storages by the class that a file names, and the dtype of their elements.
+# Storage classes and the dtype of their elements.
 STORAGES = {
     "Float": "float32",
     "Double": "float64",
@@ -35,14 +35,14 @@ PARAMETER_NAMES = frozenset(
     ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch.nn.parameter.Parameter")
 )
 SUBCLASS_NAME = "torch._tensor._rebuild_from_type_v2"
-# Tensors that are more than bytes in a file, and what they are.
+# Functions that build tensors other than plain arrays, and what these are.
 OTHER_TENSORS = {
     "torch._utils._rebuild_meta_tensor_no_storage": "empty (meta)",
     "torch._utils._rebuild_sparse_tensor": "sparse",
     "torch._utils._rebuild_sparse_csr_tensor": "sparse",
     "torch._utils._rebuild_nested_tensor": "nested",
     "torch._utils._rebuild_qtensor": "quantized",
-    "torch._utils._rebuild_wrapper_subclass": "of a class of its own",
+    "torch._utils._rebuild_wrapper_subclass": "of a tensor subclass",
     "torch._utils._rebuild_device_tensor_from_numpy": "of another device",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "of another device",
 }
@@ -55,7 +55,7 @@ DICT_NAMES = frozenset(
         "lightning.fabric.utilities.data.AttributeDict",
     )
 )
-# What else real files name, none of it needed.
+# Other names of real files. Their values are ignored.
 INERT_NAMES = frozenset(
     (
         *(f"pytorch_lightning.callbacks.{name}" for name in CALLBACKS),
@@ -65,7 +65,7 @@ INERT_NAMES = frozenset(
         "numpy.ndarray",
         "numpy.dtype",
         *(f"numpy.dtypes.{name}DType" for name in NUMPY_KINDS),
-        # hyper_parameters kept as omegaconf containers
+        # hyper_parameters saved as omegaconf containers
         "omegaconf.dictconfig.DictConfig",
         "omegaconf.listconfig.ListConfig",
         *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata", "Node")),
@@ -74,10 +74,10 @@ INERT_NAMES = frozenset(
         *(f"typing.{name}" for name in ("Any", "Dict", "List")),
         *(f"builtins.{name}" for name in ("bool", "bytearray", "complex", "dict", "float", "int", "list", "object")),
         *(f"builtins.{name}" for name in ("set", "str", "tuple")),
-        "_codecs.encode",  # bytes, in the protocol that torch writes
+        "_codecs.encode",  # bytes, in protocol 2
         "pathlib.PosixPath",
         "pathlib.WindowsPath",
-        # textual inversion embeddings: admitted so that they can be recognised and named
+        # textual inversion embeddings, which are then recognised
         "torch.nn.modules.container.ParameterDict",
         *(f"torch.{name}" for name in ("Tensor", "Size", "device", "strided", "sparse_coo", "sparse_csr")),
         *(f"torch.{kind}Tensor" for kind in STORAGES),

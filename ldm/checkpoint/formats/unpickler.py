@@ -1,10 +1,10 @@
-"""Unpickling that cannot act: a small machine that builds plain values, and calls and imports nothing at all.
+"""A restricted unpickler that builds plain values, and calls and imports nothing.
 
 Python's unpickler runs what a file names, and `torch.load(weights_only=True)` still calls its own list of functions
-with whatever arguments a file gives them: it can be made to crash (a key of a million nested tuples), to hang or to
-fill the memory. What a checkpoint needs is little. So here a name stays a name, a tensor says where its bytes
-lie, and whatever else real files hold beside weights, such as the class of a callback that Lightning 1.x used as a key,
-numpy scalars and omegaconf settings, is one `OPAQUE` thing. All of it is limited: steps, keys, sizes.
+with a file's arguments: it can be made to crash (a key of a million nested tuples), to hang or to fill the memory.
+Here a name stays a name and a tensor is a description of where its bytes lie. Everything else that checkpoints hold
+beside weights (a callback class that Lightning 1.x used as a key, numpy scalars, omegaconf settings) becomes `IGNORED`.
+Steps, keys and sizes are limited.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ldm.checkpoint.formats import BadPickle, UnsafePickle
 from ldm.checkpoint.formats.allowlist import (
     DICT_NAMES,
     DTYPES,
@@ -27,42 +28,30 @@ from ldm.checkpoint.formats.allowlist import (
     TENSOR_NAMES,
 )
 
-MAX_STEPS = 4_000_000  # a v1 training's checkpoint takes 200,000
+MAX_STEPS = 4_000_000  # a v1 training checkpoint takes 200,000
 MAX_TUPLE_KEYS = 10_000  # hashes of tuples and of huge integers can be made to collide, those of text cannot
 MAX_INTEGER_KEY = 2**60
 MAX_AXES = 16
 
 
-class UnsafePickle(ValueError):
-    """A file asks for names that are not on the list; `names` says which."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__(", ".join(names))
-        self.names = names
-
-
-class BadPickle(ValueError):
-    """A pickle that is damaged, or that no checkpoint would be; the message says why, in a few words."""
-
-
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A dotted path that a file names. Nothing is ever looked up by it."""
+    """A dotted path in a pickle. It is never looked up."""
 
     path: str
 
 
-class _Opaque:
+class _Ignored:
     def __repr__(self) -> str:
-        return "OPAQUE"
+        return "IGNORED"
 
 
-OPAQUE = _Opaque()  # something beside weights, whatever it is
+IGNORED = _Ignored()  # stands for any value that is not needed
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A run of bytes elsewhere in the file: its key there, the dtype that its class has, and the number of elements."""
+class StorageRef:
+    """A storage elsewhere in the file: its key, the dtype of its class, and its number of elements."""
 
     key: str
     dtype: str
@@ -70,15 +59,15 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
+        """Size in bytes."""
         return self.count * int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor whose elements are part of a `Stored`: offset, size and stride count elements of `dtype`."""
+class TensorRef:
+    """A tensor within a `StorageRef`: offset, size and stride count elements of `dtype`."""
 
-    storage: Stored
+    storage: StorageRef
     dtype: str
     offset: int
     size: tuple[int, ...]
@@ -87,45 +76,53 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class OtherTensor:
-    """A tensor that is no plain array: sparse, quantized, without values ..."""
+    """A tensor that is not a plain array: sparse, quantized, without values ..."""
 
     kind: str
 
 
 def read_pickle(
-    file: BinaryIO | bytes | Any, storages: dict[str, Stored] | None = None, machine: Machine | None = None
+    file: BinaryIO | bytes | Any,
+    storages: dict[str, StorageRef] | None = None,
+    unpickler: RestrictedUnpickler | None = None,
 ) -> Any:
-    """The value that one pickle describes, made of dict, list, tuple, text, numbers and the classes above.
+    """Read one pickle.
 
-    Of a stream, nothing after the pickle is read. storages: gets all storages that it mentions, by their keys. machine:
-    one that makes other values of it, and has its own place for storages.
+    Args:
+        file: bytes, or a stream of which nothing after the pickle is read.
+        storages: filled with the storages that the pickle refers to, by key.
+        unpickler: what interprets it, by default a `RestrictedUnpickler` on `storages`.
 
-    Raises UnsafePickle, with all of them, if it asks for names that are not known to be harmless, and BadPickle if it
-    is damaged, too large, or uses what `torch.save` does not.
+    Returns:
+        Dictionaries, lists, tuples, texts, numbers and the classes of this module.
+
+    Raises:
+        UnsafePickle: the pickle asks for names that are not allowed.
+        BadPickle: it is damaged or uses what no checkpoint does.
     """
-    machine = machine or Machine({} if storages is None else storages)
+    unpickler = unpickler or RestrictedUnpickler({} if storages is None else storages)
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if step == MAX_STEPS:
-                raise BadPickle("it holds too many things for a checkpoint")
-            machine.step(opcode.name, argument)
+                raise BadPickle("it holds too many values for a checkpoint")
+            unpickler.step(opcode.name, argument)
     except BadPickle:
         raise
     except (LookupError, TypeError, AttributeError) as error:
-        raise BadPickle("it refers to what is not there") from error
-    except (ValueError, ArithmeticError) as error:  # of pickletools
+        raise BadPickle("it refers to values that are not there") from error
+    except (ValueError, ArithmeticError) as error:  # from pickletools
         raise BadPickle(" ".join(ascii(str(error))[1:-1].split())[:120]) from error
-    if machine.unknown:
-        raise UnsafePickle(sorted(machine.unknown))
-    return machine.result
+    if unpickler.unknown:
+        raise UnsafePickle(sorted(unpickler.unknown))
+    return unpickler.result
 
 
-class Machine:
-    """A pickle's stack and memo. Values are plain, so that no step runs code of a file's choice."""
+class RestrictedUnpickler:
+    """The stack and memo of a pickle. All values are plain, so that no step runs code that a file chooses."""
 
-    known = KNOWN_NAMES
+    allowlist = KNOWN_NAMES
 
-    def __init__(self, storages: dict[str, Stored]) -> None:
+    def __init__(self, storages: dict[str, StorageRef]) -> None:
         self.storages = storages
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
@@ -135,7 +132,7 @@ class Machine:
         self.result: Any = None
 
     def step(self, opcode: str, argument: Any) -> None:
-        """One instruction, with what it is given; BadPickle for one that `torch.save` does not use."""
+        """Interpret one instruction. Raises BadPickle for one that `torch.save` does not use."""
         if opcode in _PUSHES:
             self.stack.append(argument)
         elif opcode in _MAKES:
@@ -153,10 +150,10 @@ class Machine:
 
     def _name(self, argument: str) -> Any:
         path = argument.replace(" ", ".")
-        if path.startswith("__builtin__."):  # as Python 2 called it, which the protocol of torch goes by
+        if path.startswith("__builtin__."):  # the name of Python 2, which protocol 2 uses
             plain = path.removeprefix("__builtin__.")
             path = "builtins." + {"long": "int", "unicode": "str"}.get(plain, plain)
-        if path not in self.known:
+        if path not in self.allowlist:
             self.unknown.add(ascii(path.removeprefix("builtins."))[1:-1][:80])
         return Name(path)
 
@@ -172,9 +169,9 @@ class Machine:
         items = self._since_mark()
         self.stack.append(tuple(items))
 
-    def _last(self, count: int) -> None:
+    def _tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
-            raise IndexError("a tuple of more than there is")
+            raise IndexError("tuple of missing values")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def _append(self) -> None:
@@ -185,8 +182,8 @@ class Machine:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(items)
-        elif target is not OPAQUE:
-            raise BadPickle("it appends to what is no list")
+        elif target is not IGNORED:
+            raise BadPickle("it appends to something other than a list")
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -196,8 +193,8 @@ class Machine:
         target = self.stack[-1]
         if isinstance(target, dict):
             self._fill(target, zip(items[::2], items[1::2], strict=True))
-        elif target is not OPAQUE:
-            raise BadPickle("it sets items of what is no dictionary")
+        elif target is not IGNORED:
+            raise BadPickle("it sets items of something other than a dictionary")
 
     def _fill(self, target: dict[Any, Any], items: Any) -> None:
         for key, value in items:
@@ -205,10 +202,10 @@ class Machine:
             target[key] = value
 
     def _check_key(self, key: Any) -> None:
-        """Only keys that are hashed and compared in no time. Nested tuples could take for ever, or the whole stack."""
+        """Accept keys that are quick to hash and compare. Nested tuples could take forever, or the whole stack."""
         self.keys += 1
         if self.keys > MAX_STEPS:
-            raise BadPickle("it holds too many things for a checkpoint")
+            raise BadPickle("it holds too many values for a checkpoint")
         if type(key) is tuple and len(key) <= MAX_AXES and self.tuple_keys < MAX_TUPLE_KEYS:
             self.tuple_keys += 1
             parts: tuple[Any, ...] = key
@@ -217,86 +214,86 @@ class Machine:
         for part in parts:
             if isinstance(part, int) and abs(part) > MAX_INTEGER_KEY:
                 raise BadPickle("it has a huge number for a key")
-            if part is not None and part is not OPAQUE and not isinstance(part, (str, int, float, Name)):
+            if part is not None and part is not IGNORED and not isinstance(part, (str, int, float, Name)):
                 raise BadPickle(f"it has a key of type {type(part).__name__}")
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(self._made(function, arguments))
+        self.stack.append(self._call(function, arguments))
 
-    def _made(self, function: Any, arguments: Any) -> Any:
-        """What a call stands for. An unknown name is noted already, so that its value does not matter."""
-        if function is OPAQUE:
-            return OPAQUE
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """Return what a call stands for. Unknown names were recorded already, so their values do not matter."""
+        if function is IGNORED:
+            return IGNORED
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise BadPickle("it calls what is no function")
+            raise BadPickle("it calls something other than a function")
         path = function.path
         if path in TENSOR_NAMES:
-            return stored_tensor(path, arguments)
+            return tensor_ref(path, arguments)
         if path in PARAMETER_NAMES:
-            return arguments[0] if arguments else OPAQUE
+            return arguments[0] if arguments else IGNORED
         if path == SUBCLASS_NAME:
             inner, _, own, _ = arguments
             if inner == function:
                 raise BadPickle("it calls a function by itself")
-            return self._made(inner, own)
+            return self._call(inner, own)
         if path in OTHER_TENSORS:
             return OtherTensor(OTHER_TENSORS[path])
         if path in DICT_NAMES:
-            made: dict[Any, Any] = {}
+            result: dict[Any, Any] = {}
             if arguments and isinstance(arguments[0], (dict, list)):  # a Counter; an OrderedDict of Python 2
                 given = arguments[0]
-                self._fill(made, given.items() if isinstance(given, dict) else given)
-            return made
+                self._fill(result, given.items() if isinstance(given, dict) else given)
+            return result
         if path == "torch.Size" and len(arguments) == 1:
             return arguments[0]
-        return OPAQUE
+        return IGNORED
 
     def _build(self) -> None:
-        self.stack.pop()  # attributes, of things that are plain here
+        self.stack.pop()  # attributes, which plain values do not have
         if not self.stack:
-            raise IndexError("attributes of nothing")
+            raise IndexError("attributes without an object")
 
     def _storage(self) -> None:
-        known = self.stack.pop()
-        if not isinstance(known, tuple) or len(known) not in (5, 6) or known[0] != "storage":
-            raise BadPickle("it refers to what is no storage")
-        _, kind, key, _, count = known[:5]
-        if len(known) == 6 and known[5] is not None:
+        reference = self.stack.pop()
+        if not isinstance(reference, tuple) or len(reference) not in (5, 6) or reference[0] != "storage":
+            raise BadPickle("it refers to something other than a storage")
+        _, kind, key, _, count = reference[:5]
+        if len(reference) == 6 and reference[5] is not None:
             raise BadPickle("it refers to a part of a storage, as only very old files do")
         if not isinstance(kind, Name) or not isinstance(key, str) or type(count) is not int or count < 0:
-            raise BadPickle("it describes a storage wrongly")
+            raise BadPickle("it describes a storage incorrectly")
         dtype = STORAGE_NAMES.get(kind.path)
-        if dtype is None:  # quantized, or of a name that is refused
-            self.stack.append(OPAQUE)
+        if dtype is None:  # quantized, or a name that is refused
+            self.stack.append(IGNORED)
             return
-        stored = Stored(key, dtype, count)
-        if self.storages.setdefault(key, stored) != stored:
+        storage = StorageRef(key, dtype, count)
+        if self.storages.setdefault(key, storage) != storage:
             raise BadPickle("it describes a storage in two ways")
-        self.stack.append(stored)
+        self.stack.append(storage)
 
     def _stop(self) -> None:
         self.result = self.stack.pop()
 
 
-def stored_tensor(path: str, arguments: tuple[Any, ...]) -> Any:
-    """The `StoredTensor` that a call of one of `TENSOR_NAMES` stands for; OPAQUE for one that is refused already."""
+def tensor_ref(path: str, arguments: tuple[Any, ...]) -> Any:
+    """Return the `TensorRef` that a call of one of `TENSOR_NAMES` stands for, or IGNORED if its storage is."""
     storage, offset, size, stride = arguments[:4]
-    if storage is OPAQUE:  # of a class that was refused already, or that is quantized
-        return OPAQUE
-    if not isinstance(storage, Stored):
+    if storage is IGNORED:
+        return IGNORED
+    if not isinstance(storage, StorageRef):
         raise BadPickle("it has a tensor without a storage")
     dtype = storage.dtype
     if path.endswith("_v3"):
         dtype = str(getattr(arguments[6], "path", arguments[6])).removeprefix("torch.")
         if dtype not in DTYPES:
-            raise BadPickle("it has a tensor of no dtype")
+            raise BadPickle("it has a tensor without a dtype")
     for numbers in (size, stride, (offset,)):
         if type(numbers) is not tuple or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
             raise BadPickle("it has a tensor of an impossible shape")
     if len(size) != len(stride) or len(size) > MAX_AXES:
         raise BadPickle("it has a tensor of an impossible shape")
-    return StoredTensor(storage, dtype, offset, size, stride)
+    return TensorRef(storage, dtype, offset, size, stride)
 
 
 _PUSHES = frozenset(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING"))
@@ -307,23 +304,23 @@ _MAKES: dict[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
-    "EMPTY_SET": lambda: OPAQUE,
+    "EMPTY_SET": lambda: IGNORED,
 }
 _GETS = frozenset(("BINGET", "LONG_BINGET"))
 _PUTS = frozenset(("BINPUT", "LONG_BINPUT"))
 _STEPS = {
-    "MARK": Machine._mark,
-    "TUPLE": Machine._tuple,
-    "TUPLE1": lambda machine: machine._last(1),
-    "TUPLE2": lambda machine: machine._last(2),
-    "TUPLE3": lambda machine: machine._last(3),
-    "APPEND": Machine._append,
-    "APPENDS": lambda machine: machine._extend(machine._since_mark()),
-    "SETITEM": Machine._set_item,
-    "SETITEMS": lambda machine: machine._set_items(machine._since_mark()),
-    "REDUCE": Machine._reduce,
-    "NEWOBJ": Machine._reduce,
-    "BUILD": lambda machine: machine._build(),
-    "BINPERSID": Machine._storage,
-    "STOP": Machine._stop,
+    "MARK": RestrictedUnpickler._mark,
+    "TUPLE": RestrictedUnpickler._tuple,
+    "TUPLE1": lambda unpickler: unpickler._tuple_of(1),
+    "TUPLE2": lambda unpickler: unpickler._tuple_of(2),
+    "TUPLE3": lambda unpickler: unpickler._tuple_of(3),
+    "APPEND": RestrictedUnpickler._append,
+    "APPENDS": lambda unpickler: unpickler._extend(unpickler._since_mark()),
+    "SETITEM": RestrictedUnpickler._set_item,
+    "SETITEMS": lambda unpickler: unpickler._set_items(unpickler._since_mark()),
+    "REDUCE": RestrictedUnpickler._reduce,
+    "NEWOBJ": RestrictedUnpickler._reduce,
+    "BUILD": lambda unpickler: unpickler._build(),
+    "BINPERSID": RestrictedUnpickler._storage,
+    "STOP": RestrictedUnpickler._stop,
 }
