@@ -18,7 +18,7 @@ LAYERS = (  # from the bottom up; modules of one layer may import each other
     {"data"},
     {"acceleration", "adapters"},
     {"inference", "training", "evaluation"},
-    {"cli", "cli_train", "web"},
+    {"cli", "web"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted((REPOSITORY / "ldm").rglob("*.py"))

@@ -20,7 +20,7 @@ from ldm import limits
 from ldm.configs import read_yaml
 from ldm.inference.loading import read_config
 from ldm.limits import building, check_growth, check_yaml
-from ldm.training.settings import _merge
+from ldm.training.settings import merge
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -133,7 +133,7 @@ def test_both_readers_refuse_references_that_grow(tmp_path):
         read_config(tmp_path / "x.yaml")
     halves = [OmegaConf.create({"a": "${b}${b}"}), OmegaConf.create({"b": "x" * 60_000})]
     with pytest.raises(ValueError, match="config of this run is refused"):
-        _merge(halves)  # what no file shows alone
+        merge(halves)  # what no file shows alone
 
 
 @pytest.mark.parametrize("text", ["\\", "}", "${", r"\${", "${}", "${${", "\\}", r"\\${"])

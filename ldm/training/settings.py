@@ -94,11 +94,11 @@ def read_settings(args: argparse.Namespace) -> Settings:
     lightning = {name: value for name, value in (("seed", args.seed), ("scale_lr", args.scale_lr)) if value is not None}
     lightning["trainer"] = translate_trainer(args.trainer)[0]
     _check_names([*stored, *given], dotlist)
-    before = _merge(stored)
-    merged, notes = _split(_merge([*stored, *given, dotlist]), lightning)
+    before = merge(stored)
+    merged, notes = _complete_lightning(merge([*stored, *given, dotlist]), lightning)
     notes += translate_trainer(args.trainer)[1]
     if run and not args.resume_anyway:
-        _check_unchanged(_split(before, {})[0], merged, run)
+        _check_unchanged(_complete_lightning(before, {})[0], merged, run)
     for name in ("model", "data"):
         if not isinstance(merged.get(name), dict):
             raise ValueError(f"the config has no `{name}:` section")
@@ -137,8 +137,8 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else ""
 
 
-def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
-    """Merge configs, later ones on top, to plain values."""
+def merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
+    """Merge configs, later ones on top, to plain values, with all references resolved. Raises ValueError."""
     if not configs:
         return {}
     try:
@@ -152,7 +152,7 @@ def _merge(configs: Sequence[DictConfig]) -> dict[str, Any]:
         raise ValueError(f"cannot merge the configs: {' '.join(str(error).split())}") from error
 
 
-def _split(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _complete_lightning(config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Complete the `lightning` section of `config`: with `given` on top, and defaults."""
     lightning = dict(config.get("lightning") or {})
     trainer, notes = translate_trainer(lightning.get("trainer") or {})

@@ -1,4 +1,4 @@
-"""Caches: what they hold, how they are made and made on, and which are refused."""
+"""Caches: their contents, building and resuming, and which are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from ldm.data import cache, cache_building, cache_files
+from ldm.data import cache
 from ldm.data.cache import CachedDataset, CacheError, build_cache, ensure_caches
 from ldm.data.folder import ImageFolder
 from ldm.util import instantiate_from_config
@@ -55,7 +55,7 @@ def finished(model, pictures, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
-    """The same cache, to be spoilt."""
+    """The same cache, to be damaged."""
     return shutil.copytree(finished, tmp_path / "copy")
 
 
@@ -226,7 +226,7 @@ def test_building_leaves_random_numbers_and_the_model_alone(pictures, tmp_path) 
 def test_a_stopped_build_goes_on(model, pictures, tmp_path, monkeypatch) -> None:
     plain, whole, stopped = ImageFolder(pictures, 32), tmp_path / "whole", tmp_path / "stopped"
     build_cache(model, plain, whole, shard_bytes=TWO_A_SHARD)
-    write = cache_building.write_shard
+    write = cache._write_shard
 
     def stop_at_the_third(folder, number, *args):
         if number == 2:
@@ -234,7 +234,7 @@ def test_a_stopped_build_goes_on(model, pictures, tmp_path, monkeypatch) -> None
         return write(folder, number, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_building, "write_shard", stop_at_the_third)
+        patch.setattr(cache, "_write_shard", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             build_cache(model, plain, stopped, shard_bytes=TWO_A_SHARD)
     with pytest.raises(CacheError, match="is unfinished: repeat the command"):
@@ -246,7 +246,7 @@ def test_a_stopped_build_goes_on(model, pictures, tmp_path, monkeypatch) -> None
 
     (stopped / "shard-00001.safetensors").write_bytes(b"spoilt")
     made = []
-    monkeypatch.setattr(cache_building, "write_shard", lambda *args: made.append(args[1]) or write(*args))
+    monkeypatch.setattr(cache, "_write_shard", lambda *args: made.append(args[1]) or write(*args))
     build_cache(model, plain, stopped, shard_bytes=TWO_A_SHARD)
     assert made == [1, 2]  # the first was kept, the spoilt one made again
     assert (stopped / "index.json").read_bytes() == (whole / "index.json").read_bytes()  # checksums too
@@ -255,13 +255,13 @@ def test_a_stopped_build_goes_on(model, pictures, tmp_path, monkeypatch) -> None
 def test_a_full_disk(model, pictures, tmp_path, monkeypatch) -> None:
     plain = ImageFolder(pictures, 32)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_building.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+        patch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
         with pytest.raises(
             OSError, match="the cache needs 4.1e-05 GB more, and 1e-09 GB are free: choose another disk"
         ):
             build_cache(model, plain, tmp_path / "c")
     with monkeypatch.context() as patch:
-        patch.setattr(cache_files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(cache.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space left on device"):
             build_cache(model, plain, tmp_path / "d")
     assert not list(tmp_path.rglob("*.safetensors*"))
@@ -272,9 +272,13 @@ def test_a_full_disk(model, pictures, tmp_path, monkeypatch) -> None:
     ("change", "options", "message"),
     [
         ({}, {"dtype": "int8"}, "dtype 'int8' is not one of float32, float16"),
-        ({}, {"variants": 0}, "variants is a number from 1, not 0"),
-        ({"first_stage_key": "jpg"}, {}, "gives image, caption, and the model learns from 'jpg'"),
-        ({"cond_stage_key": "txt"}, {}, r"conditioned on 'txt', .* \(it gives caption\): set its captions"),
+        ({}, {"variants": 0}, "variants must be at least 1, not 0"),
+        ({"first_stage_key": "jpg"}, {}, "entries image, caption, but the model trains on 'jpg'"),
+        (
+            {"cond_stage_key": "txt"},
+            {},
+            r"conditioned on 'txt', .* \(its texts and labels: caption\): configure its captions",
+        ),
         ({"cond_stage_trainable": True}, {"text": True}, "the model trains its text encoder; leave text out"),
         ({"cond_stage_config": "__is_unconditional__"}, {"text": True}, "the model has no text encoder"),
     ],
@@ -309,7 +313,7 @@ def test_no_cache(tmp_path) -> None:
         CachedDataset(tmp_path / "nowhere")
 
 
-def test_a_flipped_bit_is_found_unless_nobody_looks(copy) -> None:
+def test_a_flipped_bit_is_found_by_verifying(copy) -> None:
     path = copy / "shard-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -371,7 +375,7 @@ def test_a_cache_of_another_model_is_refused(finished) -> None:
         cached.check(model)
     with pytest.raises(CacheError, match="this model trains its text encoder: make a cache without text"):
         cached.check(tiny_model(cond_stage_trainable=True))
-    with pytest.raises(CacheError, match="holds latents, and AutoencoderKL learns from pictures"):
+    with pytest.raises(CacheError, match="holds latents, but AutoencoderKL trains on images"):
         cached.check(model.first_stage_model)
 
 
@@ -398,8 +402,8 @@ def test_missing_caches_are_made(model, pictures, tmp_path, monkeypatch) -> None
 
 def test_of_several_processes_one_makes_the_cache(model, pictures, tmp_path, monkeypatch) -> None:
     made = []
-    write = cache_building.write_shard
-    monkeypatch.setattr(cache_building, "write_shard", lambda *args: made.append(args[1]) or write(*args))
+    write = cache._write_shard
+    monkeypatch.setattr(cache, "_write_shard", lambda *args: made.append(args[1]) or write(*args))
     args = (model, section(pictures, tmp_path / "c"))
     threads = [threading.Thread(target=ensure_caches, args=args) for _ in range(3)]
     for thread in threads:
