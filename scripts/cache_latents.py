@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works
 from ldm import cli
 from ldm.devices import DEVICES
 from ldm.files import write_text
+from ldm.trust import allowlist_only
 
 CACHED = "ldm.data.cache.CachedDataset"
 OPTIONS = ("batch_size", "text", "variants", "flips", "dtype", "num_workers")
@@ -84,6 +85,7 @@ def cache_section(model: Any, section: dict[str, Any], folder: Path, args: Any) 
     return {"target": CACHED, "params": {"folder": str(folder), "dataset": section}}
 
 
+@allowlist_only()
 def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parser().parse_known_args(argv)
     config = read_config(args.base, overrides)
