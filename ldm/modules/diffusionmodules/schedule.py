@@ -139,9 +139,9 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str)
     return weights.float()
 
 
-def extract_into_tensor(values: Tensor, t: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """`values[t]` for t (B,), reshaped to (B, 1, 1, ...) to broadcast over a tensor of `shape`."""
-    return values.gather(-1, t).reshape(t.shape[0], *(1,) * (len(shape) - 1))
+def extract_into_tensor(a: Tensor, t: Tensor, x_shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """a[t] for t (B,), reshaped to (B, 1, 1, ...) to broadcast over a tensor of `x_shape`."""
+    return a.gather(-1, t).reshape(t.shape[0], *(1,) * (len(x_shape) - 1))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
