@@ -89,9 +89,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Ch
             _check_count(path, len(state))
         else:
             state, extra = _read_pickled(path, kind, mapped)
-    for key in state:  # names appear in messages
-        if not key.isprintable() or len(key) > MAX_NAME:
-            raise CheckpointError(f"{path} is refused: its tensors have unprintable or very long names: {shown(key)}")
+    for name in state:  # names appear in messages
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise CheckpointError(f"{path} is refused: its tensors have unprintable or very long names: {shown(name)}")
     state = published_names(state, path)
     if verify and (key := find_not_finite(state)) is not None:
         raise CheckpointError(f"{path} has values that are not finite, in {key}: it cannot make images")
