@@ -95,9 +95,10 @@ def test_latents_have_the_memory_format_of_their_images(model):
     """Images that are (H, W, C) in memory give such latents, as in the originals, so that `randn_like` is the same."""
     images = edits()["edited"].movedim(-1, 1)
     assert images.is_contiguous(memory_format=torch.channels_last)
-    latent = model.encode_first_stage(images).mode()
-    assert latent.is_contiguous(memory_format=torch.channels_last)
-    assert model.encode_first_stage(images.contiguous()).mode().is_contiguous()
+    for image, memory_format in ((images, torch.channels_last), (images.contiguous(), torch.contiguous_format)):
+        latent = model.get_first_stage_encoding(model.encode_first_stage(image))
+        assert latent.is_contiguous(memory_format=memory_format)
+        assert torch.randn_like(latent).is_contiguous(memory_format=memory_format)
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ class DistributedRNG:
         return self.local_rows(shape[0], lambda n: torch.randn((n, *shape[1:]), device=device, dtype=dtype))
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise for x (B, ...)."""
-        return self.randn(x.shape, x.device, x.dtype)
+        """Standard normal noise for x (B, ...), in its memory format: the numbers of `torch.randn_like`."""
+        return self.local_rows(len(x), lambda n: torch.randn_like(torch.cat([x] * (n // len(x)))))
 
     def timesteps(self, count: int, end: int, device: torch.device) -> Tensor:
         """Uniform timesteps (count,) int64 from 0 to end - 1."""
