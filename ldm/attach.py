@@ -15,6 +15,7 @@ A method that somebody else set on the instance is part of the chain and is call
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -23,29 +24,40 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+_LOCK = threading.RLock()  # chains may be changed by several threads that use one model
+
 
 class Override:
     """Replacement for one method (`forward` by default) of one module; subclasses implement `__call__`.
 
-    `level` orders overrides of different parties: a higher one wraps a lower one, whichever came first. `kernel` says
-    that the override computes what the method computes, so that a fused kernel of the parent may stand in for it.
+    Class attributes:
+        level: orders overrides of different parties: a higher one wraps a lower one, whichever came first.
+        kernel: whether it computes what the method computes, so that a fused kernel of the parent may replace both.
+        own_thread: whether it applies only in the thread that made it (see `applies`), so that several threads can
+            use one model at a time.
 
-    Copies (`copy.deepcopy`) and pickles of the module get an override of their own that refers to the copy; what
-    `__init__` of a subclass derives, such as caches, has to be left out of `state`.
+    Copies (`copy.deepcopy`) and pickles of the module get an override of their own that refers to the copy. It keeps
+    the attributes named in `state` and gets the others from `reset`; with `own_thread` it does not apply any more.
     """
 
     level = 0
     kernel = False
-    state: tuple[str, ...] = ()  # attributes that copies and pickles keep
+    own_thread = False
+    state: tuple[str, ...] = ()
 
     def __init__(self, module: nn.Module, attribute: str = "forward") -> None:
         self._module = weakref.ref(module)  # no cycle: a model is freed as soon as it is dropped
         self.attribute = attribute
         self.previous: Callable[..., Any] | None = None  # None: the method of the class
+        self._thread: int | None = threading.get_ident()
         self.reset()
 
     def reset(self) -> None:
         """Set attributes that copies and pickles start anew."""
+
+    def applies(self) -> bool:
+        """Whether this override is for the calling thread."""
+        return not self.own_thread or self._thread == threading.get_ident()
 
     @property
     def module(self) -> nn.Module:
@@ -67,16 +79,17 @@ class Override:
 
     def attach(self) -> Override:
         """Put this override on its module, below those of a higher level."""
-        methods = self.module.__dict__
-        top = methods.get(self.attribute)
-        if not (isinstance(top, Override) and top.level > self.level):
-            self.previous = top
-            methods[self.attribute] = self
+        with _LOCK:
+            methods = self.module.__dict__
+            top = methods.get(self.attribute)
+            if not (isinstance(top, Override) and top.level > self.level):
+                self.previous = top
+                methods[self.attribute] = self
+                return self
+            while isinstance(top.previous, Override) and top.previous.level > self.level:
+                top = top.previous
+            self.previous, top.previous = top.previous, self
             return self
-        while isinstance(top.previous, Override) and top.previous.level > self.level:
-            top = top.previous
-        self.previous, top.previous = top.previous, self
-        return self
 
     def remove(self) -> None:
         """Take this override off its module.
@@ -84,21 +97,21 @@ class Override:
         Where a foreign function has wrapped it since, it cannot be taken out of the chain: it then passes every call
         on, so that the foreign function works as if this override had never been there.
         """
-        module = self._module()
-        top = None if module is None else module.__dict__.get(self.attribute)
-        if top is self:
-            assert module is not None
-            if self.previous is None:
-                del module.__dict__[self.attribute]
-            else:
-                module.__dict__[self.attribute] = self.previous
-            return
-        while isinstance(top, Override):
-            if top.previous is self:
-                top.previous = self.previous
-                return
-            top = top.previous  # type: ignore[assignment]
-        self.__class__ = _Removed
+        with _LOCK:
+            module = self._module()
+            methods = {} if module is None else module.__dict__
+            top = methods.get(self.attribute)
+            if top is self and self.previous is None:
+                del methods[self.attribute]
+            elif top is self:
+                methods[self.attribute] = self.previous
+            while isinstance(top, Override) and top is not self:
+                if top.previous is self:
+                    top.previous = self.previous
+                    return
+                top = top.previous
+            if top is not self:
+                self.__class__ = _Removed  # type: ignore[assignment]  # the same attributes
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -110,7 +123,7 @@ class Override:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._module = weakref.ref(state["module"])
-        self.attribute, self.previous = state["attribute"], state["previous"]
+        self.attribute, self.previous, self._thread = state["attribute"], state["previous"], None
         self.__dict__.update(state["state"])
         self.reset()
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.acceleration import accelerate
 from ldm.checkpoint import build_on_meta
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.modules.layout import lay_out
 from tests import witness
 from tests.golden import REFERENCE, assert_agrees, goldens, tensor
 from tests.reference.fill import values
@@ -37,7 +37,7 @@ def filled_on_meta(config: dict, prefix: str = "") -> nn.Module:
         for key, value in model.state_dict().items()
     }
     model.load_state_dict(weights, strict=True, assign=True)
-    lay_out(model)  # as loading does
+    accelerate(model)  # as loading does
     return model.eval()
 
 

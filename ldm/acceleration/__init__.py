@@ -1,31 +1,96 @@
-"""Faster inference, attached to a model from outside and removed by a handle (see `ldm.attach`)."""
+"""Faster inference, attached to a model from outside and removed by a handle (see `ldm.attach`).
+
+    handle = accelerate(model)           # exact CPU kernels; `ldm.inference` attaches them by default
+    with cache_features(network, 3):     # these change the image
+        ...
+    handle.remove()
+
+Several may be attached together, in any order: each has a level, and a call goes through them from the highest to the
+lowest (`compile_network`, `cache_features`, `merge_tokens`, `cache_contexts`, `quantize_int8`, `accelerate`). Class
+names, parameters and state dicts stay. Hooks, a `forward` set on an instance, replaced children, subclasses and
+replaced class methods take effect as without acceleration: a kernel that would bypass them is not used.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from ldm.attach import Handle
-
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.acceleration.attention import KINDS as ATTENTION
+from ldm.acceleration.attention import LongAttention
+from ldm.acceleration.chunked import ChunkedOutput, ChunkedResnetBlock
+from ldm.acceleration.compile import compile_network
+from ldm.acceleration.context_cache import cache_contexts
+from ldm.acceleration.feature_cache import cache_features
+from ldm.acceleration.int8 import has_int8, quantize_int8
+from ldm.acceleration.offload import OffloadHook, offload, unloading
+from ldm.acceleration.onednn import (
+    ChannelsLast,
+    ChunkedFeedForward,
+    FusedGEGLU,
+    FusedUpsample,
+    PackedConv2d,
+    PackedLinear,
+    has_kernels,
+    refresh,
+)
+from ldm.acceleration.token_merging import MAX_RATIO, merge_tokens
+from ldm.attach import Handle, Override, chain
+from ldm.modules.attention import GEGLU, FeedForward
+from ldm.modules.diffusionmodules import model as first_stage
+from ldm.modules.diffusionmodules import openaimodel
 
 __all__ = [
     "AccelerationOptions",
     "Handle",
+    "OffloadHook",
     "accelerate",
     "cache_contexts",
     "cache_features",
     "compile_network",
+    "has_int8",
     "merge_tokens",
     "offload",
     "quantize_int8",
+    "refresh",
+    "unloading",
 ]
+
+LAYERS: dict[type[nn.Module], type[Override]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv2d: PackedConv2d,
+    GEGLU: FusedGEGLU,
+    FeedForward: ChunkedFeedForward,
+    first_stage.Upsample: FusedUpsample,
+    openaimodel.Upsample: FusedUpsample,
+    first_stage.ResnetBlock: ChunkedResnetBlock,
+}
+NETWORKS = (openaimodel.UNetModel, openaimodel.EncoderUNetModel, first_stage.Encoder, first_stage.Decoder)
+
+
+def accelerate(module: nn.Module) -> Handle:
+    """Attach exact CPU kernels to every layer of `module` that has one: packed weights, fused and chunked layers.
+
+    They compute without gradients in float32 on a CPU; any other call goes on as before. Weights are packed at the
+    first call, which takes as much memory again, and followed when they change (see `onednn.PackedWeight` and
+    `refresh`). Layers with a `forward` of somebody else's are left alone, and so are layers that have kernels already.
+    """
+    overrides: list[Override] = []
+    for part in module.modules() if has_kernels() else ():
+        kind = LAYERS.get(type(part))
+        candidates: list[Override] = [] if kind is None else [kind(part)]
+        if isinstance(part, ATTENTION):
+            candidates.append(LongAttention(part))
+        if isinstance(part, NETWORKS):
+            candidates.append(ChannelsLast(part))
+        if type(part) in (first_stage.Encoder, first_stage.Decoder):
+            candidates.append(ChunkedOutput(part, "_output"))
+        for override in candidates:
+            attached = chain(part, override.attribute)
+            if attached is not None and not any(type(other) is type(override) for other in attached):
+                overrides.append(override.attach())
+    return Handle("cpu kernels", overrides)
 
 
 @dataclass(frozen=True)
@@ -48,78 +113,23 @@ class AccelerationOptions:
     def __post_init__(self) -> None:
         if self.cache_features < 1:
             raise ValueError(f"cache_features must be at least 1 (every step), not {self.cache_features}")
-        if not 0 <= self.merge_tokens <= 0.75:
-            raise ValueError(f"merge_tokens must be from 0 to 0.75, not {self.merge_tokens}")
+        if not 0 <= self.merge_tokens <= MAX_RATIO:
+            raise ValueError(f"merge_tokens must be from 0 to {MAX_RATIO}, not {self.merge_tokens}")
         if self.quantize not in (None, "int8"):
             raise ValueError(f'quantize must be "int8" or None, not {self.quantize!r}')
 
     def attach(self, network: nn.Module) -> Handle:
-        """Attach feature caching and token merging to `network` for one run of a sampler.
+        """Attach feature caching and token merging to `network`, for one run of a sampler in the calling thread.
+
+        int8 layers are not attached here: weights are quantized once, not for every run.
 
         Raises:
             ValueError: for a network without the parts that they need.
         """
-        handles = []
-        if self.cache_features > 1:
-            handles.append(cache_features(network, self.cache_features))
-        if self.merge_tokens > 0:
-            handles.append(merge_tokens(network, self.merge_tokens))
-        return Handle("acceleration options", on_remove=lambda: [handle.remove() for handle in handles][:0] or None)
-
-
-def _entered(name: str, context: AbstractContextManager[object]) -> Handle:
-    stack = contextlib.ExitStack()
-    stack.enter_context(context)
-    return Handle(name, on_remove=stack.close)
-
-
-def accelerate(module: nn.Module) -> Handle:
-    """Attach exact CPU kernels to the layers of `module`."""
-    from ldm.modules.layout import lay_out
-
-    lay_out(module)
-    return Handle("onednn")
-
-
-def quantize_int8(network: nn.Module) -> Handle:
-    """Let the wide layers of `network` multiply in int8 on a CPU. ValueError where that is not faster."""
-    from ldm.modules.int8 import quantize
-
-    quantize(network)
-    return Handle("int8")
-
-
-def cache_features(network: nn.Module, every: int) -> Handle:
-    """Compute the inner part of a UNet every N steps only, for one run of a sampler (DeepCache)."""
-    from ldm.modules.feature_caching import caching_features
-
-    return _entered("feature cache", caching_features(network, every))
-
-
-def merge_tokens(network: nn.Module, ratio: float) -> Handle:
-    """Merge a fraction of the tokens in the self-attention of a UNet's outermost transformers (ToMe)."""
-    from ldm.modules.token_merging import merging_tokens
-
-    return _entered("token merging", merging_tokens(network, ratio))
-
-
-def cache_contexts(network: nn.Module) -> Handle:
-    """Compute the keys and values of an unchanged context once."""
-    from ldm.modules.attention import remembering_contexts
-
-    return _entered("context cache", remembering_contexts(network))
-
-
-def compile_network(model: LatentDiffusion, backend: str = "inductor") -> Handle | None:
-    """Compile the network's repeated blocks at their first call; None where that is not faster."""
-    from ldm.inference.compiling import compile_network as compile_blocks
-
-    return Handle("compile") if compile_blocks(model, backend) else None
-
-
-def offload(model: LatentDiffusion, device: torch.device) -> Handle:
-    """Keep `model` on the CPU and move each part to `device` only while it is used."""
-    from ldm.inference.lowvram import lodge
-
-    lodge(model, device)
-    return Handle("offload", on_remove=model.lodging.leave)
+        overrides = cache_features(network, self.cache_features).overrides if self.cache_features > 1 else []
+        try:
+            merging = merge_tokens(network, self.merge_tokens).overrides if self.merge_tokens > 0 else []
+        except ValueError:
+            Handle("", overrides).remove()
+            raise
+        return Handle("feature cache and token merging", [*overrides, *merging])

@@ -68,6 +68,6 @@ def take(args: Namespace, model: LatentDiffusion) -> None:
     model.shortcuts = inference.Shortcuts(**asked)
     if getattr(args, "compile", False):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "ldm" / "compiled"))
-        from ldm.inference.compiling import compile_network
+        from ldm.acceleration.compile import compile_network
 
         compile_network(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,17 +12,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ldm.acceleration import accelerate, offload, unloading
 from ldm.checkpoint import Checkpoint, build_on_meta, config_for, fill_model, read_checkpoint
 from ldm.checkpoint.families import describe, family_of
 from ldm.configs import merge_configs, parse_overrides, read_yaml
 from ldm.devices import choose_device, choose_precision
 from ldm.inference.conditioning import TEXT, Task, require, task_of
-from ldm.inference.lowvram import lodge
 from ldm.models.diffusion.guidance import CFG_PP_SCALE, Guidance
 from ldm.models.diffusion.samplers import SAMPLERS as SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES, ScheduleChoice
 from ldm.models.model_info import ModelInfo, SamplingDefaults
-from ldm.modules.layout import lay_out
 from ldm.util import public_path, warn_about_other_distributions
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ def load_model(
     precision: "full", "autocast" (half precision where that is safe; on a CPU the same as full), "fp16" or "bf16".
     overrides: settings to lay over the config, as `model.params.linear_end=0.02`.
     tasks: what the model must draw from, one of these (see `ldm.inference.conditioning`); none for anything.
-    lowvram: have its parts on `device` only while they are used (see `lowvram.lodge`).
+    lowvram: have its parts on `device` only while they are used (see `ldm.acceleration.offload`).
     verify: read the whole file first and compare it
     with its checksums (see `read_checkpoint`).
 
@@ -103,7 +101,6 @@ def load_first_stage(
     settings = read_config(config or _config_beside(checkpoint, whole=False))
     model: Any = _built(settings)
     fill_model(model, checkpoint, dtype=DTYPES[precision])
-    lay_out(model)
     model = getattr(model, "first_stage_model", model)
     if not hasattr(model, "downsampling_factor"):
         raise ValueError(f"{settings['model'].get('target')} has no first stage: fix the config")
@@ -112,7 +109,14 @@ def load_first_stage(
         str(checkpoint.path), describe(checkpoint.shapes), checkpoint.global_step, mapped_file=checkpoint.mapped
     )
     stage: FirstStage = model.to(where).eval()
+    _accelerate(stage)
     return stage
+
+
+def _accelerate(model: nn.Module) -> None:
+    """Attach the exact kernels, which are for CPUs (see `ldm.acceleration`)."""
+    if next(model.parameters(), torch.empty(0)).device.type == "cpu":
+        accelerate(model).list_on(model)
 
 
 def _read(path: Path, verify: bool) -> Checkpoint:
@@ -135,7 +139,6 @@ def _filled(
             f"{settings['model'].get('target')} is no latent diffusion model with a first stage: fix the config"
         )
     fill_model(model, checkpoint, dtype=DTYPES[precision])
-    lay_out(model)
     model.info = ModelInfo(
         checkpoint_path=str(checkpoint.path),
         family=describe(checkpoint.shapes),
@@ -145,7 +148,11 @@ def _filled(
         sampling=_own_sampling(settings),
         mapped_file=checkpoint.mapped,
     )
-    ready: LatentDiffusion = (lodge(model, device) if lowvram else model.to(device)).eval()
+    if lowvram:
+        offload(model, device).list_on(model)
+        model.one_by_one = True
+    ready: LatentDiffusion = (model if lowvram else model.to(device)).eval()
+    _accelerate(ready)
     return ready
 
 
@@ -336,7 +343,7 @@ def predicts(model: LatentDiffusion) -> str | None:
     last = torch.full((1,), model.num_timesteps - 1, device=model.device)
     autocast = model.info.autocast_dtype if model.info else None
     precision = torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None)
-    with precision, model.ema_scope(), getattr(model, "lodging", contextlib.nullcontext()):
+    with precision, model.ema_scope(), unloading(model):
         output = model.apply_model(noise, last, nothing)
     return _seen(output, noise)
 

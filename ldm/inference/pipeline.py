@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.acceleration import cache_contexts, refresh, unloading
 from ldm.checkpoint import check_unchanged
 from ldm.images import fit_to_multiple, tensor_to_images
 from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions, negative_prompts, text_contexts
@@ -23,7 +24,6 @@ from ldm.models.diffusion.guidance import Condition, Guidance
 from ldm.models.diffusion.noise import NoiseSource, global_noise
 from ldm.models.diffusion.samplers import make_sampler
 from ldm.models.diffusion.schedules import ScheduleChoice
-from ldm.modules.attention import remembering_contexts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -117,14 +117,14 @@ def drawing(model: LatentDiffusion) -> Iterator[None]:
     dtype = model.info.autocast_dtype if model.info else None
     precision = torch.autocast(model.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
     shortcuts, network = getattr(model, "shortcuts", Shortcuts()), model.model.diffusion_model
-    lodging = getattr(model, "lodging", contextlib.nullcontext())  # empty when averaged weights are changed back
+    refresh(model)
     with (
         torch.no_grad(),
         precision,
         model.ema_scope(),
-        lodging,
+        unloading(model),  # before averaged weights are changed back
         shortcuts.taken(network),
-        remembering_contexts(network),
+        cache_contexts(network),
     ):
         yield
     check_unchanged(model)  # what was drawn with half of a new file is not shown

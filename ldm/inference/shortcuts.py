@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ldm.modules.feature_caching import caching_features
-from ldm.modules.int8 import has_int8, quantize
-from ldm.modules.token_merging import merging_tokens
+from ldm.acceleration import cache_features, has_int8, merge_tokens, quantize_int8
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -24,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Shortcuts:
     """What a model does while it draws, set as `model.shortcuts`; the defaults change nothing.
 
-    cache_features: compute the inner part of the UNet at every so many steps only (see `caching_features`).
+    cache_features: compute the inner part of the UNet at every so many steps only (see `cache_features`).
     merge_tokens: the share of places that do not attend for themselves, up to 0.75 (see `merging_tokens`).
 
     ValueError for other values, and, once it draws, for a network that has no such part.
@@ -44,14 +42,14 @@ class Shortcuts:
         """While this lasts, a network takes them; for one run of a sampler at a time."""
         with contextlib.ExitStack() as stack:
             if self.cache_features > 1:
-                stack.enter_context(caching_features(network, self.cache_features))
+                stack.enter_context(cache_features(network, self.cache_features))
             if self.merge_tokens > 0:
-                stack.enter_context(merging_tokens(network, self.merge_tokens))
+                stack.enter_context(merge_tokens(network, self.merge_tokens))
             yield
 
 
 def quantize_network(model: LatentDiffusion) -> bool:
-    """Have the network draw in int8 (see `ldm.modules.int8`); where that pays not, say so and leave it as it is.
+    """Have the network draw in int8 (see `ldm.acceleration.int8`); where that pays not, say so and leave it as it is.
 
     Whether it does now. The first stage, whose errors would be seen at once, stays in its precision.
     """
@@ -60,7 +58,7 @@ def quantize_network(model: LatentDiffusion) -> bool:
         logger.warning("int8 is not quicker %s: drawing without it", what)
         return False
     try:
-        quantize(model.model.diffusion_model)
+        quantize_int8(model.model.diffusion_model).list_on(model)
     except ValueError as error:
         logger.warning("%s: drawing without int8", error)
         return False

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attending import attend
 from ldm.modules.attention import FeedForward
+from ldm.modules.sdpa import scaled_dot_product_attention
 
 
 class Attention(nn.Module):
@@ -26,7 +26,7 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, dim_head)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Encoder(nn.Module):

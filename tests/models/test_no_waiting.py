@@ -13,9 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ldm.acceleration import cache_contexts
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
-from ldm.modules.attention import remembering_contexts
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, UNetModel
 from ldm.modules.diffusionmodules.schedule import make_beta_schedule, schedule_buffers
 from tests.golden import golden_configs, tensor
@@ -113,7 +113,7 @@ def test_the_network_does_not_wait_once_it_was_asked():
     with META:
         unet = UNetModel(**golden_configs("diffusion")["unet"]).eval()
         asked = torch.empty(2, 4, 16, 16), torch.ones(2), torch.empty(2, 5, 24)
-    with remembering_contexts(unet):
+    with cache_contexts(unet):
         unet(*asked)
         with Waits() as waits:
             assert unet(*asked).shape == asked[0].shape

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.acceleration import accelerate
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.modules.layout import lay_out
 from tests.golden import assert_agrees, golden_configs, goldens, latent_diffusion, tensor
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
@@ -24,7 +24,7 @@ def golden():
 def model(request):
     model = latent_diffusion(golden_configs("diffusion")["model"])
     if request.param == "laid out":
-        lay_out(model)
+        accelerate(model)
     return model
 
 

@@ -50,7 +50,7 @@ def test_sides_that_averaging_cannot_halve(more, size):
     net = UNetModel(**config, attention_resolutions=[2], channel_mult=[1, 1, 2], num_heads=2, **more).eval()
     x, t = tensor("x", 1, 3, *size), torch.tensor([5])
     if min(size) < 4 and more:
-        with pytest.raises(ValueError, match="the picture is too small for this network.*make it larger"):
+        with pytest.raises(ValueError, match="the image is too small for this network.*use a larger size"):
             net(x, t)
         return
     with torch.no_grad():

@@ -6,7 +6,6 @@ every script accepts it: `--guidance name=strength`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.diffusionmodules.openaimodel import AttentionBlock
+from ldm.attach import Handle, Override
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention
+from ldm.modules.diffusionmodules.openaimodel import QKVAttention, QKVAttentionLegacy
 from ldm.modules.diffusionmodules.schedule import eps_and_x0, output_of
 
 Condition = Any  # a tensor, a list of tensors, or a dict of lists: c_concat, c_crossattn, and c_adm as a tensor
@@ -132,53 +132,39 @@ class ModelOutputs:
         return self._cache["identity"]
 
 
-@contextlib.contextmanager
-def identity_self_attention(module: nn.Module) -> Iterator[None]:
-    """Replace the self-attention maps within `module` by the identity (Ahn et al. 2024, section 4.2).
+class IdentityAttention(Override):
+    """Override of self-attention that gives every position its own value, in the calling thread."""
 
-    Each position then attends to itself alone, so the result is the projected values. Overrides instance `forward`s and
-    restores what was there.
+    level = 40
+    own_thread = True
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the values of x (B, N, D), or of a joint projection (B, 3 C, N)."""
+        attention: Any = self.module
+        if not self.applies():
+            return self.original(x, *args, **kwargs)
+        if isinstance(attention, CrossAttention):
+            return attention.to_out(attention.to_v(x))
+        if isinstance(attention, QKVAttentionLegacy):
+            return x.unflatten(1, (attention.n_heads, 3, -1))[:, :, 2].flatten(1, 2)
+        return x.chunk(3, dim=1)[2]
+
+
+def identity_self_attention(network: nn.Module) -> Handle:
+    """Replace self-attention in `network` by the identity on the values (Ahn et al. 2024, section 4.2).
 
     Raises:
-        ValueError: if `module` has no self-attention.
+        ValueError: if it has none.
     """
-    forwards: dict[nn.Module, Callable[..., Tensor]] = {}
-    for part in module.modules():
+    found: list[nn.Module] = []
+    for part in network.modules():
         if isinstance(part, BasicTransformerBlock) and not part.disable_self_attn:
-            forwards[part.attn1] = _values_of_attention(part.attn1)
-        elif isinstance(part, AttentionBlock):
-            forwards[part] = _values_of_block(part)
-    if not forwards:
+            found.append(part.attn1)
+        elif isinstance(part, QKVAttention):
+            found.append(part)
+    if not found:
         raise ValueError("perturbed-attention guidance needs self-attention in the middle block: it has none")
-    before = {part: vars(part).get("forward") for part in forwards}
-    try:
-        for part, forward in forwards.items():
-            part.forward = forward
-        yield
-    finally:
-        for part, forward in before.items():
-            del part.forward
-            if forward is not None:
-                part.forward = forward
-
-
-def _values_of_attention(attention: Any) -> Callable[..., Tensor]:
-    """`CrossAttention.forward` for an identity attention map."""
-    return lambda x, *args, **kwargs: attention.to_out(attention.to_v(x))
-
-
-def _values_of_block(block: Any) -> Callable[..., Tensor]:
-    """`AttentionBlock.forward` for an identity attention map."""
-
-    def forward(x: Tensor) -> Tensor:
-        qkv = block.qkv(block.norm(x.flatten(2)))  # (B, 3C, N)
-        if block.use_new_attention_order:
-            values = qkv.chunk(3, dim=1)[2]
-        else:
-            values = qkv.unflatten(1, (block.num_heads, 3, -1))[:, :, 2].flatten(1, 2)
-        return x + block.proj_out(values).reshape(x.shape)
-
-    return forward
+    return Handle("identity self-attention", [IdentityAttention(part).attach() for part in found])
 
 
 # ---- terms ----

@@ -1,4 +1,4 @@
-"""What the options of a public `unet_config` come to, and which do not go together."""
+"""Options of a public `unet_config`: how they are read, and which exclude each other."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from torch import nn
 
 
 def check_context(use_spatial_transformer: bool, context_dim: int | Sequence[int] | None) -> None:
-    """ValueError for transformers without the width of a context, or the other way round."""
+    """Raise ValueError for transformers without the width of a context, or the other way round."""
     if use_spatial_transformer and context_dim is None:
         raise ValueError("use_spatial_transformer needs context_dim, the width of the context to attend on")
     if context_dim is not None and not use_spatial_transformer:
         raise ValueError(f"context_dim={context_dim} has no effect without use_spatial_transformer: true")
 
 
-def check_heads(num_heads: int, num_head_channels: int, num_heads_upsample: int) -> None:
-    """ValueError unless there is one way to have heads, -1 standing for what is left out."""
+def check_heads(num_heads: int, num_head_channels: int) -> None:
+    """Raise ValueError if neither is given (-1)."""
     if num_heads == -1 and num_head_channels == -1:
         raise ValueError("give num_heads or num_head_channels")
-    if num_heads_upsample not in (-1, num_heads):
-        raise ValueError(f"num_heads_upsample={num_heads_upsample} must be left out, or be num_heads={num_heads}")
 
 
 def make_label_embedding(num_classes: int | str, time_dim: int, adm_in_channels: int | None) -> nn.Module:
-    """The module that turns a label into something to add to the timestep embedding."""
+    """Build the module that embeds a label, to be added to the timestep embedding."""
     if isinstance(num_classes, int):
         return nn.Embedding(num_classes, time_dim)
     if num_classes == "continuous":
@@ -38,7 +36,7 @@ def make_label_embedding(num_classes: int | str, time_dim: int, adm_in_channels:
 
 
 def per_level(value: int | bool | Sequence[int], levels: int, name: str) -> list[int]:
-    """`value` once a level, if it is a single one; else as a list of the right length."""
+    """Repeat a single value for every level, or check the length of a list."""
     if isinstance(value, int):
         return [value] * levels
     if len(value) != levels:
@@ -47,14 +45,14 @@ def per_level(value: int | bool | Sequence[int], levels: int, name: str) -> list
 
 
 def split_heads(channels: int, num_heads: int, num_head_channels: int) -> tuple[int, int]:
-    """(heads, their width) of an attention over `channels`, given one of the two; -1 for the other."""
+    """Return (heads, width of a head) for attention over `channels`; one of the two is given, the other -1."""
     if num_head_channels == -1:
         return num_heads, divide(channels, num_heads, "channels", "num_heads")
     return divide(channels, num_head_channels, "channels", "num_head_channels"), num_head_channels
 
 
 def divide(number: int, by: int, name: str, by_name: str) -> int:
-    """`number // by`, where they must divide."""
+    """Return `number // by`; ValueError unless it divides."""
     if by < 1 or number % by:
         raise ValueError(f"{name}={number} is not divisible by {by_name}={by}")
     return number // by

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.limits import check_number
-from ldm.modules.attending import attend
 from ldm.modules.encoders.base import TowerConfig, check_heads
+from ldm.modules.sdpa import scaled_dot_product_attention
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class _CausalAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         # padding is not masked: v1 was trained that way, and it comes after the text
-        out = attend(q, k, v, causal=True)
+        out = scaled_dot_product_attention(q, k, v, causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attending import attend
 from ldm.modules.encoders.base import (
     AbstractEncoder,
     TowerConfig,
@@ -27,6 +26,7 @@ from ldm.modules.encoders.base import (
 )
 from ldm.modules.encoders.clip_text import quick_gelu
 from ldm.modules.encoders.tokenizer import OpenCLIPTokenizer, Tokenizer
+from ldm.modules.sdpa import scaled_dot_product_attention
 
 VIT_H_14 = "ViT-H-14"
 
@@ -79,7 +79,7 @@ class MultiheadAttention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 1, 3, 0, 4)  # each (B, heads, L, D / heads)
         mask = attn_mask if attn_mask is None else attn_mask.to(q.dtype)
-        return self.out_proj(attend(q, k, v, mask).permute(2, 0, 1, 3).flatten(2))
+        return self.out_proj(scaled_dot_product_attention(q, k, v, mask).permute(2, 0, 1, 3).flatten(2))
 
 
 class MLP(nn.Module):

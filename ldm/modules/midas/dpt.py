@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attending import attend
 from ldm.modules.diffusionmodules.util import normalization
+from ldm.modules.sdpa import scaled_dot_product_attention
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

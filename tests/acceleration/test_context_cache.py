@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.modules.attention import MOST_CONTEXTS, CrossAttention, remembering_contexts
+from ldm.acceleration.context_cache import MAX_CONTEXTS, cache_contexts
+from ldm.attach import Override
+from ldm.modules.attention import CrossAttention
 from tests.golden import filled, tensor
 
 
@@ -17,9 +19,15 @@ def attention():
 
 @pytest.fixture
 def asked(attention):
-    """How often the keys' projection was used."""
+    """How often the keys' projection was computed."""
+
+    class Counted(Override):
+        def __call__(self, input):
+            count.append(1)
+            return self.original(input)
+
     count = []
-    attention.to_k.register_forward_hook(lambda *_: count.append(1))
+    Counted(attention.to_k).attach()
     return count
 
 
@@ -27,11 +35,11 @@ def test_a_context_is_projected_once(attention, asked):
     x, context = tensor("x", 2, 9, 16), tensor("c", 2, 5, 12)
     with torch.no_grad():
         plain = attention(x, context), attention(x + 1, context)
-        with remembering_contexts(attention):
+        with cache_contexts(attention):
             kept = attention(x, context), attention(x + 1, context)
     assert len(asked) == 2 + 1
     assert all(a.equal(b) for a, b in zip(plain, kept))
-    assert attention.kept is None  # nothing stays alive
+    assert "forward" not in vars(attention) and "forward" not in vars(attention.to_v)  # nothing stays alive
 
 
 def change_context(attention, context):
@@ -50,11 +58,22 @@ def replace_weight(attention, context):
     attention.to_v.weight = nn.Parameter(2 * attention.to_v.weight)
 
 
-@pytest.mark.parametrize("change", [change_context, change_weight, replace_data, replace_weight])
+def change_data(attention, context):
+    attention.to_v.weight.data.mul_(2)
+
+
+def change_context_data(attention, context):
+    context.data += 1
+
+
+CHANGES = [change_context, change_weight, replace_data, replace_weight, change_data, change_context_data]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_changes_are_seen(attention, change):
     x, context = tensor("x", 2, 9, 16), tensor("c", 2, 5, 12)
-    with remembering_contexts(attention):
+    with cache_contexts(attention):
         before = attention(x, context)
         change(attention, context)
         after = attention(x, context)
@@ -64,19 +83,19 @@ def test_changes_are_seen(attention, change):
 @torch.no_grad()
 def test_an_equal_context_at_the_address_of_one_that_is_gone_is_another(attention, asked):
     x = tensor("x", 2, 9, 16)
-    with remembering_contexts(attention):
-        for seed in range(2 * MOST_CONTEXTS):
+    with cache_contexts(attention):
+        for seed in range(2 * MAX_CONTEXTS):
             context = tensor(f"c{seed}", 2, 5, 12)
             assert attention(x, context).equal(attention(x, context))
             del context
-        assert len(attention.kept) == MOST_CONTEXTS
-    assert len(asked) == 2 * MOST_CONTEXTS
+        assert len(attention.to_k.forward.results) == MAX_CONTEXTS
+    assert len(asked) == 2 * MAX_CONTEXTS
 
 
 @torch.no_grad()
 def test_another_precision_is_another_answer(attention):
     x, context = tensor("x", 2, 9, 16), tensor("c", 2, 5, 12)
-    with remembering_contexts(attention):
+    with cache_contexts(attention):
         whole = attention(x, context)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert attention(x, context).dtype == torch.bfloat16
@@ -85,7 +104,7 @@ def test_another_precision_is_another_answer(attention):
 
 def test_gradients_reach_the_projections(attention, asked):
     x, context = tensor("x", 2, 9, 16), tensor("c", 2, 5, 12)
-    with remembering_contexts(attention):
+    with cache_contexts(attention):
         for _ in range(2):
             attention(x, context).sum().backward()
     assert len(asked) == 2 and attention.to_k.weight.grad is not None
@@ -93,6 +112,6 @@ def test_gradients_reach_the_projections(attention, asked):
 
 def test_self_attention_is_computed(asked, attention):
     own = CrossAttention(16, heads=2, dim_head=8)
-    with torch.no_grad(), remembering_contexts(own):
+    with torch.no_grad(), cache_contexts(own):
         own(tensor("x", 2, 9, 16))
-        assert own.kept == []
+        assert own.to_k.forward.results == []

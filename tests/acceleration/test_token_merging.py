@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from ldm.acceleration.token_merging import Merging, _MergedAttention, merge_tokens, outermost_transformers
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.token_merging import Merging, merging_tokens
 from tests.golden import filled, golden_configs, tensor
 
 SIZES = [(1, 1), (1, 5), (3, 2), (4, 4), (7, 9), (6, 5)]
 
 
-def by_hand(h: np.ndarray, height: int, width: int, share: float) -> list[list[int]]:
+def by_hand(h: np.ndarray, height: int, width: int, ratio: float) -> list[list[int]]:
     """Of tokens (H W, C), those that stay, each with those that go there."""
     stay = [r * width + c for r in range(0, height, 2) for c in range(0, width, 2)]
     groups, found = {token: [token] for token in stay}, []
     for token in set(range(height * width)) - set(stay):
         cosines = [h[token] @ h[one] / np.linalg.norm(h[token]) / np.linalg.norm(h[one]) for one in stay]
         found.append((max(cosines), token, stay[int(np.argmax(cosines))]))
-    for _, token, into in sorted(found, reverse=True)[: int(share * height * width)]:
+    for _, token, into in sorted(found, reverse=True)[: int(ratio * height * width)]:
         groups[into].append(token)
     return list(groups.values())
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("size", SIZES)
-def test_merged_and_unmerged(size, share):
+def test_merged_and_unmerged(size, ratio):
     count = size[0] * size[1]
     h = tensor("h", 2, count, 6)
-    merging = Merging(h, size, share)
+    merging = Merging(h, size, ratio)
     fewer = merging.merge(h)
     back = merging.unmerge(fewer)
     assert back.shape == h.shape
     for item in range(2):
-        groups = by_hand(h[item].double().numpy(), *size, share)
+        groups = by_hand(h[item].double().numpy(), *size, ratio)
         assert fewer.shape[1] == count - sum(len(group) - 1 for group in groups)
         expected = h[item].clone()
         for group in groups:
@@ -49,30 +51,21 @@ def block():
     return filled(BasicTransformerBlock(24, n_heads=2, d_head=12, context_dim=8))
 
 
-@pytest.mark.parametrize(("size", "across", "share"), [((4, 6), (2, 2), 0.75), ((1, 12), (1, 2), 0.5)])
-def test_equal_tokens_lose_nothing(block, size, across, share):
+@pytest.mark.parametrize(("size", "across", "ratio"), [((4, 6), (2, 2), 0.75), ((1, 12), (1, 2), 0.5)])
+def test_equal_tokens_lose_nothing(block, size, across, ratio):
     """Where all tokens come in as many equal ones, attention among one of each is attention among all."""
     few = tensor("few", 2, 24, size[0] // across[0], size[1] // across[1])
     x = few.repeat_interleave(across[0], 2).repeat_interleave(across[1], 3).flatten(2).transpose(1, 2)
     context, seen = tensor("context", 2, 3, 8), []
-    hook = block.attn1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    hook = block.attn1.to_q.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     with torch.no_grad():
-        plain = block(x, context, size)
-        block.merged_share = share
-        merged = block(x, context, size)
-    block.merged_share = 0.0
+        plain = block(x, context)
+        override = _MergedAttention(block.attn1, SimpleNamespace(size=size), ratio).attach()
+        merged = block(x, context)
+    override.remove()
     hook.remove()
     assert seen == [size[0] * size[1], few[0, 0].numel()]
     torch.testing.assert_close(merged, plain)
-
-
-def test_merging_needs_to_know_the_map(block):
-    block.merged_share = 0.5
-    try:
-        with pytest.raises(ValueError, match="needs the size of the map"):
-            block(tensor("x", 2, 24, 24).transpose(1, 2))
-    finally:
-        block.merged_share = 0.0
 
 
 @pytest.fixture(scope="module")
@@ -87,30 +80,30 @@ def ask(network, size=(16, 16)):
 
 def test_nothing_merged_is_as_without(network):
     plain = ask(network)
-    with merging_tokens(network, 0.0):
+    with merge_tokens(network, 0.0):
         assert torch.equal(ask(network), plain)
-    with merging_tokens(network, 0.5):
+    with merge_tokens(network, 0.5):
         assert not torch.allclose(ask(network), plain)
     assert torch.equal(ask(network), plain)
 
 
 def test_nothing_is_drawn(network):
     state = torch.get_rng_state()
-    with merging_tokens(network, 0.5):
+    with merge_tokens(network, 0.5):
         first, second = ask(network), ask(network)
     assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 9), (11, 16)])
 def test_any_size(network, size):
-    with merging_tokens(network, 0.5):
+    with merge_tokens(network, 0.5):
         out = ask(network, size)
     assert out.shape == (2, 4, *size) and torch.isfinite(out).all()
 
 
 def test_half_precision():
     half = filled(UNetModel(**golden_configs("unet_pub")["v1_tiny"]["config"])).bfloat16()
-    with merging_tokens(half, 0.5):
+    with merge_tokens(half, 0.5):
         assert torch.isfinite(ask(half)).all()
 
 
@@ -125,19 +118,19 @@ def test_it_is_the_finest_transformers_that_merge(name):
     with torch.no_grad():
         network(tensor("x", 1, 4, 16, 16), torch.tensor([5]), context=tensor("c", 1, 7, config["context_dim"]))
     finest = [part for part, count in places.items() if count == max(places.values())]
-    assert set(network.outermost_transformers()) == set(finest) and len(finest) == 5
-    with merging_tokens(network, 0.5):
-        blocks = [part for part in network.modules() if isinstance(part, BasicTransformerBlock) and part.merged_share]
+    assert set(outermost_transformers(network)) == set(finest) and len(finest) == 5
+    with merge_tokens(network, 0.5):
+        blocks = [p for p in network.modules() if isinstance(p, BasicTransformerBlock) and "forward" in vars(p.attn1)]
     assert blocks and {id(block) for block in blocks} == {id(b) for part in finest for b in part.transformer_blocks}
 
 
 def test_refusals(network):
-    with pytest.raises(ValueError, match="from 0 to 0.75, not 0.8"), merging_tokens(network, 0.8):
+    with pytest.raises(ValueError, match="from 0 to 0.75, not 0.8"), merge_tokens(network, 0.8):
         pass
     plain = filled(UNetModel(**golden_configs("unet_pub")["uncond_tiny"]["config"]))
     for other in (plain, torch.nn.Linear(1, 1)):
-        with pytest.raises(ValueError, match="this network has none"), merging_tokens(other, 0.5):
+        with pytest.raises(ValueError, match="this network has none"), merge_tokens(other, 0.5):
             pass
-    with pytest.raises(RuntimeError), merging_tokens(network, 0.5):
+    with pytest.raises(RuntimeError), merge_tokens(network, 0.5):
         raise RuntimeError
-    assert not any(getattr(part, "merged_share", 0.0) for part in network.modules())
+    assert not any("forward" in vars(part) for part in network.modules())

@@ -1,4 +1,4 @@
-"""Weights that are laid out once give what torch's own layers give, and follow their weights."""
+"""Packed weights give what torch's own layers give, and follow the weights."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.modules import attending, layout
-from ldm.modules.attending import attend
+from ldm.acceleration import accelerate, onednn
+from ldm.acceleration.onednn import PackedConv2d, PackedLinear, refresh
 from ldm.modules.attention import GEGLU
 from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules import openaimodel
-from ldm.modules.layout import LaidOutConv2d, LaidOutLinear, lay_out
 
-pytestmark = pytest.mark.skipif(not layout.has_kernels(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not onednn.has_kernels(), reason="this build of torch has no oneDNN")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def used(module: nn.Module) -> bool:
-    """Whether the last call went by what a layer keeps."""
-    return module._kept is not None and module._kept.is_of(module.weight)
+    """Whether the last call used packed weights."""
+    packed = module.forward.packed
+    return packed is not None and packed.matches(module.weight, packed.options)
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def test_linear(shape, bias):
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(shape)
     wanted = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()).float()
-    lay_out(layer)
+    accelerate(layer)
     torch.testing.assert_close(layer(x), wanted, **CLOSE)
     torch.testing.assert_close(layer(x.transpose(0, -2)), wanted.transpose(0, -2), **CLOSE)  # strided
     assert used(layer)
@@ -47,9 +47,9 @@ def test_gated_halves(bias):
     layer.proj = nn.Linear(24, 80, bias=bias)
     value, gate = copy.deepcopy(layer.proj).double()(x.double()).chunk(2, dim=-1)
     wanted = (value * F.gelu(gate)).float()
-    lay_out(layer)
+    accelerate(layer)
     torch.testing.assert_close(layer(x), wanted, **CLOSE)
-    assert layer.proj._halves.is_of(layer.proj.weight)
+    assert layer.forward.packed.matches(layer.proj.weight)
     layer.proj.weight.zero_()
     assert not torch.allclose(layer(x), wanted)
     with torch.enable_grad():
@@ -63,13 +63,15 @@ def test_convolution_at_several_sizes(options):
     torch.manual_seed(0)
     layer = nn.Conv2d(16, 24, 3, **options)
     plain = copy.deepcopy(layer).double()
-    lay_out(layer)
+    accelerate(layer)
     for size in ((2, 16, 12, 12), (1, 16, 7, 9), (3, 16, 33, 6), (2, 16, 12, 12)):
         x = torch.randn(size)
         torch.testing.assert_close(layer(x), plain(x.double()).float(), **CLOSE)
         torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), layer(x), **CLOSE)
     assert used(layer)
-    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous()  # as the input is
+    last = layer(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -80,10 +82,10 @@ def test_doubling_and_its_convolution_as_one(monkeypatch, upsample, size):
     layer, x = copy.deepcopy(upsample), torch.randn(2, 16, *size)
     plain = copy.deepcopy(layer.conv).double()
     wanted = plain(F.interpolate(x.double(), scale_factor=2.0)).float()
-    lay_out(layer)
+    accelerate(layer)
     other_size = layer(x.repeat(1, 1, 2, 3))
     assert other_size.shape[2:] == (4 * size[0], 6 * size[1])
-    monkeypatch.setattr(F, "interpolate", None)
+    monkeypatch.setattr(layer.conv, "_conv_forward", None)
     torch.testing.assert_close(layer(x), wanted, **CLOSE)
     layer.conv.weight.mul_(2)
     layer.conv.bias.mul_(2)
@@ -91,26 +93,26 @@ def test_doubling_and_its_convolution_as_one(monkeypatch, upsample, size):
 
 
 @torch.no_grad()
-def test_doubling_to_another_size_or_for_another_convolution():
+def test_doubling_for_another_convolution():
     torch.manual_seed(0)
     layer, x = openaimodel.Upsample(16, True), torch.randn(2, 16, 3, 3)
-    wanted = layer(x), layer(x, (5, 6))
-    lay_out(layer)
-    torch.testing.assert_close(layer(x, (5, 6)), wanted[1], **CLOSE)
-    torch.testing.assert_close(layer(x, (6, 6)), wanted[0], **CLOSE)
-    layer.conv.padding = (0, 1)  # as seamless pictures have it
-    assert layer.conv.after_doubling(x) is None
+    accelerate(layer)
+    layer.conv.padding = (0, 1)  # as seamless images have it
+    assert layer(x).shape == (2, 16, 4, 6) and layer.forward.packed is None
     with torch.enable_grad():
         layer(x).sum().backward()
     assert layer.conv.weight.grad is not None
 
 
+CHANGES = ["in place", "state dict", "assigned", "swapped", "back and forth", ".data", "a row of .data"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["in place", "state dict", "assigned", "swapped", "back and forth"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_follows_its_weight(change):
     torch.manual_seed(0)
     layer, other, x = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(3, 8)
-    lay_out(layer)
+    accelerate(layer)
     before = layer(x)
     if change == "in place":
         layer.weight.copy_(other.weight)
@@ -118,6 +120,10 @@ def test_follows_its_weight(change):
         layer.load_state_dict({"weight": other.weight, "bias": layer.bias})
     elif change == "assigned":
         layer.weight = other.weight
+    elif change == ".data":
+        layer.weight.data += other.weight
+    elif change == "a row of .data":
+        layer.weight.data[3] *= 2
     else:  # as averages are swapped in
         layer.weight.data, other.weight.data = other.weight.data, layer.weight.data
         if change == "back and forth":
@@ -125,7 +131,6 @@ def test_follows_its_weight(change):
             layer.weight.data, other.weight.data = other.weight.data, layer.weight.data
             assert torch.equal(layer(x), before)
             return
-    assert not used(layer)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), **CLOSE)
     assert not torch.allclose(layer(x), before)
 
@@ -134,11 +139,11 @@ def test_training_goes_on_as_before():
     torch.manual_seed(0)
     for layer, x in ((nn.Linear(8, 8), torch.randn(3, 8)), (nn.Conv2d(8, 8, 3), torch.randn(3, 8, 5, 5))):
         wanted = layer(x)
-        lay_out(layer)
+        accelerate(layer)
         assert torch.equal(layer(x), wanted)
         layer(x).sum().backward()
         assert layer.weight.grad is not None
-        assert layer._kept is None
+        assert layer.forward.packed is None
 
 
 @torch.no_grad()
@@ -148,29 +153,30 @@ def test_what_oneDNN_is_not_for_goes_on_as_before():
     pairs = [(linear, torch.randn(8)), (linear, torch.randn(0, 8)), (conv, x), (same, x)]
     wanted = [layer(x) for layer, x in pairs]
     for layer, _ in pairs:
-        lay_out(layer)
+        accelerate(layer)
     for (layer, x), y in zip(pairs, wanted):
         assert torch.equal(layer(x), y)
-        assert layer._kept is None
+        assert layer.forward.packed is None
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.randn(2, 8)).dtype == torch.bfloat16
     assert linear.double()(torch.randn(2, 8).double()).dtype == torch.float64
-    assert linear._kept is None
+    assert linear.forward.packed is None
 
 
 @torch.no_grad()
-def test_nothing_of_it_leaves_the_process():
-    """State dicts, copies and files are those of plain layers; only modules of exactly the plain kinds change."""
+def test_state_dicts_copies_and_files():
+    """They are those of plain layers; packed weights do not leave the process."""
     network = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1), nn.Conv1d(8, 8, 1), nn.LayerNorm(8))
     keys = list(network.state_dict())
-    lay_out(network)
-    lay_out(network)  # a second time changes nothing
-    assert [type(part) for part in network] == [LaidOutLinear, LaidOutConv2d, nn.Conv1d, nn.LayerNorm]
+    handle = accelerate(network)
+    assert not accelerate(network).overrides  # a second time changes nothing
+    assert [type(part) for part in network] == [nn.Linear, nn.Conv2d, nn.Conv1d, nn.LayerNorm]
+    assert [type(override) for override in handle.overrides] == [PackedLinear, PackedConv2d]
     x = torch.randn(2, 8)
     wanted = network[0](x)
     assert list(network.state_dict()) == keys
     twin = copy.deepcopy(network)
-    assert twin[0]._kept is None
+    assert twin[0].forward.packed is None and twin[0].forward.module is twin[0]
     file = io.BytesIO()
     torch.save(network, file)
     file.seek(0)
@@ -183,29 +189,48 @@ def test_inference_mode():
     with torch.inference_mode():
         layer, x = nn.Linear(8, 8), torch.randn(2, 8)
         wanted = layer(x)
-        lay_out(layer)
+        accelerate(layer)
         torch.testing.assert_close(layer(x), wanted, **CLOSE)
         assert used(layer)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [(64, 64, 64), (70, 2048, 70), (4096, 5000, 257)])
-def test_attention_to_many(monkeypatch, sizes):
-    """However many scores are made at a time, the formula in float64 is met; for many keys that way is taken."""
-    queries, keys, cached = sizes
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, length, 3, 8).transpose(1, 2) for length in (queries, keys, keys))
-    scores = q.double() @ k.double().transpose(-1, -2) / 8**0.5
-    wanted = (scores.softmax(-1) @ v.double()).float()
-    monkeypatch.setattr(attending, "CACHED", cached * keys)
-    monkeypatch.setattr(attending, "LONG", min(keys, attending.LONG))
-    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
-    torch.testing.assert_close(attend(q, k, v), wanted, **CLOSE)
-    v = torch.cat([v, v], dim=-1)  # values of another width than keys
-    torch.testing.assert_close(attend(q, k, v), torch.cat([wanted, wanted], dim=-1), **CLOSE)
+@pytest.mark.parametrize("shape", [(8, 8), (3, 50), (2000, 7), (1, 1), (1, 9), (9, 1), (5000, 3)])
+def test_every_row_is_compared(shape):
+    """A change of any one row through `.data` is noticed, at once or within a few calls of a layer with many rows."""
+    layer, x = nn.Linear(shape[1], shape[0]), torch.randn(2, shape[1])
+    accelerate(layer)
+    for row in {0, shape[0] // 2, shape[0] - 1}:
+        before = layer(x)
+        layer.weight.data[row] += 1
+        for _ in range(shape[0] // onednn.SAMPLE + 2):
+            after = layer(x)
+        torch.testing.assert_close(after, F.linear(x, layer.weight, layer.bias), **CLOSE)
+        assert not torch.allclose(after, before)
 
 
-def test_attention_to_many_is_not_for_training():
-    q, k, v = (torch.randn(1, 1, attending.LONG, 2, requires_grad=True) for _ in range(3))
-    attend(q, k, v).sum().backward()
-    assert q.grad is not None
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(8, 8), (7, 9)])
+def test_refresh_compares_every_number(shape):
+    layer, x = nn.Linear(shape[1], shape[0]), torch.randn(2, shape[1])
+    accelerate(layer)
+    for row, column in ((0, 0), (6, 7), (1, 4)):
+        layer(x)
+        layer.weight.data[row, column] += 1
+        refresh(layer)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), **CLOSE)
+
+
+@torch.no_grad()
+def test_networks_keep_the_memory_format():
+    """So that `randn_like` of a result draws what it draws without acceleration."""
+    config = {"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 16}
+    network = first_stage.Encoder(**config, in_channels=3, z_channels=4).eval()
+    quant = nn.Conv2d(8, 8, 1)
+    x = torch.randn(2, 3, 16, 16)
+    for image in (x, x.to(memory_format=torch.channels_last), torch.randn(2, 16, 16, 3).permute(0, 3, 1, 2)):
+        plain = quant(network(image))
+        with accelerate(network), accelerate(quant):
+            fast = quant(network(image))
+        torch.testing.assert_close(fast, plain, **CLOSE)
+        assert fast.stride() == plain.stride()

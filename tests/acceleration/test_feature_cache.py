@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
+from ldm.acceleration.feature_cache import OUTER, cache_features
 from ldm.models.diffusion.guidance import identity_self_attention
-from ldm.modules.diffusionmodules.openaimodel import OUTER, UNetModel
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import timestep_embedding
-from ldm.modules.feature_caching import caching_features
 from tests.golden import filled, golden_configs, tensor
 
 
@@ -42,8 +42,8 @@ def runs(network):
 
 
 def test_every_step_is_as_without(network):
-    with caching_features(network, 1):
-        assert network.feature_cache is None
+    with cache_features(network, 1):
+        assert "forward" not in vars(network)
         cached = [ask(network, t) for t in (9, 8)]
     assert torch.equal(torch.cat(cached), torch.cat([ask(network, t) for t in (9, 8)]))
 
@@ -53,7 +53,7 @@ def test_only_the_outer_blocks_run_in_between(network, runs):
         f"output {len(network.output_blocks) - 1 - i}" for i in range(OUTER)
     }
     full = []
-    with caching_features(network, 3):
+    with cache_features(network, 3):
         for t in range(9, 2, -1):
             runs.clear()
             ask(network, t)
@@ -62,7 +62,7 @@ def test_only_the_outer_blocks_run_in_between(network, runs):
             assert set(runs.values()) == {1} and len(runs) == (inside if full[-1] else 2 * OUTER)
             assert outer <= set(runs)
     assert full == [True, False, False, True, False, False, True]
-    assert network.feature_cache is None
+    assert "forward" not in vars(network)
 
 
 def test_what_is_computed_in_between(network):
@@ -70,7 +70,7 @@ def test_what_is_computed_in_between(network):
     entered = []
     inner = network.output_blocks[-1 - OUTER]
     hook = inner.register_forward_hook(lambda module, args, out: entered.append(out))
-    with caching_features(network, 2):
+    with cache_features(network, 2):
         first, second = ask(network, 9), ask(network, 8)
     hook.remove()
     assert OUTER == 1 and len(entered) == 1 and torch.equal(first, ask(network, 9))
@@ -104,9 +104,9 @@ def test_calls_of_other_kinds_keep_to_themselves(network, kind):
     steps = (9, 8, 7)
     alone = []
     for call in (lambda t: ask(network, t), other):
-        with caching_features(network, 2):
+        with cache_features(network, 2):
             alone.append([call(t) for t in steps])
-    with caching_features(network, 2):
+    with cache_features(network, 2):
         both = [(ask(network, t), other(t)) for t in steps]
     for i in range(2):
         assert all(torch.equal(pair[i], single) for pair, single in zip(both, alone[i]))
@@ -114,7 +114,7 @@ def test_calls_of_other_kinds_keep_to_themselves(network, kind):
 
 def test_a_kind_that_was_not_asked_for_long_is_computed(network, runs):
     """So it is where guidance has an interval: before and after it another kind is asked."""
-    with caching_features(network, 2):
+    with cache_features(network, 2):
         ask(network, 9)
         ask(network, 8, context=OTHERS["condition"]["context"])
         ask(network, 7)
@@ -122,19 +122,19 @@ def test_a_kind_that_was_not_asked_for_long_is_computed(network, runs):
 
 
 def test_every_picture_begins_anew(network, runs):
-    with caching_features(network, 5):
+    with cache_features(network, 5):
         before = [ask(network, t) for t in (9, 8)]
         again = [ask(network, t, "z") for t in (9, 8)]
     assert runs["middle"] == 2
-    with caching_features(network, 5):
+    with cache_features(network, 5):
         assert torch.equal(torch.cat([ask(network, t, "z") for t in (9, 8)]), torch.cat(again))
-    with caching_features(network, 5):
+    with cache_features(network, 5):
         assert torch.equal(torch.cat([ask(network, t) for t in (9, 8)]), torch.cat(before))
 
 
 @pytest.mark.parametrize("size", [(2, 3), (7, 9), (11, 16)])
 def test_any_size(network, size):
-    with caching_features(network, 2):
+    with cache_features(network, 2):
         answers = [ask(network, t, size=size) for t in (9, 8)]
     assert all(answer.shape == (1, 4, *size) and torch.isfinite(answer).all() for answer in answers)
 
@@ -145,16 +145,20 @@ def test_any_unet(name):
     network = filled(UNetModel(**config))
     context = tensor("context", 2, 5, config["context_dim"]) if "context_dim" in config else None
     x = tensor("x", 2, config["in_channels"], 16, 16)
-    with torch.no_grad(), caching_features(network, 2):
+    with torch.no_grad(), cache_features(network, 2):
         first, second = (network(x, torch.tensor([t, t]), context=context) for t in (9, 8))
     assert first.shape == second.shape and 0 < (first - second).abs().max() < first.abs().max()
 
 
 def test_refusals(network):
-    with pytest.raises(ValueError, match="of a UNet, not of Linear"), caching_features(torch.nn.Linear(1, 1), 2):
+    with pytest.raises(ValueError, match="for a UNetModel, not for Linear"), cache_features(torch.nn.Linear(1, 1), 2):
         pass
-    with pytest.raises(ValueError, match="N from 1 up, not 0"), caching_features(network, 0):
+    with pytest.raises(ValueError, match="N at least 1, not 0"), cache_features(network, 0):
         pass
-    with pytest.raises(RuntimeError), caching_features(network, 2):
+    with pytest.raises(RuntimeError), cache_features(network, 2):
         raise RuntimeError
-    assert network.feature_cache is None
+    assert "forward" not in vars(network)
+    network.forward = network.forward  # somebody's
+    with pytest.raises(ValueError, match="forward has been replaced"):
+        cache_features(network, 2)
+    del network.forward

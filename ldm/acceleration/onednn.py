@@ -1,0 +1,395 @@
+"""Exact CPU kernels: weights packed once for oneDNN, and layers fused around them.
+
+oneDNN multiplies by weights in an order of its own. `F.conv2d` packs them anew at every call, and `F.linear` uses
+another library, which on some processors reaches half of oneDNN's speed. The overrides here keep the packed weights
+beside the weights of a layer, which stay as they are.
+
+An override takes the plain path with gradients, other dtypes or devices, autocast or `torch.compile`, and whenever
+something that it would bypass is not torch's or the network's own: a replaced class method or function, a subclass, or
+a child with hooks or a foreign `forward`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import BuiltinFunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.attach import Override, chain, has_hooks, own_method
+from ldm.modules.attention import GEGLU, FeedForward
+from ldm.modules.diffusionmodules import model as first_stage
+from ldm.modules.diffusionmodules import openaimodel
+
+KERNELS = (
+    *("_linear_pointwise", "_reorder_linear_weight"),
+    *("_convolution_pointwise", "_reorder_convolution_weight"),
+    *("_convolution_transpose_pointwise", "_reorder_convolution_transpose_weight"),
+)
+PLAIN: tuple[str, list[Any], str] = ("none", [], "")  # no operation after the product
+GELU: tuple[str, list[Any], str] = ("gelu", [], "none")  # the exact one
+PLAIN_3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1)  # kernel, padding, stride, dilation, groups
+SAMPLE = 1024  # numbers of a weight that a call compares
+CHUNK = 2**22  # numbers between its two layers that a feed-forward network computes at a time: 16 MB
+MIN_TOKENS = 512  # per chunk, so that products stay efficient, also in int8
+
+
+def has_kernels() -> bool:
+    """Return whether this build of torch has oneDNN, under the names that torch's compiler uses."""
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in KERNELS)
+
+
+def usable(x: Tensor, weight: Tensor | None) -> bool:
+    """Return whether a packed kernel may compute x (B, ...) times `weight`: float32 on a CPU, without gradients."""
+    return (
+        type(x) in _PLAIN_TENSORS
+        and type(weight) in _PLAIN_TENSORS
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32  # type: ignore[union-attr]  # no None, by its type
+        and x.is_cpu
+        and weight.is_cpu  # type: ignore[union-attr]
+        and not torch.is_grad_enabled()
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)  # subclasses have kernels of their own
+
+
+# ---- what may be bypassed ----
+
+
+class Originals:
+    """Methods and functions that a kernel bypasses, to be compared with what stands in their place now."""
+
+    def __init__(self, *places: tuple[type | ModuleType, str]) -> None:
+        self._places = [(owner, name, _original(owner, name)) for owner, name in places]
+
+    def intact(self) -> bool:
+        """Return whether nobody has replaced any of them."""
+        for owner, name, original in self._places:  # noqa: SIM110  # a generator would take twice as long
+            if getattr(owner, name, None) is not original:
+                return False
+        return True
+
+
+def _original(owner: type | ModuleType, name: str) -> Any:
+    """A method or function as its author wrote it; an object that equals nothing if it has been replaced already."""
+    if isinstance(owner, type):
+        return own_method(owner, name) or object()
+    function = getattr(owner, name, None)
+    if isinstance(function, BuiltinFunctionType):
+        return function
+    code, home = getattr(function, "__code__", None), sys.modules.get(getattr(function, "__module__", ""))
+    return function if code is not None and code.co_filename == getattr(home, "__file__", None) else object()
+
+
+LINEAR = Originals((nn.Linear, "forward"), (F, "linear"))
+CONV2D = Originals((nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (F, "conv2d"))
+
+
+def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Return whether `module` is exactly of one of `kinds`, without hooks and with no `forward` but kernels of ours."""
+    if type(module) not in kinds or has_hooks(module):
+        return False
+    if "forward" not in module.__dict__:
+        return True
+    overrides = chain(module)
+    return overrides is not None and all(override.kernel for override in overrides)
+
+
+# ---- packed weights ----
+
+
+class PackedWeight:
+    """What was made of a weight, and whether that still is the weight.
+
+    Identity, address, strides and version counter show most changes. Changes through `.data` leave all of these as they
+    are: so a call also compares a sample of the numbers, one of every row (at rotating columns), or of every n-th row
+    of more than `SAMPLE` in turn; and `unchanged`, called where inference begins, compares a checksum of all.
+    """
+
+    def __init__(self, weight: Tensor, value: Any, options: object = None) -> None:
+        self.weight = weight.detach()  # holding on to it, its address stays its own
+        self.value = value
+        self.options = options
+        self._state = _state(weight)
+        self._numbers = _flat(self.weight)
+        one_a_row = self._numbers[:: max(self._numbers.size // weight.shape[0] - 1, 1)]  # never further than a row
+        parts = math.ceil(one_a_row.size / SAMPLE)
+        self._samples = [(part, part.tobytes()) for part in (one_a_row[i::parts] for i in range(parts))]
+        self._turn = 0
+        self._checksum = _checksum(self._numbers)
+
+    def matches(self, weight: Tensor, options: object = None) -> bool:
+        """Return whether `weight`, used with these options, is what it was, as far as a sample shows."""
+        if _state(weight) != self._state or options != self.options:
+            return False
+        self._turn = (self._turn + 1) % len(self._samples)
+        numbers, before = self._samples[self._turn]
+        return numbers.tobytes() == before
+
+    def unchanged(self) -> bool:
+        """Return whether all numbers are what they were."""
+        return _checksum(self._numbers) == self._checksum
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.stride(), weight.shape
+
+
+def _flat(weight: Tensor) -> np.ndarray:
+    """The numbers of a dense weight in the order of its memory, as a view."""
+    return weight.as_strided((weight.numel(),), (1,)).numpy()
+
+
+def _checksum(numbers: np.ndarray) -> int:
+    pairs = numbers[: numbers.size // 2 * 2].view(np.int64)
+    return int(pairs.sum()) ^ hash(numbers[pairs.size * 2 :].tobytes())
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Return whether the numbers of a weight fill a stretch of memory, so that they can be packed and compared."""
+    return weight.numel() > 0 and (
+        weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+class Packed(Override):
+    """Override that keeps weights packed for a kernel."""
+
+    kernel = True
+    packed: PackedWeight | None
+
+    def reset(self) -> None:
+        """Forget the packed weight."""
+        self.packed = None
+
+    def refresh(self) -> None:
+        """Forget the packed weight if any number of the weight has changed."""
+        if self.packed is not None and not self.packed.unchanged():
+            self.packed = None
+
+
+def refresh(module: nn.Module) -> None:
+    """Compare all packed weights in `module` with the weights, and drop those that have changed.
+
+    Each call of a layer compares a sample, which finds every change of whole rows or the whole tensor. This finds
+    changes of single numbers through `.data`, too. Inference does it at the beginning; it reads all packed weights.
+    """
+    for part in module.modules():
+        for attribute in ("forward", "attend"):
+            for override in (chain(part, attribute) or ()) if attribute in part.__dict__ else ():
+                if isinstance(override, Packed):
+                    override.refresh()
+
+
+# ---- layers ----
+
+
+class PackedLinear(Packed):
+    """`nn.Linear` by oneDNN."""
+
+    def __call__(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        """Multiply by the packed weight, or take the plain path."""
+        layer = self._module()
+        weight = layer._parameters.get("weight")  # type: ignore[union-attr]
+        if (
+            self.previous is not None
+            or type(layer) is not nn.Linear
+            or not usable(input, weight)
+            or input.ndim < 2
+            or not LINEAR.intact()
+        ):
+            return self.original(input)
+        packed = self.packed
+        if packed is None or not packed.matches(weight):
+            if not is_dense(weight):
+                return self.original(input)
+            packed = PackedWeight(weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+            self.packed = packed
+        return torch.ops.mkldnn._linear_pointwise(input, packed.value, layer._parameters.get("bias"), *PLAIN)
+
+
+class PackedConv2d(Packed):
+    """`nn.Conv2d` by oneDNN, which works in channels-last order."""
+
+    def __call__(self, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W') in the memory format of the input
+        """Convolve by the packed weight, or take the plain path."""
+        conv = self._module()
+        if self.previous is not None or not can_convolve(conv, input):
+            return self.original(input)
+        return like(self.convolve(conv, input, conv.padding), input)
+
+    def convolve(self, conv: nn.Conv2d, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+        """Convolve x (B, C, H, W) where `can_convolve` allows it; the result is in channels-last order."""
+        weight, options = conv._parameters["weight"], (conv.stride, conv.dilation, conv.groups)
+        packed = self.packed
+        if packed is None or not packed.matches(weight, options):
+            # the size of an input is a hint: another one costs at most what it would cost without packing
+            order = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), padding, *options, list(x.shape))
+            self.packed = packed = PackedWeight(weight, order, options)
+        x = x.contiguous(memory_format=torch.channels_last)
+        bias = conv._parameters.get("bias")
+        return torch.ops.mkldnn._convolution_pointwise(x, packed.value, bias, padding, *options, *PLAIN)
+
+
+def can_convolve(conv: nn.Module | None, x: Tensor) -> bool:
+    """Return whether a packed kernel may compute conv(x)."""
+    return (
+        type(conv) is nn.Conv2d
+        and usable(x, weight := conv._parameters.get("weight"))
+        and x.ndim == 4
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and is_dense(weight)  # type: ignore[arg-type]  # no None, as usable
+        and CONV2D.intact()
+    )
+
+
+def like(out: Tensor, x: Tensor) -> Tensor:
+    """`out`, which is in channels-last order, in the memory format of x."""
+    return out if x.stride(1) == 1 else out.contiguous()
+
+
+def packed_conv(conv: nn.Module | None, x: Tensor, settings: tuple[Any, ...] | None = None) -> PackedConv2d | None:
+    """The kernel that a fused layer may use in place of conv(x) with these settings; None if it has to call `conv`."""
+    kernel = None if conv is None else conv.__dict__.get("forward")
+    if type(kernel) is not PackedConv2d or kernel.previous is not None or has_hooks(conv) or not can_convolve(conv, x):
+        return None
+    if settings and (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups) != settings:
+        return None
+    return kernel
+
+
+class FusedGEGLU(Packed):
+    """`GEGLU` whose two halves are products of their own, the second with GELU: one pass over the result less."""
+
+    originals = Originals((GEGLU, "forward"), (F, "gelu"), (nn.Linear, "forward"), (F, "linear"))
+
+    def __call__(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
+        """Compute the gated halves, or take the plain path."""
+        proj = self._module()._modules.get("proj")  # type: ignore[union-attr]
+        top = None if proj is None else proj.__dict__.get("forward")
+        if type(top) is not PackedLinear or top.previous is not None or not self.allowed(x, proj):
+            return self.original(x)
+        weight = proj._parameters["weight"]
+        packed = self.packed
+        if packed is None or not packed.matches(weight):
+            halves = weight.detach().chunk(2)
+            packed = PackedWeight(weight, [torch.ops.mkldnn._reorder_linear_weight(half) for half in halves])
+            self.packed = packed
+        (value, gate), (b, c) = packed.value, halve(proj._parameters.get("bias"))
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(x, value, b, *PLAIN).mul_(product(x, gate, c, *GELU))
+
+    def allowed(self, x: Tensor, proj: nn.Module) -> bool:
+        """Return whether a fused kernel may compute the layer of x, without calling `proj`."""
+        weight = proj._parameters.get("weight")
+        return (
+            type(self._module()) is GEGLU
+            and type(proj) is nn.Linear
+            and not has_hooks(proj)
+            and usable(x, weight)
+            and x.ndim >= 2
+            and weight.shape[0] % 2 == 0  # type: ignore[union-attr]  # no None, as usable
+            and is_dense(weight)  # type: ignore[arg-type]
+            and self.originals.intact()
+        )
+
+
+def halve(bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The two halves of a bias (D,), or of none."""
+    return (None, None) if bias is None else bias.chunk(2)
+
+
+class ChunkedFeedForward(Override):
+    """`FeedForward` of some tokens at a time: what lies between its layers is four to eight times as wide as x.
+
+    Chunks of it stay in the processor's cache. They are of like size: a small rest would be slow in int8.
+    """
+
+    kernel = True
+    originals = Originals((FeedForward, "forward"), (GEGLU, "forward"), *((F, name) for name in ("linear", "gelu")))
+    parts = (nn.Sequential, nn.Linear, nn.GELU, nn.Dropout, GEGLU)
+
+    def __call__(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim_out)
+        """Apply the layers to chunks, or take the plain path."""
+        network = self._module()
+        first = next(network.net.parameters(), None)
+        chunks = 0 if first is None else x[..., 0].numel() // max(CHUNK // first.shape[0], MIN_TOKENS)
+        if (
+            chunks < 2
+            or type(network) is not FeedForward
+            or not usable(x, first)
+            or not self.originals.intact()
+            or not LINEAR.intact()
+            or not all(untouched(part, *self.parts) for part in network.net.modules())
+        ):
+            return self.original(x)
+        out = torch.cat([network.net(chunk) for chunk in x.flatten(0, -2).tensor_split(chunks)])
+        return out.view(*x.shape[:-1], -1)
+
+
+class FusedUpsample(Packed):
+    """Doubling by nearest neighbour and a 3x3 convolution as one transposed convolution by a 4x4 kernel.
+
+    That has 4/9 of the products, and no large map comes in between. Its weight is sums of the layer's, so results agree
+    up to rounding.
+    """
+
+    originals = {
+        kind: Originals((kind, "forward"), (F, "interpolate")) for kind in (first_stage.Upsample, openaimodel.Upsample)
+    }
+
+    def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', 2H, 2W)
+        """Upsample and convolve at once, or take the plain path."""
+        layer = self._module()
+        conv = layer._modules.get("conv")
+        originals = self.originals.get(type(layer))
+        if originals is None or packed_conv(conv, x, PLAIN_3X3) is None or not originals.intact():
+            return self.original(x)
+        options = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, output_padding, stride, dilation, groups
+        weight, packed = conv._parameters["weight"], self.packed
+        if packed is None or not packed.matches(weight):
+            spread = _spread(weight.detach()).contiguous()
+            order = torch.ops.mkldnn._reorder_convolution_transpose_weight(spread, *options, list(x.shape))
+            self.packed = packed = PackedWeight(weight, order)
+        wide, bias = x.contiguous(memory_format=torch.channels_last), conv._parameters.get("bias")
+        kernel = torch.ops.mkldnn._convolution_transpose_pointwise
+        return like(kernel(wide, packed.value, bias, *options, *PLAIN), x)
+
+
+def _spread(weight: Tensor) -> Tensor:
+    """The weight (C, C', 4, 4) of the transposed convolution that is doubling and a convolution by (C', C, 3, 3).
+
+    Along an axis a pixel has two copies side by side, so it adds to four places: by the weight, and by the same weight
+    shifted by one.
+    """
+    for axis in (2, 3):
+        weight = torch.cat([weight, torch.zeros_like(weight.narrow(axis, 0, 1))], axis)
+        weight = weight + weight.roll(1, axis)
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+class ChannelsLast(Override):
+    """A network that works in channels-last order inside; its result has the memory format of its input."""
+
+    kernel = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network, with the map that is its first argument in channels-last order."""
+        weight = next(self.module.parameters(), None)
+        if not args or not usable(args[0], weight) or args[0].ndim != 4:
+            return self.original(*args, **kwargs)
+        x = args[0]
+        out = self.original(x.contiguous(memory_format=torch.channels_last), *args[1:], **kwargs)
+        return like(out, x) if isinstance(out, Tensor) and out.ndim == 4 else out
