@@ -1,7 +1,7 @@
 """Every published name of `ldm` can be imported from its module and takes the published parameters.
 
-`reference/api/public_api.tsv` lists names and signatures of CompVis latent-diffusion (LDM) and stable-diffusion (CV) and
-of Stability-AI stablediffusion (SAI); `excused.tsv` lists names that need not exist, with reasons.
+`reference/api/public_api.tsv` lists names and signatures of CompVis latent-diffusion and stable-diffusion and of
+Stability-AI stablediffusion; `excused.tsv` lists names that need not exist, with reasons.
 """
 
 from __future__ import annotations
