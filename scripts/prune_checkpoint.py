@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make the file to give away from a training's checkpoint: averaged weights, no optimiser, no losses."""
+"""Prune a training checkpoint to what sampling needs: EMA weights, no optimizer, no losses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ldm import cli
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     options.add_argument("checkpoint", type=cli.user_path, help=".ckpt or .safetensors file")
-    options.add_argument("out", type=cli.user_path, help="file to write, .ckpt or .safetensors; it must not exist yet")
-    options.add_argument("--no_ema", action="store_true", help="the last weights, not their average")
+    options.add_argument("out", type=cli.user_path, help="file to write, .ckpt or .safetensors; it must not exist")
+    options.add_argument("--no_ema", action="store_true", help="save the last weights instead of the EMA weights")
     options.add_argument("--verify", action="store_true", help="compare the checkpoint with its checksums first")
-    options.add_argument("--half", action="store_true", help="weights in float16: half the size")
+    options.add_argument("--half", action="store_true", help="save float16 weights, for half the size")
     return options
 
 

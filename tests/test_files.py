@@ -16,7 +16,7 @@ from ldm.files import atomic_write, numbered, write_exclusive
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_name_is_given_last(tmp_path):
+def test_file_appears_when_complete(tmp_path):
     path = tmp_path / "a.bin"
     path.write_text("old")
     with atomic_write(path) as partial:
@@ -28,7 +28,7 @@ def test_the_name_is_given_last(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_error_leaves_what_was_there(tmp_path, error):
+def test_error_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_text("old")
     with pytest.raises(type(error)), atomic_write(path) as partial:
@@ -38,7 +38,7 @@ def test_an_error_leaves_what_was_there(tmp_path, error):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_content_and_name_are_brought_to_the_disk(tmp_path, monkeypatch):
+def test_content_and_folder_are_synced(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(
@@ -50,7 +50,7 @@ def test_content_and_name_are_brought_to_the_disk(tmp_path, monkeypatch):
     assert order == [partial.name, "renamed", tmp_path.name]
 
 
-def test_a_process_that_is_killed(tmp_path):
+def test_killed_process_keeps_the_old_file(tmp_path):
     (tmp_path / "a.bin").write_text("old")
     code = (
         "import os, signal, sys; from ldm.files import atomic_write\n"
@@ -77,7 +77,7 @@ def links(request, monkeypatch) -> str:
     return request.param
 
 
-def test_a_new_file_takes_nobody_s_name(tmp_path, links):
+def test_exclusive_write_replaces_nothing(tmp_path, links):
     path = tmp_path / "a.bin"
     with pytest.raises(FileExistsError, match="a.bin exists already: choose another name"):  # noqa: SIM117
         with atomic_write(path, exclusive=True) as partial:
@@ -89,7 +89,7 @@ def test_a_new_file_takes_nobody_s_name(tmp_path, links):
     assert (tmp_path / "b.bin").read_text() == "ours" and len(os.listdir(tmp_path)) == 2
 
 
-def test_the_first_free_name(tmp_path, links):
+def test_write_exclusive_takes_the_first_free_name(tmp_path, links):
     (tmp_path / "a.bin").write_text("theirs")
 
     def write(file):
@@ -105,7 +105,7 @@ def test_the_first_free_name(tmp_path, links):
     assert sorted(os.listdir(tmp_path)) == ["a-2.bin", "a-3.bin", "a.bin"]
 
 
-def test_an_error_leaves_no_new_file(tmp_path):
+def test_error_leaves_no_new_file(tmp_path):
     def full(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
@@ -115,7 +115,7 @@ def test_an_error_leaves_no_new_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_new_files_are_brought_to_the_disk(tmp_path, monkeypatch):
+def test_exclusive_files_are_synced(tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(os, "fsync", lambda fd: order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).suffix))
     monkeypatch.setattr(files, "_rename_exclusive", lambda *paths: order.append("named"))
@@ -142,7 +142,7 @@ print(won)
 """
 
 
-def test_two_processes_and_their_names(tmp_path):
+def test_two_processes_never_share_a_name(tmp_path):
     command = [sys.executable, "-c", HAMMER, str(tmp_path)]
     both = [subprocess.Popen([*command, who], cwd=ROOT, stdout=subprocess.PIPE, text=True) for who in "xy"]
     won = [int(process.communicate(timeout=240)[0]) for process in both]
@@ -153,13 +153,13 @@ def test_two_processes_and_their_names(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_names_as_long_as_a_file_system_takes(tmp_path):
+def test_longest_file_names(tmp_path):
     with atomic_write(tmp_path / ("a" * 255)) as partial:
         partial.write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["a" * 255]
 
 
-def test_a_name_that_could_not_be_given_is_not_kept(tmp_path, monkeypatch):
+def test_failed_rename_leaves_no_reserved_name(tmp_path, monkeypatch):
     """Without hard links names are reserved first: what then fails leaves no empty file, and is not taken for a name
     that somebody else has."""
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links")))

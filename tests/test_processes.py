@@ -55,7 +55,7 @@ def start(commands: list[list[str]], script: str = "txt2img") -> list[subprocess
     ]
 
 
-def said(process: subprocess.Popen[str]) -> tuple[str, str]:
+def output_of(process: subprocess.Popen[str]) -> tuple[str, str]:
     """What a process wrote to its two streams, but for what old releases of torch tell of their connections."""
     out, error = process.communicate(timeout=240)
     return "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")), error
@@ -67,7 +67,7 @@ def test_two_processes_write_what_one_writes(ckpt: Path) -> None:
         (ckpt.parent / outdir / "samples/00004.png").touch()
     together = start([arguments(ckpt, "two")] * 2)
     assert cli.run(txt2img.main, arguments(ckpt, "one")) == 0
-    outputs = [said(process) for process in together]
+    outputs = [output_of(process) for process in together]
     assert [process.returncode for process in together] == [0, 0], outputs
     assert cli.FAREWELL[:20] in outputs[0][0] and outputs[1] == ("", "")  # one reports, and shows the progress
 
@@ -83,7 +83,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", ["batch", "image"])
-def test_two_processes_go_on_where_two_were_killed(ckpt: Path, mode: str) -> None:
+def test_two_processes_resume_after_kills(ckpt: Path, mode: str) -> None:
     """Either of them at some moment; then with two again, with a launcher, and alone: as if nothing had happened."""
     options = [*arguments(ckpt, "out"), "--seed_mode", mode]
     assert cli.run(txt2img.main, [*options, "--outdir", str(ckpt.parent / "whole")]) == 0
@@ -102,7 +102,7 @@ def test_two_processes_go_on_where_two_were_killed(ckpt: Path, mode: str) -> Non
         assert "Traceback" not in errors[1 - victim], errors
         assert pictures(out).items() <= expected.items(), "a picture that differs, or has another name"
     together = start([[*options, "--resume"]] * 2)
-    outputs = [said(process) for process in together]
+    outputs = [output_of(process) for process in together]
     assert [process.returncode for process in together] == [0, 0], outputs
     assert "pictures: going on with the others" in outputs[0][0] and outputs[1] == ("", "")
     assert pictures(out) == expected
@@ -124,7 +124,7 @@ def test_two_processes_go_on_where_two_were_killed(ckpt: Path, mode: str) -> Non
     assert pictures(out) == expected
 
 
-def test_every_process_calls_a_picture_the_same(ckpt: Path) -> None:
+def test_descriptions_are_equal_across_processes(ckpt: Path) -> None:
     """Whichever GPU it draws with, and whenever its copy of the model was made."""
     args = cli.parse(txt2img.parser(), [*arguments(ckpt, "out"), "--resume"])
     batches, seeding = cli.batches(args), cli.seeding(args)
@@ -142,12 +142,12 @@ def test_every_process_calls_a_picture_the_same(ckpt: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["batch", "image"])
-def test_two_processes_redraw_what_one_redraws(ckpt: Path, mode: str) -> None:
+def test_two_processes_write_what_one_writes_in_img2img(ckpt: Path, mode: str) -> None:
     Image.effect_noise((32, 32), 90).save(ckpt.parent / "init.png")
     more = ["--init-img", str(ckpt.parent / "init.png"), "--strength", "0.9", "--seed_mode", mode]
     together = start([[*arguments(ckpt, "two"), *more, "--resume"]] * 2, "img2img")
     assert cli.run(img2img.main, [*arguments(ckpt, "one"), *more]) == 0
-    outputs = [said(process) for process in together]
+    outputs = [output_of(process) for process in together]
     assert [process.returncode for process in together] == [0, 0], outputs
     assert outputs[1] == ("", "")
     expected = pictures(ckpt.parent / "one")
@@ -156,12 +156,12 @@ def test_two_processes_redraw_what_one_redraws(ckpt: Path, mode: str) -> None:
         (ckpt.parent / f"two/samples/{number:05}.png").unlink()
     (ckpt.parent / "two/grid-0000.png").unlink()
     together = start([[*arguments(ckpt, "two"), *more, "--resume"]] * 2, "img2img")
-    outputs = [said(process) for process in together]
+    outputs = [output_of(process) for process in together]
     assert "holds 7 of 10 pictures" in outputs[0][0], outputs
     assert pictures(ckpt.parent / "two") == expected
 
 
-def test_when_one_process_fails_none_waits(ckpt: Path) -> None:
+def test_failing_process_ends_the_others(ckpt: Path) -> None:
     good = arguments(ckpt, "out")
     waiting, failing = start([good, [*good, "--C", "3"]])
     assert "--C 3 does not fit" in failing.communicate(timeout=240)[1]
@@ -169,14 +169,14 @@ def test_when_one_process_fails_none_waits(ckpt: Path) -> None:
     assert waiting.returncode == 1 and "Traceback" not in error and "error: " in error
 
 
-def test_without_a_launcher_a_process_is_alone(monkeypatch) -> None:
+def test_single_process_without_a_launcher(monkeypatch) -> None:
     assert SINGLE_PROCESS.broadcast("x") == "x" and SINGLE_PROCESS.gather([1, 2]) == [1, 2]
     monkeypatch.setenv("WORLD_SIZE", "8")  # clusters set it for other purposes
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert environment() == (0, 1, 0)
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch) -> None:
+def test_each_process_uses_its_own_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():

@@ -1,4 +1,4 @@
-"""Files made to harm whoever reads them: what each does, and what is said of it.
+"""Hostile files: what each does, and the expected error.
 
 `python -m tests.checkpoint.hostile FOLDER` reads all files of a folder with little memory to spare, and prints for each
 a line of JSON: how it ended. A number after FOLDER says how many bytes. It is a process of its own, for files may
@@ -348,7 +348,7 @@ KINDS: Mapping[str, Callable[[], dict[str, tuple[bytes, str]]]] = {
 
 
 def corpus() -> dict[str, tuple[bytes, str]]:
-    """All files by a name: what is in them, and a pattern of what is said of them, or `LOADS`."""
+    """All files by a name: what is in them, and a pattern of the error, or `LOADS`."""
     return {f"{kind}, {key}": made for kind, make in KINDS.items() for key, made in make().items()}
 
 
@@ -368,13 +368,13 @@ def read_all(folder: Path, room: int = ROOM) -> None:
         signal.alarm(SECONDS)
         try:
             checkpoint = read_checkpoint(path)
-            said = LOADS if all(value.sum().isfinite() for value in checkpoint.state.values()) else "not finite"
+            outcome = LOADS if all(value.sum().isfinite() for value in checkpoint.state.values()) else "not finite"
             del checkpoint
         except CheckpointError as error:
-            said = str(error)
+            outcome = str(error)
         except BaseException as error:  # whatever it is, it is a fault to be shown
-            said = f"raised {type(error).__name__}: {error}"
-        print(json.dumps([path.name, said]), flush=True)
+            outcome = f"raised {type(error).__name__}: {error}"
+        print(json.dumps([path.name, outcome]), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps(["peak", f"{peak // 1024} MB"]), flush=True)
 

@@ -1,4 +1,4 @@
-"""Which config a file needs, told from the shapes of every public family, and what else a file may be."""
+"""The config of a file, from the shapes of every public family, and descriptions of other files."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_v1_families_are_detected():
     assert config_for(checkpoint_of(shapes_of("stable-diffusion.v1-inference"))) == V1
 
 
-def test_the_bundled_model_is_detected_anywhere():
+def test_bundled_model_is_detected():
     bundled = read_checkpoint(ROOT / "models/ldm/shapes64/model.ckpt")
     assert detect_config(bundled.shapes) == "models/ldm/shapes64/config.yaml"
 
 
-def test_every_config_of_a_family_exists_and_is_of_one_family():
+def test_configs_exist_and_belong_to_one_family():
     configs = [config for family in FAMILIES for config in family.configs]
     assert all((ROOT / config).is_file() for config in configs)
     assert len(configs) == len(set(configs)) == 41 + 1  # the public ones and the bundled model's
@@ -77,7 +77,7 @@ def unet_alone(shapes):
 
 @pytest.mark.parametrize("keys", WHOLE)
 @pytest.mark.parametrize("held", [dict, plain, averages_only, without_condition, unet_alone])
-def test_whole_models_are_recognised(keys, held):
+def test_complete_models_are_recognised(keys, held):
     shapes = held(shapes_of(keys))
     family = family_of(shapes)
     assert family.complete and config_of(keys) in family.configs
@@ -86,7 +86,7 @@ def test_whole_models_are_recognised(keys, held):
 
 
 @pytest.mark.parametrize("keys", AUTOENCODERS)
-def test_autoencoders_are_recognised_and_no_whole_models(keys):
+def test_autoencoders_are_recognised(keys):
     shapes = shapes_of(keys) | {"loss.logvar": (), "loss.discriminator.main.0.weight": (64, 3, 4, 4)}
     family = family_of(shapes)
     assert not family.complete and config_of(keys) in family.configs
@@ -95,12 +95,12 @@ def test_autoencoders_are_recognised_and_no_whole_models(keys):
         config_for(checkpoint_of(shapes))
 
 
-def test_a_models_own_first_stage_is_no_autoencoders_file():
+def test_first_stage_inside_a_model_is_not_an_autoencoder_file():
     shapes = {f"first_stage_model.{key}": shape for key, shape in shapes_of("first_stage_models.kl-f8").items()}
     assert family_of(shapes) is None and describe(shapes) == "an autoencoder (VAE) alone"
 
 
-def test_which_models_shapes_cannot_tell_apart():
+def test_models_with_equal_shapes():
     together = [family.configs for family in FAMILIES if len(family.configs) > 1 and family.complete]
     names = [[config.removesuffix(".yaml").removesuffix("/config").split("/")[-1] for config in g] for g in together]
     assert names == [
@@ -119,7 +119,7 @@ def test_depth_to_image_is_recognised():
         assert detect_config(held(shapes)) == "configs/stable-diffusion/v2-midas-inference.yaml"
 
 
-def test_both_kinds_of_unclip_are_told_apart():
+def test_both_unclip_models_are_distinguished():
     shapes = shapes_of("stable-diffusion.v2-1-stable-unclip-h-inference")
     assert "unclip-h" in detect_config(shapes)
     shapes["model.diffusion_model.label_emb.0.0.weight"] = (1280, 1536)
@@ -136,7 +136,7 @@ def test_both_kinds_of_unclip_are_told_apart():
         ("ldm.text2img256", "embedding", (30522, 640)),
     ],
 )
-def test_a_network_of_public_size_with_another_condition_is_not_the_public_model(keys, table, size):
+def test_public_unet_with_another_text_encoder_is_unknown(keys, table, size):
     own = without_condition(shapes_of(keys)) | {f"cond_stage_model.{table}.weight": size}
     assert detect_config(own) is None
     with pytest.raises(CheckpointError, match="name its config with --config"):
@@ -180,7 +180,7 @@ def test_other_widths_of_the_first_convolution(channels):
         ("<my-cat>", "a textual inversion embedding"),
     ],
 )
-def test_files_that_hold_no_whole_model(key, name):
+def test_incomplete_models_are_described(key, name):
     checkpoint = checkpoint_of({key: (4, 4)})
     assert describe(checkpoint.shapes) == name
     with pytest.raises(CheckpointError, match="not a complete model") as caught:
@@ -196,12 +196,12 @@ def test_files_that_hold_no_whole_model(key, name):
         ("double_blocks.0.img_attn.qkv.weight", "Flux"),
     ],
 )
-def test_later_models_are_named(key, name):
+def test_later_model_families_are_named(key, name):
     with pytest.raises(CheckpointError, match=f"looks like {name}, a family that this version does not load"):
         config_for(checkpoint_of({key: (4, 4)}))
 
 
-def test_relatives_of_v1_are_not_taken_for_what_they_are_not():
+def test_variants_of_v1_are_distinguished():
     v1 = shapes_of("stable-diffusion.v1-inference")
     first = {"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}
     assert describe(v1 | first | {"cc_projection.weight": (768, 772)}) == "Zero-1-to-3"
@@ -213,12 +213,12 @@ def test_relatives_of_v1_are_not_taken_for_what_they_are_not():
         config_for(checkpoint_of(variations))
 
 
-def test_files_that_say_nothing():
+def test_unknown_files_are_refused():
     with pytest.raises(CheckpointError, match=r"no known model \(its first weights: fc.weight\)"):
         config_for(checkpoint_of({"fc.weight": (10, 10)}))
 
 
-def test_ema_names_are_those_of_the_public_files():
+def test_ema_names_match_public_files():
     expected = [key for key in shapes_of("stable-diffusion.v1-inpainting-inference") if key.startswith("model_ema.")]
     weights = [key for key in shapes_of("stable-diffusion.v1-inpainting-inference") if key.startswith("model.")]
     assert [ema_name(key) for key in weights] == expected[2:]  # decay and num_updates come first

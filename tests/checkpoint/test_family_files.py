@@ -1,4 +1,4 @@
-"""Files as the families were published: what they carry beside a model's weights, or lack, does no harm."""
+"""Published files of each family load, with the extra tensors that they have or lack."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ DISTINCT = [name for name in WHOLE if config_of(name) in {family.configs[0] for 
 
 @pytest.mark.family
 @pytest.mark.parametrize("name", DISTINCT)
-def test_published_files_fit_with_what_they_carry(name):
+def test_published_files_load_with_their_extras(name):
     """Averages where the config has none, learnt loss weights, a first stage's training."""
     state = published(name)
     odds = extras(
@@ -73,13 +73,13 @@ def test_published_files_fit_with_what_they_carry(name):
 
 @pytest.mark.family
 @pytest.mark.parametrize("name", AUTOENCODERS)
-def test_published_autoencoders_fit_with_their_losses(name):
+def test_published_autoencoders_load_with_their_losses(name):
     odds = extras("loss.logvar", "loss.perceptual_loss.lin0.model.1.weight", "model_ema.encoderconv_inweight")
     _, report = fill_public(name, published(name) | odds)
     assert not report.unexpected and not report.notes and set(report.ignored) == odds.keys()
 
 
-def test_an_autoencoders_file_is_no_whole_model():
+def test_autoencoder_file_does_not_fill_a_model():
     given = Checkpoint(Path("vae.ckpt"), published("first_stage_models.kl-f8"))
     with pytest.raises(CheckpointError, match=r"^vae.ckpt is an autoencoder \(VAE\) alone, not a complete model"):
         fill_model(build_on_meta(tiny_config()), given)
@@ -99,14 +99,14 @@ def test_an_autoencoders_file_is_no_whole_model():
         "low_scale_model.alphas_cumprod",
     ],
 )
-def test_halves_of_clip_and_constants_are_harmless(name):
+def test_unused_clip_weights_are_harmless(name):
     state = tiny_file() | extras(name)
     report = fill_model(build_on_meta(tiny_config()), Checkpoint(Path("x.ckpt"), state))
     assert report.ignored == (name,) and not report.notes
 
 
 @pytest.mark.parametrize("name", ["cond_stage_model.model.transformer.resblocks.24.ln_1.weight", "embedder.proj"])
-def test_more_of_a_tower_than_the_model_has_is_reported(name):
+def test_unknown_tower_weights_are_reported(name):
     state = tiny_file() | extras(name)
     report = fill_model(build_on_meta(tiny_config()), Checkpoint(Path("x.ckpt"), state))
     assert report.unexpected == (name,)
@@ -139,7 +139,7 @@ def inpainting_file() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("names", ["both", "first", "second"])
-def test_the_shared_first_stage_is_filled_once(names, dtype):
+def test_shared_first_stage_is_filled_once(names, dtype):
     state, lost = inpainting_file(), {"first": "cond_stage_model.", "second": "first_stage_model."}.get(names)
     weights = state[FIRST].clone()
     if lost:
@@ -155,7 +155,7 @@ def test_the_shared_first_stage_is_filled_once(names, dtype):
         assert listed[FIRST].data_ptr() == state[SECOND if names == "second" else FIRST].data_ptr()
 
 
-def test_a_shared_first_stage_is_not_made_up():
+def test_missing_shared_first_stage_is_refused():
     state = {key: value for key, value in inpainting_file().items() if key not in (FIRST, SECOND)}
     with pytest.raises(CheckpointError, match=r"weights are missing, e\.g\. first_stage_model\.encoder\.conv_in"):
         fill_model(build_on_meta(inpainting()), Checkpoint(Path("x.ckpt"), state))

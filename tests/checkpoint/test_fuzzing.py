@@ -1,4 +1,4 @@
-"""Good files, mutated at random: each is read to the end, or refused in one sentence; no model is half filled."""
+"""Files mutated at random are read completely or refused in one sentence; no model is half filled."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def check(content: bytes, path: Path) -> None:
             value.clone()  # all of it is there
         fill_model(model, checkpoint)
     except CheckpointError as error:
-        said = str(error)
-        assert str(path) in said
-        assert said.isprintable()
-        assert len(said) < 1000
+        outcome = str(error)
+        assert str(path) in outcome
+        assert outcome.isprintable()
+        assert len(outcome) < 1000
         assert all(parameter.is_meta for parameter in model.parameters()), "half filled"
     else:
         assert not any(parameter.is_meta for parameter in model.parameters())
@@ -116,7 +116,7 @@ def fuzz(good: dict[str, bytes], folder: Path, number: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_good_files(good, tmp_path):
+def test_unmutated_files_load(good, tmp_path):
     for content in good.values():
         (tmp_path / "a.ckpt").write_bytes(content)
         found = read_checkpoint(tmp_path / "a.ckpt").state
@@ -133,7 +133,7 @@ def test_thousands_of_mutations(good, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flip_of_every_byte_of_the_head_and_the_end(good, tmp_path, kind):
+def test_flipped_bytes_at_both_ends(good, tmp_path, kind):
     content = good[kind]
     for at in {*range(0, len(content), 23), *range(40), *range(len(content) - 40, len(content))}:
         raw = bytearray(content)

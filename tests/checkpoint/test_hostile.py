@@ -1,4 +1,4 @@
-"""Hostile files: none runs anything, takes much memory or time, or ends the process; of each there is one sentence."""
+"""Hostile files run nothing, take little memory and time, and end in one sentence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict[str, str]:
+def outcome(tmp_path_factory) -> dict[str, str]:
     """What reading each file of the corpus came to, in a process with little memory."""
     folder, here = tmp_path_factory.mktemp("hostile"), tmp_path_factory.mktemp("here")
     for number, (content, _) in enumerate(CORPUS.values()):
@@ -42,8 +42,8 @@ def said(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc and limits of memory")
 @pytest.mark.parametrize("key", CORPUS)
-def test_hostile_file(said, key):
-    expected, found = CORPUS[key][1], said[key]
+def test_hostile_file(outcome, key):
+    expected, found = CORPUS[key][1], outcome[key]
     if expected == hostile.LOADS:
         assert found == hostile.LOADS
         return
@@ -52,7 +52,7 @@ def test_hostile_file(said, key):
     assert len(found) < 1000
 
 
-def test_one_line_at_the_command_line(tmp_path, capsys):
+def test_command_line_error_is_one_line(tmp_path, capsys):
     for number, (content, expected) in enumerate(list(CORPUS.values())[:3]):
         (tmp_path / f"{number}.ckpt").write_bytes(content)
         assert cli.run(prune_checkpoint.main, [str(tmp_path / f"{number}.ckpt"), str(tmp_path / "out.ckpt")]) == 2
@@ -61,14 +61,14 @@ def test_one_line_at_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "out.ckpt").exists()
 
 
-def test_no_file(tmp_path):
+def test_pipes_and_devices_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(CheckpointError, match="is not a file"):
             read_checkpoint(path)
 
 
-def test_limits_of_number(tmp_path, monkeypatch):
+def test_limits(tmp_path, monkeypatch):
     torch.save({f"w{i}": torch.ones(1) for i in range(20)}, tmp_path / "a.ckpt")
     assert len(read_checkpoint(tmp_path / "a.ckpt").state) == 20
     for module, name, expected in [
@@ -88,7 +88,7 @@ def test_limits_of_number(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int8, torch.int64])
-def test_weights_of_another_kind(tmp_path, dtype):
+def test_weights_of_another_dtype_kind_are_refused(tmp_path, dtype):
     model = nn.Linear(2, 2, device="meta")
     state = {"weight": torch.ones(2, 2).to(dtype), "bias": torch.ones(2)}
     torch.save(state, tmp_path / "a.ckpt")
@@ -108,7 +108,7 @@ def test_counters_may_be_rounded():
         fill_model(model, Checkpoint(Path("x"), {"steps": torch.tensor(3j)}))
 
 
-def test_expanded_and_shared_tensors_stay_as_they_are(tmp_path):
+def test_expanded_and_shared_tensors(tmp_path):
     base = torch.randn(6)
     state = {"row": base[None].expand(3, 6), "again": base, "part": base[2:5], "turned": base.view(2, 3).T}
     torch.save(state, tmp_path / "a.ckpt")
@@ -128,7 +128,7 @@ def test_every_dtype(tmp_path):
         }
 
 
-def test_a_name_twice_is_refused_whichever_comes_first(tmp_path):
+def test_duplicate_names_are_refused(tmp_path):
     tower = "cond_stage_model.transformer."
     for order in (("", "text_model."), ("text_model.", "")):
         state = {f"{tower}{part}encoder.weight": torch.full((1,), float(i)) for i, part in enumerate(order)}

@@ -1,4 +1,4 @@
-"""Files of every kind: what can be read is read to the bit, everything else gets one clear sentence."""
+"""Files of every kind: readable ones are read bit for bit, all others get one clear sentence."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_safetensors_by_content(tmp_path, state):
 
 
 @pytest.mark.parametrize("wrap", ["bare", "nested", "model", "module", "prefixed", "with scalars"])
-def test_where_the_state_may_lie(tmp_path, state, wrap):
+def test_places_of_the_state_dict(tmp_path, state, wrap):
     content = {
         "bare": state,
         "nested": {"model": {"state_dict": state}, "lr": 0.1},
@@ -75,7 +75,7 @@ def test_where_the_state_may_lie(tmp_path, state, wrap):
 
 @pytest.mark.parametrize("numpy", ["old", "new"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_lightning1_extras_are_admitted(tmp_path, state, numpy, zipped):
+def test_lightning1_extras_are_ignored(tmp_path, state, numpy, zipped):
     path = save_lightning1(tmp_path / "model.ckpt", state, numpy=numpy, zipped=zipped, global_step=470000)
     if zipped:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -167,7 +167,7 @@ def test_safetensors_with_unaligned_header(tmp_path):
 # ---- names ----
 
 
-def test_three_layouts_of_the_text_tower(tmp_path):
+def test_layouts_of_the_text_tower(tmp_path):
     prefix = "cond_stage_model.transformer."
     inner = ["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.bias", "final_layer_norm.weight"]
     published = [prefix + "text_model." + key for key in inner]
@@ -181,7 +181,7 @@ def test_three_layouts_of_the_text_tower(tmp_path):
         assert list(read_checkpoint(tmp_path / f"{i}.ckpt").state) == published
 
 
-def test_other_names_stay(tmp_path):
+def test_other_names_are_unchanged(tmp_path):
     names = [
         "cond_stage_model.transformer.token_emb.weight",
         "cond_stage_model.model.transformer.resblocks.0.ln_1.bias",
@@ -267,7 +267,7 @@ def test_missing_file_and_folder(tmp_path):
         (b"\x80\x02}q\x00.", "truncated or damaged|cannot be read safely"),
     ],
 )
-def test_strangers(tmp_path, content, expected):
+def test_other_files_are_described(tmp_path, content, expected):
     path = tmp_path / "model.ckpt"
     path.write_bytes(content)
     assert re.search(expected, sentence(path))
@@ -310,7 +310,7 @@ def test_tensors_without_plain_values(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_cut_at_every_point(tmp_path, kind):
+def test_truncation_at_every_point(tmp_path, kind):
     state = {"a.weight": torch.randn(3, 5), "b": torch.randn(4).half()}
     whole, cut = tmp_path / "whole", tmp_path / "cut.ckpt"
     if kind == "safetensors":

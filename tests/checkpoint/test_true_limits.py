@@ -1,4 +1,4 @@
-"""Files at the very limits of what is read: millions of names and things, in bounded memory and time."""
+"""Files at the limits of the readers (millions of names and values) take bounded memory and time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ldm.checkpoint.formats.containers import MAX_PICKLE
-from ldm.checkpoint.formats.unpickler import MAX_STEPS
 from ldm.checkpoint.formats.safetensors import MAX_HEADER
+from ldm.checkpoint.formats.unpickler import MAX_STEPS
 from tests.checkpoint.hostile import MORE, START, UNSAFE, archive, name, text
 from tests.training.test_trainer_state import READER
 
@@ -79,8 +79,8 @@ def test_files_at_the_limits(tmp_path, make, reader):
     program = ["-m", "tests.checkpoint.hostile"] if reader == "weights" else ["-c", READER]
     command = [sys.executable, *program, str(tmp_path / "files"), str(ROOM)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    said = dict(json.loads(line) for line in done.stdout.splitlines())
-    found = {key: said.get(number, "was not reached") for number, (key, _) in expected.items()}
+    outcome = dict(json.loads(line) for line in done.stdout.splitlines())
+    found = {key: outcome.get(number, "was not reached") for number, (key, _) in expected.items()}
     assert done.returncode == 0, (found, done.stderr[-2000:])
     wrong = {key: found[key][:300] for key, pattern in expected.values() if not re.search(pattern, found[key])}
     assert not wrong

@@ -1,4 +1,4 @@
-"""What holds of every schedule, whatever its name, its number of steps and the model's betas."""
+"""Properties of every schedule, for any number of steps and any betas."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def runs(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 @quick
 @given(runs(), st.sampled_from(sorted(SCHEDULES)), st.floats(0, 1))
-def test_every_step_leads_to_less_noise(run, name, eta):
+def test_noise_decreases_every_step(run, name, eta):
     a, steps = run
     s = make_schedule(name, steps, a, eta)
     assert s.timesteps[0] >= 0 and s.timesteps[-1] <= len(a) - 1
@@ -57,7 +57,7 @@ def test_every_step_leads_to_less_noise(run, name, eta):
 
 @quick
 @given(runs(), st.sampled_from(sorted(SCHEDULES)))
-def test_a_run_ends_where_its_schedule_says(run, name):
+def test_last_timestep_of_each_schedule(run, name):
     a, steps = run
     s = make_schedule(name, steps, a)
     data = name in TO_THE_DATA or (name == "leading" and steps == len(a))
@@ -106,7 +106,7 @@ def test_sigmas_are_their_closed_forms(run):
 
 @quick
 @given(runs(), st.lists(st.floats(0, 1), min_size=2, max_size=12, unique=True))
-def test_a_table_is_taken_as_it_is(run, places):
+def test_custom_timesteps_are_used_unchanged(run, places):
     a, _ = run
     table = sorted({round(place * (len(a) - 1)) for place in places})
     s = make_schedule(table[::-1], len(table), a)
@@ -125,7 +125,7 @@ def test_levels_and_timesteps_are_each_others_inverse(run):
 
 @quick
 @given(betas())
-def test_buffers_are_what_the_paper_says(found):
+def test_buffers_follow_the_paper(found):
     """Ho et al. 2020, eq. 4, 6 and 7, in float64."""
     buffers = {name: value.double().numpy() for name, value in schedule_buffers(found).items()}
     a = np.cumprod(1 - found)
@@ -150,7 +150,7 @@ def test_predictions_are_each_others_inverse(a, parameterization, seed):
 
 @quick
 @given(st.floats(1e-6, 1 - 1e-6), st.floats(1e-6, 1 - 1e-6))
-def test_full_noise_is_that_of_the_diffusion(one, other):
+def test_terminal_noise_level(one, other):
     """Eta 1 is the posterior's standard deviation (Song et al. 2021, section 4.1)."""
     a, a_prev = sorted([one, other])
     beta = 1 - a / a_prev

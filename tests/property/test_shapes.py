@@ -1,4 +1,4 @@
-"""What goes in comes out at the size that it should: random small networks, sizes and samplers."""
+"""Outputs have the expected sizes: random small networks, sizes and samplers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def unets(draw: st.DrawFn) -> dict[str, Any]:
 
 @quick
 @given(unets(), st.integers(1, 3), sides, sides)
-def test_a_unet_answers_at_the_size_of_its_input(config, batch, height, width):
+def test_unet_output_has_the_input_size(config, batch, height, width):
     torch.manual_seed(0)
     unet = UNetModel(**config).eval()
     if not config["conv_resample"] or config["resblock_updown"]:  # averages of two by two, as published, need these
@@ -85,7 +85,7 @@ def first_stages(draw: st.DrawFn) -> dict[str, Any]:
 
 @quick
 @given(first_stages(), st.integers(1, 2), st.integers(4, 19), st.integers(4, 19))
-def test_an_encoder_halves_and_floors(config, batch, height, width):
+def test_encoder_halves_and_floors(config, batch, height, width):
     torch.manual_seed(0)
     f = 2 ** (len(config["ch_mult"]) - 1)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_an_encoder_halves_and_floors(config, batch, height, width):
 
 @quick
 @given(first_stages(), st.integers(1, 2), st.integers(1, 5), st.integers(1, 5))
-def test_a_decoder_doubles(config, batch, height, width):
+def test_decoder_doubles(config, batch, height, width):
     torch.manual_seed(0)
     f = 2 ** (len(config["ch_mult"]) - 1)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_decoder_doubles(config, batch, height, width):
     st.sampled_from(sorted(SCHEDULES)),
     st.booleans(),
 )
-def test_a_sampler_keeps_shapes_and_images_apart(name, steps, shape, batch, schedule, masked):
+def test_samplers_keep_shapes_and_images_apart(name, steps, shape, batch, schedule, masked):
     """Of any shape; and image i of a batch, with a seed of its own, is what it is alone."""
     sampler = make_sampler(Gaussian(V1), name)
 

@@ -1,4 +1,4 @@
-"""Saved files: bit for bit, whole or not at all, and open to other tools."""
+"""Saved files: bit for bit, written atomically, and readable by other tools."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_other_tools_read_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_views_do_not_drag_their_base_along(tmp_path, suffix):
+def test_views_are_saved_without_their_base(tmp_path, suffix):
     base = torch.randn(1000, 1000)
     path = save_checkpoint(tmp_path / f"a{suffix}", {"a": base[:2], "b": base[5:7]})
     assert path.stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_existing_files_stay(tmp_path, suffix):
+def test_existing_files_are_not_replaced(tmp_path, suffix):
     path = save_checkpoint(tmp_path / f"a{suffix}", {"w": torch.zeros(2)})
     with pytest.raises(FileExistsError, match="exists already"):
         save_checkpoint(path, {"w": torch.ones(2)})
@@ -82,7 +82,7 @@ def test_existing_files_stay(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_failure_leaves_nothing_half_written(tmp_path, suffix, monkeypatch):
+def test_failure_leaves_no_partial_file(tmp_path, suffix, monkeypatch):
     path = save_checkpoint(tmp_path / f"a{suffix}", {"w": torch.zeros(2)})
 
     def full_disk(*_):

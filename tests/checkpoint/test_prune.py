@@ -1,4 +1,4 @@
-"""Checkpoints of trainings made small."""
+"""Pruned checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def trained(**params) -> torch.nn.Module:
     return model
 
 
-def test_averages_take_the_place_of_weights() -> None:
+def test_ema_replaces_weights() -> None:
     model = trained()
     pruned = prune(model.state_dict())
     assert set(pruned) == {key for key in model.state_dict() if not key.startswith("model_ema.")}
@@ -32,7 +32,7 @@ def test_averages_take_the_place_of_weights() -> None:
     assert all(torch.equal(raw[key], model.state_dict()[key]) for key in raw)
 
 
-def test_halves_weights_and_not_the_schedule() -> None:
+def test_half_converts_weights_and_not_the_schedule() -> None:
     pruned = prune(trained().state_dict(), half=True)
     assert pruned["alphas_cumprod"].dtype == torch.float32
     assert {value.dtype for key, value in pruned.items() if key.startswith("model.")} == {torch.float16}
@@ -40,7 +40,7 @@ def test_halves_weights_and_not_the_schedule() -> None:
     assert pruned["scale_factor"] == torch.tensor(0.18215)
 
 
-def test_averages_of_a_first_stage() -> None:
+def test_first_stage_ema_is_dropped() -> None:
     state = {
         "encoder.conv_in.weight": torch.zeros(2),
         "loss.logvar": torch.zeros(()),
@@ -50,7 +50,7 @@ def test_averages_of_a_first_stage() -> None:
     assert set(pruned) == {"encoder.conv_in.weight"} and pruned["encoder.conv_in.weight"].eq(1).all()
 
 
-def test_a_part_of_the_averages_is_refused() -> None:
+def test_incomplete_ema_is_refused() -> None:
     state = dict(trained().state_dict())
     del state[next(key for key in state if key.startswith("model.diffusion_model."))]
     with pytest.raises(ValueError, match="EMA weights"):

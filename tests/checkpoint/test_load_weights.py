@@ -1,4 +1,4 @@
-"""Filling: which tensor goes where, what is refused before the model is touched, and that nothing stays empty."""
+"""Filling models: where tensors go, and what is refused before the model is touched."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def without(given: Checkpoint, *beginnings: str) -> Checkpoint:
     return Checkpoint(given.path, {key: value for key, value in given.state.items() if not key.startswith(beginnings)})
 
 
-def test_build_on_meta_makes_no_weights():
+def test_build_on_meta_allocates_nothing():
     model = tiny()
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not model.betas.is_meta
 
 
-def test_every_value_is_the_files():
+def test_all_values_come_from_the_file():
     given, model = checkpoint(), tiny()
     report = fill_model(model, given)
     for key, value in given.state.items():
@@ -98,7 +98,7 @@ def test_tensors_of_the_right_dtype_are_not_copied(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_become_dtype_and_the_schedule_stays_float32(dtype):
+def test_dtype_applies_to_weights_and_not_to_the_schedule(dtype):
     given = checkpoint(ema=True)
     half = Checkpoint(given.path, {k: v.half() if v.is_floating_point() else v for k, v in given.state.items()})
     for source in (given, half):
@@ -162,7 +162,7 @@ def assert_weights(model: Tiny, given: Checkpoint, weights: str, averages: str |
         assert model.model_ema.diffusion_modeloutweight.data_ptr() != model.model.diffusion_model.out.weight.data_ptr()
 
 
-def test_both_sets_into_a_model_with_ema():
+def test_weights_and_ema_into_a_model_with_ema():
     given, model = checkpoint(ema=True), tiny(use_ema=True)
     report = fill_model(model, given)
     assert_weights(model, given, "plain", "ema")
@@ -170,7 +170,7 @@ def test_both_sets_into_a_model_with_ema():
     assert "plain and EMA" in report.ema
 
 
-def test_both_sets_into_a_model_without_ema(caplog):
+def test_weights_and_ema_into_a_model_without_ema(caplog):
     given, model = checkpoint(ema=True), tiny()
     with caplog.at_level(logging.INFO):
         report = fill_model(model, given)
@@ -197,7 +197,7 @@ def test_only_ema_weights(use_ema):
     assert not report.unexpected
 
 
-def test_one_missing_weight_is_not_made_up_from_its_average():
+def test_missing_weight_is_not_replaced_by_its_ema():
     with pytest.raises(CheckpointError, match=r"1 of .* missing, e.g. model.diffusion_model.out.bias"):
         fill_model(tiny(), without(checkpoint(ema=True), "model.diffusion_model.out.bias"))
     with pytest.raises(CheckpointError, match=r"1 of .* missing, e.g. model_ema.diffusion_modeloutbias"):
@@ -207,7 +207,7 @@ def test_one_missing_weight_is_not_made_up_from_its_average():
 # ---- extras ----
 
 
-def test_harmless_extras_are_kept_apart_from_unknown_ones(caplog):
+def test_harmless_and_unknown_extras(caplog):
     harmless = [
         "loss.logvar",
         "first_stage_model.loss.discriminator.main.0.weight",
@@ -224,7 +224,7 @@ def test_harmless_extras_are_kept_apart_from_unknown_ones(caplog):
     assert "3 tensors have no place in the model: control_model.x, " in caplog.text
 
 
-def test_an_average_of_nothing_is_unknown_to_a_model_with_ema():
+def test_ema_without_a_weight_is_reported():
     extra = {"model_ema.diffusion_modelextraweight": torch.ones(1)}
     assert fill_model(tiny(use_ema=True), checkpoint(ema=True, **extra)).unexpected == tuple(extra)
     assert tuple(extra)[0] in fill_model(tiny(), checkpoint(ema=True, **extra)).ignored
@@ -257,7 +257,7 @@ def test_other_shapes():
     assert f"1 weights have another shape, e.g. {FIRST} is 6x9x3x3 in the file and 6x4x3x3 in the config" in text
 
 
-def test_file_of_another_kind():
+def test_lora_is_refused():
     text = refused(tiny(), Checkpoint(Path("l.safetensors"), {"lora_unet_x.lora_up.weight": torch.ones(1)}))
     assert text.startswith("l.safetensors is a LoRA, not a complete model")
 
@@ -267,7 +267,7 @@ def test_buffers_that_no_file_can_fill():
         fill_model(tiny(lost=True), checkpoint())
 
 
-def test_weights_that_nothing_reads_may_be_missing(tmp_path, caplog):
+def test_spare_weights_may_be_missing(tmp_path, caplog):
     """Files of Stable Diffusion 2 that came back from diffusers end with the last layer that is read."""
     caplog.set_level(logging.INFO)
     tower = {"width": 8, "heads": 2, "layers": 3, "vocab_size": 49408, "context_length": 8, "embed_dim": 8}

@@ -1,4 +1,4 @@
-"""Damage that loads without a word, and files that change under a run."""
+"""Damage that loads without an error, files that change while in use, and fingerprints of weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import cli
-from ldm.checkpoint import CheckpointError, check_unchanged, fill_model, read_checkpoint, save_checkpoint
+from ldm.checkpoint import CheckpointError, check_unchanged, fill_model, fingerprint, read_checkpoint, save_checkpoint
 from ldm.checkpoint import checksums as checks
 from ldm.checkpoint.formats import storages
 from ldm.inference import BUNDLED_CKPT, load_model
@@ -44,7 +44,7 @@ def record(path: Path, line: str = "{}  {}\n") -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_we_write_notices_a_flipped_bit(tmp_path, suffix, caplog):
+def test_saved_files_detect_a_flipped_bit(tmp_path, suffix, caplog):
     state = weights()
     path = save_checkpoint(tmp_path / f"a{suffix}", state)
     read_checkpoint(path, verify=True)
@@ -55,7 +55,7 @@ def test_what_we_write_notices_a_flipped_bit(tmp_path, suffix, caplog):
         read_checkpoint(path, verify=True)
 
 
-def test_the_sum_in_safetensors_is_of_what_follows_the_header(tmp_path):
+def test_safetensors_checksum_covers_the_data(tmp_path):
     path = save_checkpoint(tmp_path / "a.safetensors", weights())
     content = path.read_bytes()
     expected = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
@@ -66,7 +66,7 @@ def test_the_sum_in_safetensors_is_of_what_follows_the_header(tmp_path):
 @pytest.mark.parametrize(
     "line", ["{}  {}\n", "{} *{}\n", "{}  some/folder/{}\n", "{0}\n", "{}  {}\n" + "0" * 64 + "  b\n"]
 )
-def test_a_recorded_sum_is_compared(tmp_path, line, monkeypatch):
+def test_recorded_checksum_is_compared(tmp_path, line, monkeypatch):
     save_file(state := weights(), path := tmp_path / "a.safetensors")
     record(path, line)
     read_checkpoint(path)
@@ -82,14 +82,14 @@ def test_a_recorded_sum_is_compared(tmp_path, line, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "abc  a.ckpt\n", "\xff\n", ("0" * 64 + "  b\n") * 2])
-def test_a_record_of_something_else(tmp_path, content):
+def test_record_of_another_file_is_refused(tmp_path, content):
     path = save_checkpoint(tmp_path / "a.ckpt", weights())
     (tmp_path / "a.ckpt.sha256").write_text(content)
     with pytest.raises(CheckpointError, match="holds no sha256 of a.ckpt"):
         read_checkpoint(path)
 
 
-def test_nothing_to_compare_with_is_said(tmp_path, caplog):
+def test_missing_checksum_is_reported(tmp_path, caplog):
     save_file(weights(), tmp_path / "a.safetensors")
     torch.save(weights(), tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
     torch.serialization.set_crc32_options(False)
@@ -113,7 +113,7 @@ def test_nothing_to_compare_with_is_said(tmp_path, caplog):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
-def test_values_that_are_no_numbers(tmp_path, key, value, usable, dtype):
+def test_nan_and_infinite_values(tmp_path, key, value, usable, dtype):
     state = {
         "fine": torch.ones(3),
         key: torch.tensor([1.0, value if dtype.itemsize > 1 or abs(value) != 3e38 else 3.0]),
@@ -127,7 +127,7 @@ def test_values_that_are_no_numbers(tmp_path, key, value, usable, dtype):
         read_checkpoint(path, verify=True)
 
 
-def test_the_bundled_model_is_always_verified(tmp_path):
+def test_bundled_model_is_always_verified(tmp_path):
     bundled = REPOSITORY / BUNDLED_CKPT
     digest = hashlib.sha256(bundled.read_bytes()).hexdigest()
     assert checks.checksum_file(bundled).read_text() == f"{digest}  {bundled.name}\n"
@@ -143,7 +143,7 @@ def test_the_bundled_model_is_always_verified(tmp_path):
         load_model(ckpt=tmp_path / "model.ckpt", device="cpu", verify=True)
 
 
-def test_scripts_that_take_a_checkpoint_verify_it():
+def test_scripts_with_a_checkpoint_have_verify():
     taken = set()
     for path in sorted((REPOSITORY / "scripts").glob("*.py")):
         parser = getattr(importlib.import_module(f"scripts.{path.stem}"), "parser", None)
@@ -154,7 +154,7 @@ def test_scripts_that_take_a_checkpoint_verify_it():
     assert taken >= {"txt2img", "img2img", "inpaint", "upscale", "sample_diffusion", "reconstruct", "evaluate"}
 
 
-def test_one_line_at_the_command_line(tmp_path, capsys):
+def test_command_line_error_is_one_line(tmp_path, capsys):
     state = weights()
     path = save_checkpoint(tmp_path / "a.ckpt", state)
     flip(path, state["a.bias"])
@@ -174,7 +174,7 @@ def filled(path: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_that_shrinks_under_a_run(tmp_path, suffix):
+def test_truncating_a_mapped_file_is_detected(tmp_path, suffix):
     """The process must be another one: without the check it would be killed."""
     path = save_checkpoint(tmp_path / f"a{suffix}", {"a.weight": torch.randn(1000, 1000), "a.bias": torch.ones(1000)})
     code = (
@@ -189,7 +189,7 @@ def test_a_file_that_shrinks_under_a_run(tmp_path, suffix):
     assert done.stderr == f"error: {path} was changed while its weights were in use: load it again\n"
 
 
-def test_what_counts_as_a_change(tmp_path):
+def test_check_unchanged(tmp_path):
     state = {"a.weight": torch.randn(20, 30), "a.bias": torch.randn(20)}
     path = save_checkpoint(tmp_path / "a.ckpt", state)
     model = filled(path)
@@ -230,7 +230,7 @@ def test_network_file_systems_are_not_mapped(kind, safe):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_where_mapping_is_not_safe_files_are_read(tmp_path, suffix, monkeypatch):
+def test_files_are_read_where_mapping_is_unsafe(tmp_path, suffix, monkeypatch):
     state = weights() | {"half": torch.randn(3).half(), "none": torch.zeros(0, 4), "one": torch.tensor(3)}
     path = save_checkpoint(tmp_path / f"a{suffix}", state, global_step=3)
     monkeypatch.setattr("ldm.checkpoint.reading.may_map", lambda path: False)
@@ -241,3 +241,53 @@ def test_where_mapping_is_not_safe_files_are_read(tmp_path, suffix, monkeypatch)
     assert all(torch.equal(found.state[key], value) for key, value in state.items())
     if Path("/proc/self/maps").exists():
         assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+# ---- fingerprints ----
+
+
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.BatchNorm1d(4)})
+
+
+def test_equal_weights_have_equal_fingerprints() -> None:
+    one = module()
+    other = nn.ModuleDict({"b": one["b"], "a": one["a"]})  # another order
+    assert fingerprint(one) == fingerprint(module()) == fingerprint(other)
+    assert len(fingerprint(one)) == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["a"].weight.data[0, 0].add_(1e-7),
+        lambda m: m["b"].running_mean.add_(1),  # buffers count
+        lambda m: m.half(),
+        lambda m: m.add_module("c", nn.Linear(1, 1)),
+        lambda m: setattr(m["a"], "weight", nn.Parameter(m["a"].weight.detach().reshape(3, 4))),
+    ],
+)
+def test_any_change_alters_the_fingerprint(change) -> None:
+    changed = module()
+    with torch.no_grad():
+        change(changed)
+    assert fingerprint(changed) != fingerprint(module())
+
+
+def test_fingerprint_ignores_prefixes() -> None:
+    changed = module()
+    changed["b"].running_mean.add_(1)
+    assert fingerprint(changed, ignore=["b."]) == fingerprint(module(), ignore=["b."])
+
+
+def test_fingerprint_of_bf16_and_empty_modules() -> None:
+    assert fingerprint(module().bfloat16()) != fingerprint(module())
+    assert fingerprint(nn.Identity()) == fingerprint(nn.SiLU())
+
+
+def test_meta_modules_have_no_fingerprint() -> None:
+    with torch.device("meta"):
+        empty = module()
+    with pytest.raises(ValueError, match="has no fingerprint .*meta device"):
+        fingerprint(empty)

@@ -1,4 +1,4 @@
-"""Partial loads: what fits is taken, one message says the rest, and a start that is mostly random is refused."""
+"""Partial loads: fitting weights are copied, the rest is reported, and a mostly random start is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.checkpoint import (
     save_checkpoint,
 )
 from ldm.util import instantiate_from_config
-from tests.checkpoint.test_filling import FIRST, Tiny, Wrapper, checkpoint, tiny, without
+from tests.checkpoint.test_load_weights import FIRST, Tiny, Wrapper, checkpoint, tiny, without
 from tests.tiny import TEXT, tiny_config
 
 
@@ -30,7 +30,7 @@ def file(tmp_path):
     return write
 
 
-def test_what_fits_is_taken_and_the_rest_named(file, caplog):
+def test_fitting_weights_are_copied_and_the_rest_reported(file, caplog):
     given = checkpoint(**{"cond_stage_model.table.weight": torch.ones(7, 3), "extra.a.b": torch.ones(1)})
     model = Tiny(scale=True)
     table = model.cond_stage_model.table.weight.clone()
@@ -47,7 +47,7 @@ def test_what_fits_is_taken_and_the_rest_named(file, caplog):
         assert text in record.getMessage()
 
 
-def test_whole_file_needs_no_warning(file, caplog):
+def test_complete_file_gives_no_warning(file, caplog):
     caplog.set_level(logging.INFO)
     given = checkpoint()
     init_from_checkpoint(Tiny(), file(given.state | {"cond_stage_model.position_ids": torch.arange(5)[None]}))
@@ -70,14 +70,14 @@ def test_ignored_keys_and_prefix(file, caplog):
     init_from_checkpoint(tiny(), "absent.ckpt")  # on meta: fill_model will bring everything
 
 
-def test_the_schedule_stays_the_configs(file):
+def test_schedule_is_not_copied(file):
     model = Tiny()
     betas = model.betas.clone()
     init_from_checkpoint(model, file(checkpoint(betas=torch.ones(7)).state))
     assert torch.equal(model.betas, betas)
 
 
-def test_averages_alone_serve_as_weights(file):
+def test_ema_weights_alone_are_used(file):
     given = without(checkpoint(ema=True), "model.")
     model = Tiny(use_ema=True)
     init_from_checkpoint(model, file(given.state))
@@ -86,7 +86,7 @@ def test_averages_alone_serve_as_weights(file):
     assert torch.equal(model.model_ema.diffusion_modeloutweight, average)
 
 
-def test_a_start_that_is_mostly_random_is_refused(file):
+def test_mostly_random_start_is_refused(file):
     given = checkpoint(**{FIRST: torch.ones(6, 9, 3, 3), "model.diffusion_model.out.weight": torch.ones(3, 3)})
     model = Tiny()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -142,7 +142,7 @@ def test_text_encoder_of_another_size(file, caplog):
     assert not torch.equal(unet.first_stage_model.encoder.conv_in.weight, old.first_stage_model.encoder.conv_in.weight)
 
 
-def test_averages_of_the_text_encoder_are_read_back(file):
+def test_text_encoder_ema_is_copied(file):
     settings = {"use_ema": True, "ema_cond_stage": True, "cond_stage_trainable": True}
     model = instantiate_from_config(tiny_config(**settings))
     for average, _ in model.averages():
