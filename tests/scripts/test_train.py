@@ -92,6 +92,20 @@ def test_learning_rate(tmp_path, capsys):
     assert "Learning rate 1.00e-04\n" in capsys.readouterr().out
 
 
+def test_accumulating_longer_than_an_epoch_scales_by_the_batches_there_are(tmp_path, capsys):
+    content = config(two_players())
+    content["model"]["base_learning_rate"] = 1.0e-4
+    start(tmp_path / "a", content, "--max_steps", 2, "--accumulate_grad_batches", 8)
+    shown = capsys.readouterr()
+    assert "Learning rate 1.00e-03 = 5 accumulated batches * 1 processes * 2 items" in shown.out
+    assert "accumulate_grad_batches=8, but an epoch has only 5 batches" in shown.err
+    limits = {"3": 3, "0.4": 2, "99": 5}
+    for limit, batches in limits.items():
+        argv = ("--max_steps", 2, "--accumulate_grad_batches", 8, "--limit_train_batches", limit)
+        start(tmp_path / limit, content, *argv)
+        assert f"= {batches} accumulated batches" in capsys.readouterr().out
+
+
 def test_two_runs_of_one_second(tmp_path, monkeypatch):
     from ldm.training import folders
 
