@@ -8,8 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytorch_lightning as pl
@@ -70,12 +71,16 @@ class SetupCallback(pl.Callback):
         for name, config in self.configs.items():
             content = OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
             names = files.numbered(self.folders[-1] / f"{self.now}-{name}.yaml")
-            files.write_exclusive(self.folders[-1], names, lambda file, content=content: file.write(content))
+            files.write_exclusive(self.folders[-1], names, partial(_write, content))
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check caches. The model has its weights by now, also those of the run that it resumes."""
         if not trainer.strategy.restore_checkpoint_after_setup:
             _check_caches(trainer, module)
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def _check_caches(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -150,9 +150,10 @@ def support_lightning_1() -> None:
             alias.__dict__.update({k: v for k, v in vars(importlib.import_module(new)).items() if k[:2] != "__"})
             sys.modules[old] = alias
     if not hasattr(pl.Trainer, "from_argparse_args"):
-        pl.Trainer.add_argparse_args = staticmethod(add_argparse_args)
-        pl.Trainer.from_argparse_args = classmethod(from_argparse_args)
-        fit = pl.Trainer.fit
+        trainer: Any = pl.Trainer
+        trainer.add_argparse_args = staticmethod(add_argparse_args)
+        trainer.from_argparse_args = classmethod(from_argparse_args)
+        fit = trainer.fit
 
         @functools.wraps(fit)
         def fit_adapted(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +161,7 @@ def support_lightning_1() -> None:
                 adapt_hooks(owner)
             return fit(self, model, *args, **kwargs)
 
-        pl.Trainer.fit = fit_adapted  # type: ignore[method-assign]
+        trainer.fit = fit_adapted
 
 
 def _is_missing(module: str) -> bool:

@@ -118,7 +118,7 @@ def build_loggers(config: Mapping[str, Any] | None, folder: Path) -> list[Logger
     """CSV, TensorBoard where it is installed, and the logger of `lightning.logger`."""
     loggers: list[Logger] = [CSVMetrics(folder)]
     target = (config or {}).get("target", "")
-    params = {"save_dir": str(folder)} | dict((config or {}).get("params") or {})
+    params: dict[str, Any] = {"save_dir": str(folder)} | dict((config or {}).get("params") or {})
     if "TestTube" in target or (config and not target):
         logger.info("The TestTube logger is no longer part of Lightning: metrics are written as CSV")
     elif target and not target.endswith(("CSVLogger", "TensorBoardLogger")):
@@ -126,7 +126,7 @@ def build_loggers(config: Mapping[str, Any] | None, folder: Path) -> list[Logger
     if target.endswith("TensorBoardLogger") or importlib.util.find_spec("tensorboard") is not None:
         from pytorch_lightning.loggers import TensorBoardLogger
 
-        given = params if target.endswith("TensorBoardLogger") else {"save_dir": str(folder)}
+        given: dict[str, Any] = params if target.endswith("TensorBoardLogger") else {"save_dir": str(folder)}
         loggers.append(TensorBoardLogger(**{"name": "", "version": "tensorboard"} | given))
     return loggers
 

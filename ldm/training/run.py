@@ -219,13 +219,13 @@ def _invalid_trainer(error: Exception) -> ValueError:
 
 def _checkpoints(settings: Settings, model: pl.LightningModule, folder: Path) -> list[Checkpoints]:
     """The run's checkpoints and, on request, those that are retained in any case."""
-    defaults = {"dirpath": folder / "checkpoints", "filename": "{epoch:06}"}
+    defaults: dict[str, Any] = {"dirpath": folder / "checkpoints", "filename": "{epoch:06}"}
     if getattr(model, "monitor", None):
         defaults |= {"monitor": model.monitor, "save_top_k": 3}
     sections = {"lightning.modelcheckpoint": (defaults, settings.lightning.get("modelcheckpoint"))}
     callbacks = settings.lightning.get("callbacks") or {}
     if TRAINSTEP in callbacks:
-        steps = {"dirpath": folder / "checkpoints" / "trainstep_checkpoints", "filename": "{epoch:06}-{step:09}"}
+        steps: dict[str, Any] = {"dirpath": folder / "checkpoints" / "trainstep_checkpoints", "filename": "{epoch:06}-{step:09}"}
         steps |= {"save_top_k": -1, "every_n_train_steps": 10000, "save_weights_only": True, "save_last": False}
         sections[f"lightning.callbacks.{TRAINSTEP}"] = (steps, callbacks[TRAINSTEP])
     result = []
