@@ -1,10 +1,5 @@
-"""Pictures at the edges of the system: files to tensors, tensors to pictures, grids, PNG files and their metadata.
+"""Images: reading and writing files, conversion to and from tensors, masks, grids."""
 
-reading    from files      pixels     sizes, masks, tensors, grids
-writing    to files        metadata   what a PNG file says of how it was made
-"""
-
-from ldm.images.metadata import parameters_text, png_metadata
 from ldm.images.pixels import (
     blend,
     check_mask,
@@ -17,7 +12,15 @@ from ldm.images.pixels import (
     text_to_tensor,
 )
 from ldm.images.reading import FORMATS, load_gray, load_image, opened
-from ldm.images.writing import next_free_index, replace_png, save_animation, save_png, save_png_named
+from ldm.images.writing import (
+    next_free_index,
+    parameters_text,
+    png_metadata,
+    replace_png,
+    save_animation,
+    save_png,
+    save_png_named,
+)
 
 __all__ = [
     "FORMATS",

@@ -1,4 +1,4 @@
-"""Pictures in memory: brought to a size, masks and blending, to and from tensors, in grids."""
+"""Images in memory: sizes, masks, blending, tensors, grids."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from torch import Tensor
 def fit_to_multiple(
     image: Image.Image, multiple: int, height: int | None = None, width: int | None = None
 ) -> Image.Image:
-    """`image` resized (Lanczos) to `height` x `width` pixels, both floored to a multiple of `multiple`.
+    """Resize (Lanczos) to `height` x `width` pixels, rounded down to multiples of `multiple`.
 
-    With one side given the other follows the picture's shape; with neither the picture keeps its size but for the
-    flooring. Raises ValueError if a side comes out below one multiple.
+    With one side given the aspect ratio is kept, with neither the size. ValueError for less than one multiple.
     """
     if height is None and width is None:
         height, width = image.height, image.width
@@ -32,35 +31,35 @@ def fit_to_multiple(
     assert height is not None and width is not None
     if min(height, width) < multiple:
         raise ValueError(
-            f"a picture of {width}x{height} pixels is too small: each side needs at least {multiple}; "
-            f"give a larger picture or a larger size"
+            f"an image of {width}x{height} pixels is too small: each side needs at least {multiple}; "
+            f"use a larger image or size"
         )
     return image.resize((width - width % multiple, height - height % multiple), resample=Image.Resampling.LANCZOS)
 
 
-def check_mask(mask: Tensor, image: Image.Image, mask_name: str = "the mask", image_name: str = "the picture") -> None:
-    """ValueError, naming both, unless a mask (1, 1, H, W) is as large as its picture, but for a scale."""
+def check_mask(mask: Tensor, image: Image.Image, mask_name: str = "the mask", image_name: str = "the image") -> None:
+    """Raise ValueError unless a mask (1, 1, H, W) has the aspect ratio of its image."""
     height, width = mask.shape[2:]
     if abs(height / image.height - width / image.width) > 0.5 / image.height + 0.5 / image.width:
         raise ValueError(
             f"{mask_name} is {width}x{height} pixels, but {image_name} is {image.width}x{image.height}: "
-            "make it as large as the picture"
+            "make it as large as the image"
         )
 
 
 def fit_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """A mask (1, 1, H, W) with values from 0 to 1, resized and made one of 0 and 1, which is from a half on."""
+    """Resize a mask (1, 1, H, W) in [0, 1] and binarise it at 0.5."""
     if mask.shape[2:] != (height, width):
         mask = F.interpolate(mask, (height, width), mode="bilinear", antialias=True)
     return (mask >= 0.5).float()
 
 
 def feathered(mask: Tensor, pixels: int) -> Tensor:
-    """A mask (1, 1, H, W) of 0 and 1 with a soft edge outside of what it covers, `pixels` wide.
+    """Give a mask (1, 1, H, W) of 0 and 1 a soft outer edge, `pixels` wide.
 
-    At the distance d from the nearest 1 it is max(0, 1 - d / (pixels + 1)).
+    At distance d from the nearest 1 it is max(0, 1 - d / (pixels + 1)).
     """
-    squared = torch.where(mask > 0, 0.0, math.inf)  # distances: exact, as the square of each axis adds up
+    squared = torch.where(mask > 0, 0.0, math.inf)  # distances: exact, as squares of both axes add up
     for axis, sides in ((3, (pixels, pixels)), (2, (0, 0, pixels, pixels))):
         padded = F.pad(squared, sides, value=math.inf)
         shifts = range(-pixels, pixels + 1)
@@ -70,52 +69,52 @@ def feathered(mask: Tensor, pixels: int) -> Tensor:
 
 
 def blend(under: Image.Image, over: Image.Image, weight: Tensor) -> Image.Image:
-    """`over` on `under`, RGB of one size, with a weight (1, 1, H, W): where it is 0 or 1, bit for bit one of them."""
+    """Blend two RGB images by a weight (1, 1, H, W): `under` at 0 and `over` at 1, bit for bit."""
     below, above = (np.asarray(image, dtype=np.float32) for image in (under, over))
     return Image.fromarray(np.rint(below + weight[0, 0, :, :, None].numpy() * (above - below)).astype(np.uint8))
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as float32 (1, 3, H, W) from -1 to 1."""
+    """Convert an image to float32 (1, 3, H, W) in [-1, 1]."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
     return 2.0 * torch.from_numpy(rearrange(pixels, "h w c -> 1 c h w").copy()) - 1.0
 
 
 def tensor_to_images(x: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) with values from -1 to 1, cut off beyond, as B pictures.
+    """Convert (B, 3, H, W) in [-1, 1], clamped, to B images.
 
-    Levels are truncated, not rounded, as in the public scripts. Raises ValueError for any other shape.
+    Levels are truncated, not rounded, as in the public scripts. ValueError for other shapes.
     """
     if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"pictures have the shape (B, 3, H, W), not {tuple(x.shape)}")
+        raise ValueError(f"images have the shape (B, 3, H, W), not {tuple(x.shape)}")
     pixels = torch.clamp((x.detach().float() + 1.0) / 2.0, min=0.0, max=1.0).cpu().numpy()
     return [Image.fromarray((255.0 * rearrange(p, "c h w -> h w c")).astype(np.uint8)) for p in pixels]
 
 
 def text_to_tensor(texts: Sequence[str], height: int, width: int) -> Tensor:
-    """Texts in lines that fit, black on white, as pictures (B, 3, height, width) from -1 to 1; the end may be cut."""
+    """Render texts, wrapped, black on white, to (B, 3, height, width) in [-1, 1]; long texts are truncated."""
     size = max(8, width // 24)
     font = ImageFont.load_default(size)
     columns = max(1, int(width / font.getlength("abcdefgh ") * 9))
-    drawn = []
+    rendered = []
     for text in texts:
         image = Image.new("RGB", (width, height), "white")
         ImageDraw.Draw(image).text((1, 0), textwrap.fill(text, columns), fill="black", font=font)
-        drawn.append(image_to_tensor(image))
-    return torch.cat(drawn)
+        rendered.append(image_to_tensor(image))
+    return torch.cat(rendered)
 
 
 def make_grid(images: Sequence[Image.Image], nrow: int = 8, padding: int = 2) -> Image.Image:
-    """RGB pictures of one size in rows of `nrow`, on black, `padding` pixels around each.
+    """Arrange RGB images of one size in rows of `nrow`, on black, with `padding` pixels around each.
 
-    Laid out as torchvision.utils.make_grid does it: a row is never longer than there are pictures, and a single
-    picture is returned without padding. Raises ValueError for no pictures, unequal sizes or nrow < 1.
+    As torchvision.utils.make_grid: rows are not longer than the number of images, and a single image has no padding.
+    ValueError for no images, unequal sizes or nrow < 1.
     """
     if not images or nrow < 1:
-        raise ValueError(f"a grid needs pictures and at least one a row, got {len(images)} pictures and nrow={nrow}")
+        raise ValueError(f"a grid needs images and at least one per row, got {len(images)} images and nrow={nrow}")
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
-        raise ValueError(f"the pictures of a grid need one size, got {sizes}")
+        raise ValueError(f"the images of a grid need one size, got {sizes}")
     if len(images) == 1:
         return images[0].copy()
     width, height = (side + padding for side in sizes[0])

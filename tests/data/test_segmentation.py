@@ -46,7 +46,7 @@ def test_files_that_are_no_map(tmp_path, monkeypatch):
         "objects.npy": "is no array of class ids",
         "cut.png": "cut.png is cut short or damaged",
         "bomb.png": r"bomb.png has too many pixels \(4096 pixels\): make it smaller",
-        "text.png": "is not a picture that Pillow can read",
+        "text.png": "is not an image that Pillow can read",
         "": "is a folder",
     }
     for name, message in messages.items():

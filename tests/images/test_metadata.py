@@ -1,4 +1,4 @@
-"""ldm/images/metadata.py: what other tools read."""
+"""ldm/images/writing.py: metadata that other tools read."""
 
 from __future__ import annotations
 

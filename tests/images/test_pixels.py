@@ -93,7 +93,7 @@ def test_masks_may_be_scaled(size):
 
 @pytest.mark.parametrize("size", [(50, 100), (96, 50), (100, 52)])
 def test_masks_of_another_shape_are_refused(size):
-    message = f"m.png is {size[0]}x{size[1]} pixels, but a.png is 100x50: make it as large as the picture"
+    message = f"m.png is {size[0]}x{size[1]} pixels, but a.png is 100x50: make it as large as the image"
     with pytest.raises(ValueError, match=message):
         images.check_mask(torch.zeros(1, 1, size[1], size[0]), Image.new("RGB", (100, 50)), "m.png", "a.png")
 
@@ -141,7 +141,7 @@ def test_grid_sizes_of_the_public_scripts():
 
 
 def test_grid_errors():
-    with pytest.raises(ValueError, match="needs pictures"):
+    with pytest.raises(ValueError, match="needs images"):
         images.make_grid([])
     with pytest.raises(ValueError, match="nrow=0"):
         images.make_grid([Image.new("RGB", (2, 2))], nrow=0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+import struct
 from collections.abc import Iterator
 from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from ldm import images
 from tests.images import COLOURS, pixels
@@ -63,12 +64,12 @@ def test_load_gives_rgb(tmp_path, mode):
 
 
 def test_load_errors(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="there is no picture .*nothing.png"):
+    with pytest.raises(FileNotFoundError, match="there is no image .*nothing.png"):
         images.load_image(tmp_path / "nothing.png")
     with pytest.raises(ValueError, match="is a folder"):
         images.load_image(tmp_path)
     (tmp_path / "text.png").write_text("<html>")
-    with pytest.raises(ValueError, match="text.png is not a picture"):
+    with pytest.raises(ValueError, match="text.png is not an image"):
         images.load_image(tmp_path / "text.png")
     whole = tmp_path / "whole.png"
     Image.effect_noise((64, 64), 50).save(whole)
@@ -98,7 +99,7 @@ def test_load_gray_gives_brightness_from_0_to_1_with_the_precision_of_the_file(t
         assert np.abs(gray.numpy() - ramp).max() <= bound
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert images.load_gray(tmp_path / "clear.png").eq(1).all()  # an erased part of a mask is one to fill
-    with pytest.raises(FileNotFoundError, match="there is no picture"):
+    with pytest.raises(FileNotFoundError, match="there is no image"):
         images.load_gray(tmp_path / "none.png")
 
 
@@ -161,7 +162,7 @@ def test_of_several_pictures_the_first_is_used_and_that_is_said_once(tmp_path, c
     with caplog.at_level("INFO"):
         for _ in range(2):
             assert images.load_image(path).getpixel((8, 8)) == COLOURS["red"]
-    assert caplog.text.count("moving") == 1 and "several pictures: the first is used" in caplog.text
+    assert caplog.text.count("moving") == 1 and "several images: the first is used" in caplog.text
 
 
 def test_formats_that_are_not_expected_are_refused(tmp_path):
@@ -173,7 +174,7 @@ def test_formats_that_are_not_expected_are_refused(tmp_path):
             continue  # this Pillow writes no such files
         (tmp_path / f"a.{kind}").rename(tmp_path / "a.png")
         with pytest.raises(
-            ValueError, match="a.png is not a picture .* in a format of AVIF, BMP, .*: convert it to PNG"
+            ValueError, match="a.png is not an image .* in a format of AVIF, BMP, .*: convert it to PNG"
         ):
             images.load_image(tmp_path / "a.png")
 
@@ -247,3 +248,134 @@ def test_mutated_files_are_read_or_refused(tmp_path, count):
             assert image.mode == "RGB" and gray.shape[2:] == (image.height, image.width)
             assert 0 <= gray.min() <= gray.max() <= 1
     assert count / 20 < read < count
+
+
+# ---- colour profiles, text, masks with alpha, shapes ----
+
+
+def profile(red, green, blue, gamma: float = 2.2) -> bytes:
+    """A minimal ICC display profile: primaries in XYZ (D50) and a gamma."""
+
+    def fixed(values) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    white = (0.9642, 1.0, 0.8249)
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"wide\0" + b"\0" * 78, b"cprt": b"text\0\0\0\0-\0"}
+    tags |= {name: b"XYZ \0\0\0\0" + fixed(xyz) for name, xyz in
+             ((b"wtpt", white), (b"rXYZ", red), (b"gXYZ", green), (b"bXYZ", blue))}  # fmt: skip
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, value in tags.items():
+        value += b"\0" * (-len(value) % 4)
+        table += name + struct.pack(">II", start + len(data), len(value))
+        data += value
+    head = struct.pack(">I4xI", start + len(data), 0x02100000) + b"mntrRGB XYZ " + b"\0" * 12 + b"acsp" + b"\0" * 28
+    return head + fixed(white) + b"\0" * 48 + table + data
+
+
+ADOBE = profile((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457), 2.19921875)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp"])
+def test_colours_are_converted_to_srgb(tmp_path, name):
+    options = {"quality": 95} if name.endswith("jpg") else {"lossless": True} if name.endswith("webp") else {}
+    Image.new("RGB", (32, 32), (60, 200, 60)).save(tmp_path / name, icc_profile=ADOBE, **options)
+    found = pixels(images.load_image(tmp_path / name))[16, 16]
+    assert np.abs(found - (0, 201, 37)).max() <= 12  # what viewers show
+    Image.new("RGB", (32, 32), (60, 200, 60)).save(tmp_path / name, icc_profile=ADOBE[:200], **options)  # damaged
+    assert np.abs(pixels(images.load_image(tmp_path / name))[16, 16] - (60, 200, 60)).max() <= 6
+
+
+def test_profiles_keep_transparency_and_srgb_exact(tmp_path):
+    image = Image.new("RGBA", (4, 1), (60, 200, 60, 255))
+    image.putpixel((0, 0), (60, 200, 60, 0))
+    image.save(tmp_path / "a.png", icc_profile=ADOBE)
+    found = pixels(images.load_image(tmp_path / "a.png"))
+    assert found[0, 0].tolist() == [255, 255, 255] and np.abs(found[0, 1] - (0, 201, 37)).max() <= 12
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "s.png", icc_profile=srgb)
+    assert np.array_equal(pixels(images.load_image(tmp_path / "s.png")), noise)
+    Image.fromarray(noise[..., 0]).save(tmp_path / "gray.png", icc_profile=ADOBE)  # of another colour space
+    assert np.array_equal(pixels(images.load_image(tmp_path / "gray.png"))[..., 0], noise[..., 0])
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+def test_long_text_in_a_png_is_no_damage(tmp_path, kind):
+    text = PngImagePlugin.PngInfo()
+    if kind == "zTXt":
+        text.add_text("history", "x" * 3_000_000, zip=True)
+    elif kind == "iTXt":
+        text.add_itxt("history", "x" * 3_000_000, zip=True)
+    noise = Image.effect_noise((20, 10), 90).convert("RGB")
+    noise.save(tmp_path / "a.png", pnginfo=text, icc_profile=b"\0" * 3_000_000 if kind == "iCCP" else None)
+    assert np.array_equal(pixels(images.load_image(tmp_path / "a.png")), pixels(noise))
+    assert images.load_gray(tmp_path / "a.png").shape == (1, 1, 10, 20)
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[:-400])
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        images.load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("colour", ["white", "black", "red"])
+def test_strokes_on_a_transparent_canvas_are_the_mask(tmp_path, colour):
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    mask.paste(colour, (16, 16, 48, 48))
+    mask.save(tmp_path / "m.png")
+    found = images.load_gray(tmp_path / "m.png")[0, 0]
+    assert found[16:48, 16:48].eq(1).all() and found.sum() == 32**2
+
+
+def test_an_erased_part_of_a_photo_is_a_hole(tmp_path):
+    photo = Image.effect_noise((16, 16), 90).convert("RGBA")
+    photo.putalpha(Image.new("L", (16, 16), 255))
+    photo.paste((0, 0, 0, 0), (4, 4, 8, 8))
+    photo.save(tmp_path / "p.png")
+    assert images.load_gray(tmp_path / "p.png")[0, 0, 4:8, 4:8].eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        ([0, 128, 255], np.int32, [0, 128, 255]),
+        ([200, 200, 200], np.int32, [200, 200, 200]),
+        ([0, 2**30, 2**31 - 1], np.int32, [0, 128, 255]),
+        ([0, 2**31, 2**32 - 1], np.uint32, [0, 128, 255]),
+        ([100_000, 100_000, 50_000], np.int32, [255, 255, 128]),
+        ([-10, 0, 10], np.int32, [0, 128, 255]),
+    ],
+)
+def test_integers_of_32_bits(tmp_path, values, kind, expected):
+    signed = np.array([values], kind).view(np.int32)
+    tags = {339: 1 if kind == np.uint32 else 2}
+    Image.fromarray(signed).save(tmp_path / "a.tif", tiffinfo=tags)
+    with Image.open(tmp_path / "a.tif") as image:
+        if image.tag_v2.get(339) != tags[339]:  # Pillow writes the sample format of its mode
+            _patch_sample_format(tmp_path / "a.tif", tags[339])
+    assert pixels(images.load_image(tmp_path / "a.tif"))[0, :, 0].tolist() == pytest.approx(expected, abs=1)
+
+
+def _patch_sample_format(path, value: int) -> None:
+    data = path.read_bytes()
+    entry = struct.pack("<HHI", 339, 3, 1)
+    at = data.index(entry) + len(entry)
+    path.write_bytes(data[:at] + struct.pack("<H", value) + data[at + 2 :])
+
+
+def test_extreme_shapes_are_refused(tmp_path):
+    Image.new("1", (70_000, 1)).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match=r"too many pixels \(70000x1 pixels\)"):
+        images.load_image(tmp_path / "line.png")
+
+
+def test_a_damaged_avif_is_called_damaged(tmp_path, monkeypatch):
+    """Pillow's AVIF decoder raises RuntimeError."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def fail(self):
+        raise RuntimeError("Failed to decode frame 0: Decoding of color planes failed")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(ValueError, match="a.png is cut short or damaged: Failed to decode"):
+        images.load_image(tmp_path / "a.png")

@@ -97,7 +97,7 @@ def test_animations_last_as_long_as_they_should_and_overwrite_nothing(tmp_path, 
             durations.append(animated.info["duration"])
     assert sum(durations) == 400 and max(durations) - min(durations) <= 10
     assert max(np.abs(a - np.asarray(b)).max() for a, b in zip(shown, frames)) <= tolerance
-    with pytest.raises(ValueError, match=r"a \.gif or \.webp of at least one picture, not \.mp4 of 6"):
+    with pytest.raises(ValueError, match=r"a \.gif or \.webp of at least one image, not \.mp4 of 6"):
         images.save_animation(frames, tmp_path, "a-{:04}.mp4", fps=15)
 
 

@@ -122,7 +122,7 @@ def test_sizes(models, kind):
         assert drawn.size == (64, 32) and np.array_equal(pixels(drawn)[20:], fitted[20:])
     (drawn,) = fill(models, kind, image, F.interpolate(mask, (82, 150)), height=40, width=56)
     assert drawn.size == (56, 40)
-    with pytest.raises(ValueError, match="the mask is 64x32 pixels, but the picture is 75x41"):
+    with pytest.raises(ValueError, match="the mask is 64x32 pixels, but the image is 75x41"):
         fill(models, kind, image, hole())
 
 

@@ -166,7 +166,7 @@ def test_a_folders_pictures(tmp_path, caplog):
     (folder / "broken.png").write_bytes(b"no picture")
     found, names = inference.embed_folder(embedder, folder, batch_size=2)
     assert names == ["a.png", "b.png", "sub/c.jpg"] and found.dtype == np.float16 and found.shape == (3, WIDTH)
-    assert "broken.png is not a picture" in caplog.text
+    assert "broken.png is not an image" in caplog.text
     alone = embed_pictures(embedder, [clip_picture(folder / "b.png", 28)])
     np.testing.assert_allclose(found[1], alone[0], atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)

@@ -84,7 +84,7 @@ def test_metadata(script):
 
 def test_missing_picture_fails_before_the_model_loads(script, inference, capsys):
     assert script("--init-img", "nothing.png") == 2
-    assert capsys.readouterr().err == "error: there is no picture nothing.png\n"
+    assert capsys.readouterr().err == "error: there is no image nothing.png\n"
     assert inference.calls == []
 
 

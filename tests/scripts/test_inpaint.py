@@ -136,7 +136,7 @@ MISTAKES = [
     (["--init-img", "in/a.png"], "--init-img and --mask go together: name both"),
     (["--indir", "nowhere"], "there is no folder nowhere"),
     (["--indir", "."], "has no masks: the mask of X.png is X_mask.png"),
-    (["--init-img", "in/c.png", "--mask", "in/a_mask.png"], "there is no picture in/c.png"),
+    (["--init-img", "in/c.png", "--mask", "in/a_mask.png"], "there is no image in/c.png"),
     (
         ["--init-img", "in/a.png", "--mask", "in/b_mask.png"],
         "mask in/b_mask.png is 33x64 pixels, but in/a.png is 75x41",

@@ -115,7 +115,7 @@ def test_from_a_picture(run, folder):
         (["--use_neighbors", "--database", "{}/mine.npz", "--knn", "51"], "ask for 1 to 50 neighbours, not 51"),
         (["--use_neighbors", "--database", "{}/wide.npz"], "both must come from the same CLIP"),
         (["--use_neighbors", "--database", "{}/prompts.txt"], "prompts.txt is no file of embeddings"),
-        (["--image", "no.png"], "there is no picture no.png"),
+        (["--image", "no.png"], "there is no image no.png"),
         (["--image", "{}/photo.png", "--prompt", "a cat"], "leave out --image, or --prompt and --from-file"),
         (["--H", "25"], "height 25 is not a multiple of 2"),
         (["--knn", "0"], "'0' is not a whole number of at least 1"),

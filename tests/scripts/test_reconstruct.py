@@ -95,13 +95,13 @@ def test_broken_pictures_do_not_stop_the_others(tmp_path, capsys):
     assert run("broken.png", "photo.png", "missing.png", "--ckpt", write_tiny(tmp_path)) == 2
     assert [path.name for path in Path("outputs/reconstructions").iterdir()] == ["photo.png"]
     error = capsys.readouterr().err
-    assert "warning: broken.png is not a picture" in error
+    assert "warning: broken.png is not an image" in error
     assert error.endswith("error: 2 of 3 pictures could not be read: broken.png, missing.png\n")
 
 
 def test_nothing_is_loaded_for_no_pictures(capsys):
     assert run("missing.png", "--ckpt", "missing.ckpt") == 2
-    assert capsys.readouterr().err == "error: there is no picture missing.png\n"
+    assert capsys.readouterr().err == "error: there is no image missing.png\n"
     assert not Path("outputs").exists()
 
 
@@ -135,7 +135,7 @@ def test_files_without_an_autoencoder(tmp_path, capsys):
 
 def test_a_folder_is_no_picture(tmp_path, capsys):
     assert run(".", "--ckpt", write_tiny(tmp_path)) == 2
-    assert capsys.readouterr().err == "error: . is a folder, not a picture\n"
+    assert capsys.readouterr().err == "error: . is a folder, not an image\n"
     assert not Path("outputs").exists()
 
 

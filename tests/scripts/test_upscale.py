@@ -92,7 +92,7 @@ def test_mistakes_are_named(files, capsys, name, flags, message):
 
 def test_what_is_missing_is_said_before_loading(capsys, monkeypatch):
     assert run("--init-img", "none.png", "--ckpt", "none.ckpt") == 2
-    assert "there is no picture none.png" in capsys.readouterr().err
+    assert "there is no image none.png" in capsys.readouterr().err
     monkeypatch.setattr("scripts.upscale.PUBLIC_CKPT", "nowhere/model.ckpt")
     assert run() == 2
     assert capsys.readouterr().err == "error: there is no nowhere/model.ckpt: name an upscaler with --ckpt\n"
