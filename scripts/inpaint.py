@@ -53,7 +53,7 @@ def pairs_of(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     """The pictures and masks to work on; FileNotFoundError or ValueError if anything is wrong with them."""
     from tqdm import tqdm
 
-    from ldm.data.pairs import find_pairs, load_pair
+    from ldm.data.masks import find_pairs, load_pair
 
     if bool(args.indir) == bool(args.init_img or args.mask):
         raise ValueError("name either a folder with --indir, or a picture with --init-img and its mask with --mask")
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from ldm import inference
-    from ldm.data.pairs import load_pair
+    from ldm.data.masks import load_pair
 
     model = load_model(args)
     options = {name: getattr(args, name) for name in ("strength", "feather", "keep_unmasked")}

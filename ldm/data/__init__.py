@@ -1,1 +1,1 @@
-"""Data sets: the drawn scenes that the bundled model learns from, and the judge that scores pictures of them."""
+"""Datasets: folders of images, public data sets, synthetic scenes, cached latents."""

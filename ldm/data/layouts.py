@@ -1,9 +1,9 @@
-"""Layouts, boxes of classes in a picture, as the tokens that layout-to-image models read.
+"""Layouts, bounding boxes with classes, as the tokens of layout-to-image models.
 
-A layout is a sequence: for every object its class, the cell of its top left corner and that of its bottom right one;
-"none" in the places that are left; at the end the two corners of the part of the picture that is shown. This is the
-conditioning of the published model for OpenImages (Rombach et al. 2022, section 4.3.1; the tokens are those of
-taming-transformers), whose 92 tokens are 30 objects and the crop.
+A layout is a sequence: for every object its class, the grid cell of its top left corner and that of its bottom right
+one; then "none" tokens as padding; at the end the two corners of the crop. This is the conditioning of the published
+model for Open Images (Rombach et al. 2022, section 4.3.1; tokens as in taming-transformers), with 92 tokens for 30
+objects and the crop.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SLACK = 1e-6  # what a box may lie outside of the picture by, from rounding
+SLACK = 1e-6  # tolerance for boxes outside of the image, from rounding
 
 
 class Box(NamedTuple):
-    """An object: its class, and left, top, width and height as shares of the picture's sides."""
+    """An object: class, and left, top, width and height as fractions of the image's sides."""
 
     label: int
     x: float
@@ -31,44 +31,52 @@ class Box(NamedTuple):
     height: float
 
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)
+NO_CROP = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class LayoutTokens:
-    """The tokens of layouts. vocab_size: how many ids there are, "none" the last. length: tokens of a layout."""
+    """Tokenizer of layouts.
+
+    Args:
+        vocab_size: Number of ids; the last is "none".
+        length: Tokens per layout.
+    """
 
     vocab_size: int = 8192
     length: int = 92
 
     def __post_init__(self) -> None:
         if self.length < 5 or self.length % 3 != 2:
-            raise ValueError(
-                f"a layout has 3 tokens for each object and 2 for its crop, which does not make {self.length}"
-            )
+            raise ValueError(f"length must be 3 tokens for each object and 2 for the crop, not {self.length}")
 
     @property
     def max_objects(self) -> int:
-        """Objects that a layout has room for."""
+        """Most objects of a layout."""
         return (self.length - 2) // 3
 
     @property
     def none(self) -> int:
-        """The id that stands where there is no object."""
+        """Padding id."""
         return self.vocab_size - 1
 
     @property
     def cells(self) -> int:
-        """Cells along each side: as many as can be numbered."""
+        """Grid cells per side: as many as ids can number."""
         return math.isqrt(self.vocab_size)
 
-    def encode(self, layout: Sequence[Box], crop: Sequence[float] = WHOLE) -> list[int]:
-        """The tokens of one layout. crop: the part (x, y, width, height) of the picture to draw.
+    def encode(self, layout: Sequence[Box], crop: Sequence[float] = NO_CROP) -> list[int]:
+        """Encode a layout.
 
-        Raises ValueError for too many objects, classes that there is no token for and boxes outside of the picture.
+        Args:
+            layout: The objects.
+            crop: The part (x, y, width, height) of the image to generate.
+
+        Raises:
+            ValueError: For too many objects, unknown classes and boxes outside of the image.
         """
         if len(layout) > self.max_objects:
-            raise ValueError(f"a layout holds at most {self.max_objects} objects, not {len(layout)}: leave some out")
+            raise ValueError(f"a layout has at most {self.max_objects} objects, not {len(layout)}: leave some out")
         tokens: list[int] = []
         for label, *box in layout:
             if not 0 <= label < self.none:
@@ -78,12 +86,12 @@ class LayoutTokens:
         return [*tokens, *self.corners(crop)]
 
     def corners(self, box: Sequence[float]) -> tuple[int, int]:
-        """The cells of the top left and the bottom right corner of (x, y, width, height)."""
+        """Return the cells of the top left and the bottom right corner of (x, y, width, height)."""
         x, y, width, height = box
         if not (min(x, y) >= -SLACK and min(width, height) > 0 and max(x + width, y + height) <= 1 + SLACK):
             raise ValueError(
-                f"the box {list(box)} is not inside of the picture: it must be [x, y, width, height], "
-                "left, top and size as shares (0 to 1) of the picture's sides"
+                f"the box {list(box)} is not inside of the image: it must be [x, y, width, height], "
+                "left, top and size as fractions (0 to 1) of the image's sides"
             )
         return self._cell(x, y), self._cell(x + width, y + height)
 
@@ -92,23 +100,29 @@ class LayoutTokens:
         return row * self.cells + column
 
     def tensor(self, layouts: Sequence[Sequence[Box]]) -> Tensor:
-        """Tokens (B, length) int64 of B layouts."""
+        """Encode B layouts to (B, length) int64."""
         return torch.tensor([self.encode(layout) for layout in layouts])
 
 
 def read_layouts(path: str | Path, categories: str | Path | None = None) -> list[list[Box]]:
-    """The layouts in a JSON file: one, a list of {"class": ..., "box": [x, y, width, height]}, or a list of such.
+    """Read layouts from a JSON file.
 
-    Boxes are in shares of the picture's sides. categories: a text file of class names, the first line for class 0;
-    without it classes are numbers. Raises FileNotFoundError or ValueError for files that hold anything else.
+    Args:
+        path: One layout, a list of {"class": ..., "box": [x, y, width, height]}, or a list of layouts. Boxes are
+            fractions of the image's sides.
+        categories: Text file of class names, the first line for class 0; without it classes are numbers.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If it holds anything else.
     """
     names = read_categories(categories) if categories is not None else None
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, list) or not content:
-        raise ValueError(f"{path} holds no layout: it must be a list such as {_EXAMPLE}")
+        raise ValueError(f"{path} has no layout: it must be a list such as {_EXAMPLE}")
     layouts = content if all(isinstance(layout, list) for layout in content) else [content]
     return [[_box(entry, names, path) for entry in layout] for layout in layouts]
 
@@ -117,7 +131,7 @@ _EXAMPLE = '[{"class": 3, "box": [0.1, 0.2, 0.5, 0.6]}]'
 
 
 def read_categories(path: str | Path) -> dict[str, int]:
-    """Class names and their numbers from a text file of one name a line."""
+    """Read class names and their numbers from a text file with one name per line."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -126,16 +140,19 @@ def read_categories(path: str | Path) -> dict[str, int]:
 
 
 def _box(entry: Any, names: dict[str, int] | None, path: str | Path) -> Box:
-    try:
-        label, (x, y, width, height) = entry["class"], map(float, entry["box"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: {json.dumps(entry)} is no object of a layout, such as {_EXAMPLE[1:-1]}") from None
+    label, box = (entry.get("class"), entry.get("box")) if isinstance(entry, dict) else (None, None)
+    numbers = isinstance(box, list) and all(type(side) in (int, float) and math.isfinite(side) for side in box)
+    if label is None or not numbers or len(box) != 4:
+        shown = json.dumps(entry)[:200]
+        raise ValueError(f"{path}: {shown} is no object of a layout, such as {_EXAMPLE[1:-1]}")
     if isinstance(label, str):
         if names is None:
-            raise ValueError(f"{path} names the class {label!r}: give the list of names with --categories, or numbers")
+            raise ValueError(
+                f"{path} has the class {label!r}: pass the list of names with --categories, or use numbers"
+            )
         if label not in names:
-            raise ValueError(f"{path} names the class {label!r}, which is not among the {len(names)} categories")
+            raise ValueError(f"{path} has the class {label!r}, which is not among the {len(names)} categories")
         label = names[label]
     if not isinstance(label, int) or isinstance(label, bool):
-        raise ValueError(f"{path}: the class {label!r} is neither a whole number nor a name")
-    return Box(label, x, y, width, height)
+        raise ValueError(f"{path}: the class {label!r} is neither an integer nor a name")
+    return Box(label, *map(float, box))

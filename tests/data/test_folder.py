@@ -111,7 +111,7 @@ def test_scanning_goes_below_but_not_in_circles(tmp_path) -> None:
     folder(tmp_path, "z.png x/y/b.webp x/a.png .hidden.png .git/c.png")
     (tmp_path / "x/loop").symlink_to(tmp_path)
     (tmp_path / "x/notes.txt").write_text("no picture")
-    assert scan(tmp_path) == (["x/a.png", "x/y/b.webp", "z.png"], {"x/notes"})
+    assert scan(tmp_path) == (["x/a.png", "x/y/b.webp", "z.png"], {"x/notes": "x/notes.txt"})
     assert scan(tmp_path, recursive=False)[0] == ["z.png"]
 
 
@@ -127,7 +127,7 @@ def test_small_pictures_are_left_out(tmp_path) -> None:
     draw(tmp_path / "a.png", size=(40, 30))
     draw(tmp_path / "b.png", size=(40, 29))
     assert ImageFolder(tmp_path, 8, min_size=30).names == ["a.png"]
-    with pytest.raises(ValueError, match=r"no picture in .* is left with part=\[0.0, 1.0\] and min_size=31"):
+    with pytest.raises(ValueError, match=r"no image in .* is left with part=\[0.0, 1.0\] and min_size=31"):
         ImageFolder(tmp_path, 8, min_size=31)
 
 
@@ -136,8 +136,7 @@ def test_enlarging_is_said_once(tmp_path, caplog) -> None:
     for item in data:
         assert item["image"].shape == (64, 64, 3)
     assert [record.getMessage() for record in caplog.records if "enlarged" in record.getMessage()] == [
-        f"{tmp_path / 'a.png'} has only 20x16 pixels and is enlarged to size=64, as others may be "
-        "(min_size leaves such out)"
+        f"{tmp_path / 'a.png'} has only 20x16 pixels and is enlarged to size=64, as others may be (min_size skips them)"
     ]
 
 
@@ -156,6 +155,33 @@ def test_side_car_files(tmp_path) -> None:
     assert data[1]["caption"] == "" and data[2]["caption"] == "schöne Grüße"
     assert ImageFolder(tmp_path, 8, caption_key="txt")[2]["txt"] == "schöne Grüße"
     assert "caption" not in ImageFolder(tmp_path, 8, captions="none")[2]
+
+
+def test_caption_files_of_other_trainers(tmp_path, caplog) -> None:
+    for name in "abc":
+        draw(tmp_path / f"10_sks dog/{name}.png")
+    (tmp_path / "10_sks dog/a.caption").write_text("a brown dog")
+    (tmp_path / "10_sks dog/b.TXT").write_text("a black dog")
+    (tmp_path / "10_sks dog/b.caption").write_text("the .txt file wins")
+    (tmp_path / "10_sks dog/c.caption").write_text("a dog")
+    with caplog.at_level(logging.WARNING):
+        data = ImageFolder(tmp_path, 8)
+    assert [item["caption"] for item in data] == ["a brown dog", "a black dog", "a dog"]
+    assert "not read" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["x/a.png.txt", "metadata.csv", "x/a.json", "captions.JSONL"])
+def test_text_files_that_are_not_read_are_named(tmp_path, caplog, name) -> None:
+    folder(tmp_path, "x/a.png y/b.png")
+    (tmp_path / name).write_text("a dog")
+    with caplog.at_level(logging.WARNING):
+        assert ImageFolder(tmp_path, 8).captions == "classes"
+    assert f"that are not read: {name} (captions of NAME.png are read from NAME.txt" in caplog.text
+    caplog.clear()
+    ImageFolder(tmp_path, 8, captions="none")
+    assert not caplog.text
+    with pytest.raises(ValueError, match=f"have no caption .* are not read: {name}"):
+        ImageFolder(tmp_path, 8, captions="sidecar")
 
 
 def test_metadata_file(tmp_path) -> None:
@@ -187,8 +213,8 @@ def test_a_default_stands_in_for_missing_captions(tmp_path) -> None:
         (['{"file_name": "a.png", "text": "x"'], "metadata.jsonl, line 1 is not JSON"),
         (['{"text": "x"}'], 'line 1 has no "file_name"'),
         (['{"file_name": "a.png"}'], 'line 1 has no "text" or "caption"'),
-        (['{"file_name": "a.png", "text": "x"}', '{"file_name": "z.png", "text": "x"}'], r"1 pictures .*\(z.png\)"),
-        (['{"file_name": "a.png", "text": "x"}'], r"1 of 2 pictures .* no caption \(b.png\): add them to metadata"),
+        (['{"file_name": "a.png", "text": "x"}', '{"file_name": "z.png", "text": "x"}'], r"1 images .*\(z.png\)"),
+        (['{"file_name": "a.png", "text": "x"}'], r"1 of 2 images .* no caption \(b.png\): add them to metadata"),
     ],
 )
 def test_bad_metadata(tmp_path, entries, message) -> None:
@@ -201,10 +227,10 @@ def test_bad_metadata(tmp_path, entries, message) -> None:
 def test_missing_captions_are_counted_and_named(tmp_path) -> None:
     folder(tmp_path, "a.png b.png c.png d.png e.png")
     (tmp_path / "e.txt").write_text("there")
-    message = r"4 of 5 pictures in .* have no caption \(a.png, b.png, c.png, \.\.\.\): write a .txt .*default_caption"
+    message = r"4 of 5 images in .* have no caption \(a.png, b.png, c.png, \.\.\.\): write a .txt .*default_caption"
     with pytest.raises(ValueError, match=message):
         ImageFolder(tmp_path, 8)
-    with pytest.raises(ValueError, match="5 of 5 pictures .* have no class .*: move them into class folders or set"):
+    with pytest.raises(ValueError, match="5 of 5 images .* have no class .*: move them into class folders or set"):
         ImageFolder(tmp_path, 8, captions="classes")
     with pytest.raises(FileNotFoundError, match="captions: metadata needs"):
         ImageFolder(tmp_path, 8, captions="metadata")
@@ -256,14 +282,14 @@ def test_workers_share_what_they_found(broken) -> None:
 def test_broken_files_stop_the_run_on_request(broken) -> None:
     data = ImageFolder(broken, 8, broken="stop")
     assert data[0]["caption"] == "a"
-    with pytest.raises(ValueError, match=r"b\.png is .*skip would pass over it"):
+    with pytest.raises(ValueError, match=r"b\.png is .*skip would skip it"):
         data[1]
 
 
 def test_only_broken_files(tmp_path) -> None:
     (tmp_path / "a.png").touch()
     (tmp_path / "b.png").touch()
-    with pytest.raises(ValueError, match="none of the 2 pictures in .* can be read"):
+    with pytest.raises(ValueError, match="none of the 2 images in .* can be read"):
         ImageFolder(tmp_path, 8)[0]
 
 
@@ -297,7 +323,7 @@ def test_no_folder_no_pictures(tmp_path) -> None:
     [
         ({"captions": "text"}, "captions 'text' is not one of auto, sidecar"),
         ({"broken": "ignore"}, "broken 'ignore' is not one of skip, stop"),
-        ({"part": [0.5, 0.5]}, r"part is two numbers .*\[0.5, 0.5\]"),
+        ({"part": [0.5, 0.5]}, r"part must be two increasing numbers .*\[0.5, 0.5\]"),
         ({"template": "a photo"}, "template 'a photo' has no {}"),
     ],
 )

@@ -28,7 +28,7 @@ def test_other_vocabularies():
         [100] * 6 + [0, 99],
     ]
     assert tokens.tensor([[]]).dtype == torch.long
-    with pytest.raises(ValueError, match="2 for its crop, which does not make 93"):
+    with pytest.raises(ValueError, match="2 for the crop, not 93"):
         LayoutTokens(length=93)
 
 
@@ -39,7 +39,7 @@ def test_layouts_that_cannot_be():
         with pytest.raises(ValueError, match=f"0 to 8190, not {label}"):
             PUBLISHED.encode([Box(label, 0, 0, 1, 1)])
     for box in ((0.5, 0, 0.6, 1), (-0.1, 0, 0.5, 0.5), (0, 0, 0, 1), (10, 20, 100, 50), (0, 0, float("nan"), 1)):
-        with pytest.raises(ValueError, match="not inside of the picture: it must be"):
+        with pytest.raises(ValueError, match="not inside of the image: it must be"):
             PUBLISHED.encode([Box(0, *box)])
     assert PUBLISHED.encode([Box(0, 0.7, 0.7, 0.3 + 1e-9, 0.3)])[2] == 8099  # a rounding error is none
 
@@ -65,13 +65,17 @@ def test_files(tmp_path):
     ("content", "message"),
     [
         ("[{", "is not JSON"),
-        ([], "holds no layout: it must be a list such as"),
-        ({"class": 1}, "holds no layout"),
-        ([CAT], "names the class 'cat': give the list of names with --categories"),
+        ([], "has no layout: it must be a list such as"),
+        ({"class": 1}, "has no layout"),
+        ([CAT], "has the class 'cat': pass the list of names with --categories"),
         ([{"class": 1}], r'"class": 1} is no object of a layout, such as {"class"'),
         ([{"class": 1, "box": [0, 0, 1]}], "is no object of a layout"),
-        ([{"class": 1.5, "box": [0, 0, 1, 1]}], "1.5 is neither a whole number nor a name"),
+        ([{"class": 1.5, "box": [0, 0, 1, 1]}], "1.5 is neither an integer nor a name"),
         ([[NUMBER], NUMBER], "is no object of a layout"),
+        ([{"class": 1, "box": "0011"}], "is no object of a layout"),
+        ([{"class": 1, "box": {"0": 0, "1": 0, "2": 1, "3": 1}}], "is no object of a layout"),
+        ([{"class": 1, "box": [0, float("nan"), 1, 1]}], "is no object of a layout"),
+        ("[" * 5000, "is not JSON"),
     ],
 )
 def test_files_that_hold_something_else(tmp_path, content, message):

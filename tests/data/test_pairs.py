@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.data.pairs import find_pairs, load_pair
+from ldm.data.masks import find_pairs, load_pair
 
 
 def folder_of(tmp_path: Path, *names: str) -> Path:
@@ -32,7 +32,7 @@ def test_what_is_missing_is_named(tmp_path, caplog):
         find_pairs(folder_of(tmp_path, "a.png", "b.png"))
     assert [picture.name for picture, _ in find_pairs(folder_of(tmp_path, "a_mask.png"))] == ["a.png"]
     assert "no mask for b.png" in caplog.text
-    with pytest.raises(FileNotFoundError, match="no picture for c_mask.png, d_mask.gif"):
+    with pytest.raises(FileNotFoundError, match="no image for c_mask.png, d_mask.gif"):
         find_pairs(folder_of(tmp_path, "c_mask.png", "d_mask.gif"))
 
 

@@ -41,9 +41,9 @@ def test_files_that_are_no_map(tmp_path, monkeypatch):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:50])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     messages = {
-        "photo.png": "is a picture in colours",
-        "floats.npy": r"must hold whole numbers \(H, W\), one class id a pixel, not float64 \(2, 3\)",
-        "objects.npy": "is no array of class ids",
+        "photo.png": "is a colour image",
+        "floats.npy": r"must hold integers \(H, W\), one class id per pixel, not float64 \(2, 3\)",
+        "objects.npy": "is not an array of class ids",
         "cut.png": "cut.png is cut short or damaged",
         "bomb.png": r"bomb.png has too many pixels \(4096 pixels\): make it smaller",
         "text.png": "is not an image that Pillow can read",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.transforms import SquareTransform
+from ldm.data.folder import SquareTransform
 
 
 def columns(width: int = 12, height: int = 8) -> Image.Image:
