@@ -138,6 +138,6 @@ def test_a_small_version_trains_on_a_folder(names, photos, tmp_path) -> None:
 
 def test_captions_are_needed_by_the_text_config_alone(photos) -> None:
     (photos / "0.txt").unlink()
-    with pytest.raises(ValueError, match="1 of 4 pictures .* have no caption"):
+    with pytest.raises(ValueError, match="1 of 4 images .* have no caption"):
         ImageFolder(**ready(TEXT, pictures=photos)["data"]["params"]["train"]["params"])
     ImageFolder(**ready(TEXT, UNCONDITIONAL, pictures=photos)["data"]["params"]["train"]["params"])

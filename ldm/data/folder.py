@@ -326,7 +326,7 @@ def _scan(root: Path, recursive: bool) -> _Files:
         raise ValueError(f"no images in {root}: supported files end in {', '.join(SUFFIXES)}")
     sidecars: dict[str, str] = {}
     for suffix in reversed(SIDECARS):
-        sidecars |= {stem: stem + end for stem, end in map(os.path.splitext, sorted(texts)) if end == suffix}
+        sidecars |= {stem: stem + end for stem, end in map(os.path.splitext, sorted(texts)) if end.lower() == suffix}
     stems = {os.path.splitext(name)[0] for name in images}
     used = {name for stem, name in sidecars.items() if stem in stems}
     return _Files(sorted(images), sidecars, sorted(set(texts) - used))

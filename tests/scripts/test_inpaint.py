@@ -161,7 +161,7 @@ def test_mistakes_are_said_before_a_model_loads(folder, capsys, flags, message):
 def test_a_missing_half_of_a_pair_is_named(ckpts, folder, capsys, name):
     Image.new("L", (8, 8)).save(f"in/{name}")
     run("--indir", "in", "--outdir", "out", "--ckpt", ckpts["textless"], code=2 if "mask" in name else 0)
-    assert f"no {'picture' if 'mask' in name else 'mask'} for {name}" in capsys.readouterr().err
+    assert f"no {'image' if 'mask' in name else 'mask'} for {name}" in capsys.readouterr().err
 
 
 def test_models_of_another_kind(ckpts, folder, capsys):
