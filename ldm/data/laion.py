@@ -199,7 +199,8 @@ def expand_shards(shards: str | Sequence[str], base: str | None = None) -> list[
         if _REMOTE.match(name) or (base is not None and _REMOTE.match(base)):
             raise ValueError(
                 f"shards {text!r} are elsewhere, and nothing is downloaded: put the tars into a folder, and set "
-                "data.params.tar_base to it and the split's shards to their names, such as {00000..00099}.tar or *.tar"
+                'data.params.tar_base=FOLDER \'data.params.train.shards="{00000..00099}.tar"\' (or "*.tar"), and the '
+                "same for validation"
             )
         pattern = os.path.join(os.path.expanduser(base or ""), name)
         for path in _expand_braces(pattern):
