@@ -21,7 +21,7 @@ QUICK = {"ddim_steps": 2, "plot_diffusion_rows": False, "plot_progressive_rows":
 
 
 def depth_config(**changes):
-    """`model:` section of a small depth-to-image model: latents 16x16, pictures 32x32."""
+    """`model:` section of a small depth-to-image model: latents 16x16, images 32x32."""
     estimator = {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"config": SMALL}}
     config = tiny_config(conditioning_key="hybrid", depth_stage_config=estimator, **changes)
     config["params"]["unet_config"]["params"]["in_channels"] = 5
@@ -61,7 +61,7 @@ def without_depth(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("given", [(384, 384), (9, 13)])
 def test_depth_is_prepared_as_in_diffusers(model, given):
-    """StableDiffusionDepth2ImgPipeline.prepare_depth_map, for a picture of 128x192 and a first stage of factor 8."""
+    """StableDiffusionDepth2ImgPipeline.prepare_depth_map, for an image of 128x192 and a first stage of factor 8."""
     depth = 700.0 * tensor("depth", 2, *given) - 3.0
     pipeline = SimpleNamespace(vae_scale_factor=8)
     prepare = StableDiffusionDepth2ImgPipeline.prepare_depth_map
@@ -78,12 +78,12 @@ def test_flat_depth_and_scale(model):
 
 
 def test_estimates_are_made_at_midas_size(model):
-    depth = model.estimate_depth(tensor("picture", 2, 3, 80, 120).clamp(-1, 1))
+    depth = model.estimate_depth(tensor("image", 2, 3, 80, 120).clamp(-1, 1))
     assert depth.shape == (2, 1, 64, 96) and depth.dtype == torch.float32 and depth.std() > 0
 
 
 def test_depth_of_a_batch(model):
-    """From `midas_in`, pictures or depth itself, or else from the picture to learn."""
+    """From `midas_in`, images or depth itself, or else from the image to learn."""
     size = (16, 16)
     other = tensor("other", 2, 32, 32, 3).clamp(-1, 1)
     from_picture = model.concat_condition(batch(), size)
@@ -100,7 +100,7 @@ def test_depth_of_a_batch(model):
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_training_and_pictures_of_it(trainable):
+def test_training_and_images_of_it(trainable):
     model = filled(instantiate_from_config(depth_config(cond_stage_trainable=trainable)))
     loss, _ = model.shared_step(batch())
     loss.backward()
@@ -129,7 +129,7 @@ def test_starting_from_a_model_without_depth(tmp_path, caplog):
         model.shared_step(batch())
 
 
-def test_an_estimator_of_ones_own_stays(filled_model, tmp_path):
+def test_an_estimator_with_its_own_weights_stays(filled_model, tmp_path):
     path = save_checkpoint(tmp_path / "v2.ckpt", filled(instantiate_from_config(tiny_config())).state_dict())
     midas = tmp_path / "midas.pt"
     torch.save(filled_model.depth_model.model.state_dict(), midas)
@@ -140,7 +140,7 @@ def test_an_estimator_of_ones_own_stays(filled_model, tmp_path):
     for model in (trained, build_on_meta(config)):
         if model is not trained:  # as for sampling: a file without the estimator leaves the one that there is
             fill_model(model, Checkpoint(path, without_depth(trained)))
-        images = tensor("picture", 1, 3, 64, 64).clamp(-1, 1)
+        images = tensor("image", 1, 3, 64, 64).clamp(-1, 1)
         assert torch.equal(model.estimate_depth(images), filled_model.estimate_depth(images))
 
 
@@ -160,14 +160,14 @@ def test_published_names_are_loaded_strictly(filled_model, model, caplog):
     report = fill_model(half, Checkpoint(REFERENCE / "depth.ckpt", state), dtype=torch.float16)
     assert not report.unexpected and report.ignored == ("depth_model.model.pretrained.model.head.bias",)
     assert half.depth_model.model.pretrained["model"].cls_token.dtype == torch.float16
-    images = tensor("picture", 1, 3, 64, 64).clamp(-1, 1)
+    images = tensor("image", 1, 3, 64, 64).clamp(-1, 1)
     assert torch.equal(model.estimate_depth(images), filled_model.estimate_depth(images))
     state.pop("depth_model.model.scratch.output_conv.4.bias")
     with pytest.raises(ValueError, match="1 of .* weights are missing, e.g. depth_model"):
         fill_model(build_on_meta(depth_config()), Checkpoint(REFERENCE / "depth.ckpt", state))
 
 
-def test_a_file_without_midas_takes_depth_from_a_picture(filled_model):
+def test_a_file_without_midas_takes_depth_from_an_image(filled_model):
     model = build_on_meta(depth_config())
     fill_model(model, Checkpoint(REFERENCE / "depth.ckpt", without_depth(filled_model)))
     depth = tensor("depth", 1, 1, 32, 32)

@@ -1,4 +1,4 @@
-"""Training of diffusion: closed forms of the additions, hooks under a trainer, what several processes draw."""
+"""Training of diffusion: closed forms of the additions, hooks under a trainer, random numbers of several processes."""
 
 from __future__ import annotations
 
@@ -171,13 +171,13 @@ def test_cached_contexts_are_dropped_to_the_encoding(monkeypatch):
 # ---- batches from a cache ----
 
 
-def test_cached_batches_are_the_same_as_their_pictures():
+def test_cached_batches_are_the_same_as_their_images():
     model = build()
-    pictures = batch()
-    posterior = model.encode_first_stage(pictures["jpg"].movedim(-1, 1))
-    context = model.get_learned_conditioning(pictures["txt"])
+    images = batch()
+    posterior = model.encode_first_stage(images["jpg"].movedim(-1, 1))
+    context = model.get_learned_conditioning(images["txt"])
     torch.manual_seed(4)
-    z, c = model.get_input(pictures, "jpg")
+    z, c = model.get_input(images, "jpg")
     torch.manual_seed(4)
     cached_z, cached_c = model.get_input({"moments": posterior.parameters, "context": context}, "jpg")
     torch.testing.assert_close((cached_z, cached_c), (z, c))
@@ -209,7 +209,7 @@ def test_conditions_noised_over_a_short_schedule():
 
 
 @pytest.mark.parametrize("every, updates", [(False, 2), (True, 6)])
-def test_averages_count_optimiser_steps(tmp_path, every, updates):
+def test_averages_count_optimizer_steps(tmp_path, every, updates):
     model = point(use_ema=True, ema_every_micro_batch=every)
     fit(model, latents(6), tmp_path, accumulate_grad_batches=3, max_epochs=1)
     assert model.model_ema.num_updates == updates
@@ -338,7 +338,7 @@ def test_pixels_train_as_well(tmp_path):
 # ---- several processes ----
 
 
-def test_ranks_draw_the_rows_of_the_global_batch():
+def test_ranks_generate_the_rows_of_the_global_batch():
     def rank_draws(rank: int, world: int, count: int):
         torch.manual_seed(5)
         draws = DistributedRNG(rank, world)
@@ -352,7 +352,7 @@ def test_ranks_draw_the_rows_of_the_global_batch():
 
 
 def test_two_processes_have_the_loss_of_one():
-    """Every draw of a step: posterior, timesteps, noise and its offset, dropped and noised conditions."""
+    """Every random number of a step: posterior, timesteps, noise and its offset, dropped and noised conditions."""
     settings = {"noise_offset": 0.1, "ucg_training": {"txt": {"p": 0.5, "val": "a"}}, "num_timesteps_cond": 3}
     model = build(**settings)
     whole = batch() | {"txt": ["a red circle", "a blue square"]}
@@ -373,7 +373,7 @@ def test_two_processes_have_the_loss_of_one():
     assert two == pytest.approx(one, rel=1e-5)
 
 
-def test_seeded_draws_leave_the_generator_alone():
+def test_seeded_restores_the_generator():
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
@@ -385,7 +385,7 @@ def test_seeded_draws_leave_the_generator_alone():
 
 
 def test_tiny_config_is_public():
-    """What the additions leave alone: without them a model draws and computes what the public one does."""
+    """Without the additions a model generates and computes the same numbers as the public one."""
     torch.manual_seed(0)
     model = instantiate_from_config(tiny_config())
     x, c = torch.randn(2, 4, 16, 16), torch.randn(2, 12, 24)

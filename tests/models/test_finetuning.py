@@ -1,4 +1,4 @@
-"""Networks with more input channels than the file they start from: they begin as they were, and train from there."""
+"""Networks with more input channels than their checkpoint: they start unchanged, and train from there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FINETUNE = "stable-diffusion/v1-inpainting-finetune.yaml"
 
 
 def inpainting(channels: int = 9, **changes):
-    """`model:` section of the small model with a mask and a masked picture beside the latent."""
+    """`model:` section of the small model with a mask and a masked image beside the latent."""
     config = tiny_config(conditioning_key="hybrid", **changes)
     config["params"]["unet_config"]["params"]["in_channels"] = channels
     return config | {"target": "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"}
@@ -54,7 +54,7 @@ def answers(model, concat=None):
 
 @pytest.mark.parametrize("only_unet", [False, True])
 def test_a_widened_model_begins_as_it_was(plain, file, caplog, only_unet):
-    """Whatever the mask and the masked picture; weights and averages."""
+    """Whatever the mask and the masked image; weights and averages."""
     caplog.set_level(logging.INFO)
     model = instantiate_from_config(inpainting(use_ema=True, ckpt_path=str(file), load_only_unet=only_unet)).eval()
     for concat in (torch.ones(2, 5, 16, 16), 10 * tensor("concat", 2, 5, 16, 16)):
@@ -76,7 +76,7 @@ def test_averages_alone_and_weights_alone(plain, tmp_path):
             assert torch.equal(weight[:, :4], wanted) and weight[:, 4:].eq(0).all()
 
 
-def test_only_as_many_channels_as_are_to_be_kept(plain, tmp_path):
+def test_keep_finetune_dims(plain, tmp_path):
     """A depth-to-image file's fifth channel is no mask."""
     weight = torch.cat([plain.state_dict()[FIRST], torch.ones(32, 1, 3, 3)], dim=1)
     path = save_checkpoint(tmp_path / "depth.ckpt", plain.state_dict() | {FIRST: weight})
@@ -132,7 +132,7 @@ def test_a_concatenated_latent_is_shown():
 
 
 def test_training_from_a_model_of_four_channels(tmp_path):
-    """scripts/train.py: from the plain model's file, on pictures with random masks."""
+    """scripts/train.py: from the plain model's file, on images with random masks."""
     model = toys.diffusion(conditioning_key="hybrid")
     path = save_checkpoint(tmp_path / "v1.ckpt", filled(instantiate_from_config(toys.diffusion())).state_dict())
     model["target"] = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"

@@ -1,4 +1,4 @@
-"""Training of first stages: seconds of it on small networks, and the rules of its two optimisers."""
+"""Training of first stages: seconds of it on small networks, and the rules of its two optimizers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def squares(count: int, size: int = 16) -> list[dict]:
     return items
 
 
-def pictures(items: list[dict]) -> torch.Tensor:
+def images(items: list[dict]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(item["image"]) for item in items]).movedim(-1, 1)
 
 
@@ -114,7 +114,7 @@ def test_training_in_seconds(kind, loss, tmp_path):
     trainer.save_checkpoint(tmp_path / "stage.ckpt")
     again = build(kind, loss)
     again.load_state_dict(read_checkpoint(tmp_path / "stage.ckpt").state, strict=True)
-    x = pictures(squares(4))
+    x = images(squares(4))
     with torch.no_grad():
         torch.manual_seed(3)
         found = again.eval()(x)[0]
@@ -123,7 +123,7 @@ def test_training_in_seconds(kind, loss, tmp_path):
         assert psnr(found, x).mean() > psnr(before.eval()(x)[0], x).mean() + 1.5
 
 
-# ---- the rules of its two optimisers ----
+# ---- the rules of its two optimizers ----
 
 SGD = {"target": "torch.optim.SGD"}
 
@@ -139,7 +139,7 @@ def test_each_side_follows_its_own_gradient(kind, tmp_path):
     reference = copy.deepcopy(model).train()
     fit(model, 1, tmp_path, callbacks=[Seed()])
     Seed().on_train_batch_start()
-    _, loss_of = reference.losses(pictures(squares(4)))
+    _, loss_of = reference.losses(images(squares(4)))
     aeloss, discloss = (loss_of(i, 0, last_layer=reference.get_last_layer())[0] for i in (0, 1))
     for loss, parameters in (
         (aeloss, reference.trained_parameters()),
@@ -151,7 +151,7 @@ def test_each_side_follows_its_own_gradient(kind, tmp_path):
 
 
 class Seed(pl.Callback):
-    """The same draws in every batch."""
+    """The same random numbers in every batch."""
 
     def on_train_batch_start(self, *_) -> None:
         torch.manual_seed(7)
@@ -164,7 +164,7 @@ def assert_same_weights(one, other, rtol: float = 1e-4) -> None:
 
 
 def test_steps_are_counted_as_batches(tmp_path):
-    """disc_start=2 lets two batches pass, though two optimisers step in each."""
+    """disc_start=2 lets two batches pass, though two optimizers step in each."""
     trainer, recorder = fit(build("kl", {"disc_start": 2}), 4, tmp_path)
     assert recorder.steps == [0, 1, 2, 3] and trainer.global_step == 4
     assert [part["train/disc_factor"] for part in recorder.parts] == [0, 0, 1, 1]
@@ -209,7 +209,7 @@ def test_learning_rates(tmp_path):
 
 
 def test_float16_scales_both_sides_alike(tmp_path):
-    """The scale doubles in every step, also between the two optimisers'."""
+    """The scale doubles in every step, also between the two optimizers'."""
     models = [build("vq", {"disc_start": 0}, lr=0.01, optimizer_config=SGD) for _ in range(2)]
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
     fit(models[0], 2, tmp_path, plugins=[Scaled("16-mixed", "cpu", scaler)])
@@ -270,8 +270,9 @@ def test_averages(tmp_path):
     assert torch.equal(average, started.encoder.conv_in.weight)
 
 
+@pytest.mark.subprocess
 def test_processes_share_a_batch(tmp_path):
-    """Two processes with two pictures each train as one with four, and a discriminator is no obstacle to them."""
+    """Two processes with two images each train as one with four, and a discriminator is no obstacle to them."""
     command = [sys.executable, "-m", "tests.models.train_first_stage_ddp", str(tmp_path)]
     subprocess.run(command, check=True, cwd=REFERENCE.parents[1], timeout=600)
     found = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -315,7 +316,7 @@ def batch_of(size: int = 16, channels: int = 3, count: int = 10) -> dict:
     return {"image": torch.rand(count, size, size, channels) * 2 - 1}
 
 
-def test_pictures_to_look_at():
+def test_log_images():
     shown = build("kl").log_images(batch_of(), N=3)
     assert set(shown) == {"inputs", "reconstructions", "samples"}
     assert all(value.shape == (3, 3, 16, 16) for value in shown.values())
@@ -324,7 +325,7 @@ def test_pictures_to_look_at():
     assert set(shown) == {"inputs", "reconstructions", "reconstructions_ema"} and len(shown["inputs"]) == 8
 
 
-def test_maps_are_shown_as_colours():
+def test_maps_are_shown_as_colors():
     ddconfig = DDCONFIG | {"double_z": True, "in_channels": 5, "out_ch": 5}
     shown = build("kl", NO_LOSS, ddconfig=ddconfig, colorize_nlabels=5).log_images(batch_of(channels=5))
     for value in shown.values():
@@ -353,11 +354,11 @@ def test_codebook_options(tmp_path):
     np.save(tmp_path / "used.npy", np.arange(7))
     model = build("vq", remap=str(tmp_path / "used.npy"), sane_index_shape=True)
     assert model.loss.n_classes == 7
-    *_, indices = model(pictures(squares(2)), return_pred_indices=True)
+    *_, indices = model(images(squares(2)), return_pred_indices=True)
     assert indices.shape == (2, 8, 8) and indices.max() < 7
     assert build("vq", {"n_classes": 9}).loss.n_classes == 9
     interface = VQModelInterface(4, DDCONFIG | {"double_z": False}, NO_LOSS, n_embed=8)
-    assert len(interface(pictures(squares(2)))) == 2
+    assert len(interface(images(squares(2)))) == 2
 
 
 def test_psnr():

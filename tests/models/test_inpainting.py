@@ -1,4 +1,4 @@
-"""The inpainting model's condition: the mask, then the masked picture as a latent."""
+"""The inpainting model's condition: the mask, then the masked image as a latent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def model() -> LatentInpaintDiffusion:
 
 
 def test_condition_of_a_batch(model):
-    """At any size; mask first, nearest pixels; the masked picture scaled as the latent is."""
+    """At any size; mask first, nearest pixels; the masked image scaled as the latent is."""
     image, mask = tensor("image", 2, 48, 32, 3).clamp(-1, 1), torch.zeros(2, 48, 32, 1)
     mask[:, :24, 2:] = 1
     torch.manual_seed(3)
@@ -39,8 +39,8 @@ def test_missing_entries_are_named(model):
 
 def test_settings():
     assert issubclass(LatentInpaintDiffusion, LatentFinetuneDiffusion)
-    with pytest.raises(ValueError, match="masked_image_key 'picture' is not among concat_keys"):
-        instantiate_from_config(inpainting(masked_image_key="picture"))
-    other = instantiate_from_config(inpainting(concat_keys=["hole", "picture"], masked_image_key="picture"))
-    batch = {"hole": torch.ones(1, 32, 32), "picture": torch.zeros(1, 32, 32, 3)}
+    with pytest.raises(ValueError, match="masked_image_key 'image' is not among concat_keys"):
+        instantiate_from_config(inpainting(masked_image_key="image"))
+    other = instantiate_from_config(inpainting(concat_keys=["hole", "image"], masked_image_key="image"))
+    batch = {"hole": torch.ones(1, 32, 32), "image": torch.zeros(1, 32, 32, 3)}
     assert other.concat_condition(batch, (16, 16)).shape == (1, 5, 16, 16)

@@ -15,15 +15,15 @@ from tests.models.test_training import batch, build
 from tests.tiny import tiny_config
 
 QUICK = {"ddim_steps": 2, "plot_progressive_rows": False}
-PICTURE = (2, 3, 32, 32)
+IMAGE_SHAPE = (2, 3, 32, 32)
 
 
 def shapes(log: dict) -> dict:
-    assert all(torch.isfinite(picture).all() for picture in log.values())
-    return {name: tuple(picture.shape) for name, picture in log.items()}
+    assert all(torch.isfinite(image).all() for image in log.values())
+    return {name: tuple(image.shape) for name, image in log.items()}
 
 
-def test_every_picture_of_a_latent_model():
+def test_every_image_of_a_latent_model():
     model = build(use_ema=True, timesteps=5, log_every_t=2)
     log = model.log_images(
         batch(), N=2, n_row=1, ddim_steps=2, plot_denoise_rows=True, unconditional_guidance_scale=3.0
@@ -32,14 +32,14 @@ def test_every_picture_of_a_latent_model():
     assert found.pop("diffusion_row") == (1, 3, 32, 3 * 32)  # at 0, 2 and 4
     assert found.pop("denoise_row")[2] == found.pop("progressive_row")[2] == 32
     names = {"mask", "inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_3.00"}
-    assert found == dict.fromkeys(names | {"samples_inpainting", "samples_outpainting"}, PICTURE)
+    assert found == dict.fromkeys(names | {"samples_inpainting", "samples_outpainting"}, IMAGE_SHAPE)
 
 
 def test_only_what_was_asked_for():
     model = build()
     assert set(model.log_images(batch(), N=1, sample=False, return_keys=["inputs", "nothing"], **QUICK)) == {"inputs"}
     few = model.log_images(batch(), N=1, sample=False, plot_diffusion_rows=False, plot_progressive_rows=False)
-    assert shapes(few) == dict.fromkeys(("inputs", "reconstruction", "conditioning"), (1, *PICTURE[1:]))
+    assert shapes(few) == dict.fromkeys(("inputs", "reconstruction", "conditioning"), (1, *IMAGE_SHAPE[1:]))
 
 
 def test_samples_of_cached_batches_and_trained_encoders():
@@ -68,7 +68,7 @@ def test_step_counts_that_do_not_fit_are_clamped(steps):
     assert torch.isfinite(log["samples"]).all() and log["progressive_row"].shape == (1, 4, 8, 8 * 2)
 
 
-def test_codebooks_give_a_further_picture():
+def test_codebooks_give_another_image():
     vq = {
         "target": "ldm.models.autoencoder.VQModelInterface",
         "params": {
@@ -119,12 +119,12 @@ def test_inpainting_models(trainable):
 
 def test_rows_run_from_left_to_right():
     panels = [torch.full((2, 3, 4, 5), float(i)) for i in range(3)]
-    picture = image_row(panels)
-    assert picture.shape == (1, 3, 8, 15)
-    assert picture[0, 0, 0].tolist() == [0.0] * 5 + [1.0] * 5 + [2.0] * 5
+    image = image_row(panels)
+    assert image.shape == (1, 3, 8, 15)
+    assert image[0, 0, 0].tolist() == [0.0] * 5 + [1.0] * 5 + [2.0] * 5
 
 
-def test_captions_as_pictures():
-    pictures = text_to_tensor(["a red circle", "", "a very long caption " * 30], 64, 64)
-    assert pictures.shape == (3, 3, 64, 64) and pictures[1].eq(1).all()
-    assert 0 < pictures[0].lt(0).sum() < pictures[2].lt(0).sum()
+def test_captions_as_images():
+    images = text_to_tensor(["a red circle", "", "a very long caption " * 30], 64, 64)
+    assert images.shape == (3, 3, 64, 64) and images[1].eq(1).all()
+    assert 0 < images[0].lt(0).sum() < images[2].lt(0).sum()

@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the m
 
 
 class WithSmall(toys.Pictures):
-    """The toys' pictures, and small ones of the latents' size."""
+    """The toys' images, and small ones of the latents' size."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
@@ -65,7 +65,7 @@ def _small_depth(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stopped_run_ends_as_a_whole_one(tmp_path, kind):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, kind):
     settings = content(kind)
     _, whole = toys.start(tmp_path / "whole", settings, "--max_steps", 4)
     settings["lightning"]["callbacks"] |= {"stop": {"target": "tests.training.toys.SignalAt", "params": {"batch": 1}}}
@@ -81,7 +81,7 @@ def test_a_stopped_run_ends_as_a_whole_one(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_processes_draw_what_one_would(kind):
+def test_processes_generate_what_one_would(kind):
     """Posteriors, noise levels and noise of conditions, what is dropped: each of two has every other row of one's."""
     settings = content(kind)
     data = instantiate_from_config(settings["data"]["params"]["train"])

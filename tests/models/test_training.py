@@ -87,12 +87,12 @@ def test_learning_rate_schedule_of_the_config():
     assert scheduler.get_last_lr()[0] == pytest.approx(0.5e-3, rel=1e-4)
 
 
-def test_scale_factor_is_kept_where_it_is_measured():
+def test_scale_factor_is_saved_where_it_is_measured():
     assert "scale_factor" not in build().state_dict()
     assert build(scale_by_std=True).state_dict()["scale_factor"] == pytest.approx(0.18215)
 
 
-def test_inpainting_sees_mask_and_masked_picture():
+def test_inpainting_sees_mask_and_masked_image():
     config = tiny_config(conditioning_key="hybrid")
     config["params"]["unet_config"]["params"]["in_channels"] = 9
     model = LatentInpaintDiffusion(**config["params"])

@@ -1,4 +1,4 @@
-"""Stable unCLIP: what a batch becomes, embeddings and their dropout, training for a moment, pictures of training."""
+"""Stable unCLIP: what a batch becomes, embeddings and their dropout, training for a moment, images of training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOISE = {
         "noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"},
     },
 }
-PICTURE = (2, 3, 32, 32)
+IMAGE_SHAPE = (2, 3, 32, 32)
 
 
 def build(**changes) -> ImageEmbeddingConditionedLatentDiffusion:
@@ -80,12 +80,12 @@ def test_a_batch_becomes_latents_and_condition():
     z, c = build().eval().get_input(batch(), "jpg", bs=1)
     assert z.shape == (1, 4, 16, 16) and c["c_adm"].shape == (1, 2 * WIDTH)
     assert c["c_crossattn"][0].shape == (1, 12, 24)
-    other = build(embedding_key="picture").eval()
-    with pytest.raises(ValueError, match="batches have no 'picture'"):
+    other = build(embedding_key="image").eval()
+    with pytest.raises(ValueError, match="batches have no 'image'"):
         other.get_input(batch(), "jpg")
 
 
-def test_embeddings_are_dropped_in_training_alone():
+def test_embeddings_are_dropped_only_in_training():
     model = build(embedding_dropout=0.25)
     dropped = model.train().get_input(batch(64), "jpg")[1]["c_adm"].eq(0).all(dim=1)
     assert 4 < dropped.sum() < 32
@@ -118,15 +118,15 @@ def test_training_for_a_moment(tmp_path):
     assert not model.train().embedder.training
 
 
-def test_pictures_of_training():
+def test_images_of_training():
     log = build(timesteps=5, log_every_t=2).log_images(batch(), ddim_steps=2, unconditional_guidance_scale=3.0)
     names = {"inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_3.00"}
     names |= {"samples_inpainting", "samples_outpainting", "mask"}
-    assert {name for name, picture in log.items() if tuple(picture.shape) == PICTURE} == names
-    assert all(torch.isfinite(picture).all() for picture in log.values()) and "progressive_row" in log
+    assert {name for name, image in log.items() if tuple(image.shape) == IMAGE_SHAPE} == names
+    assert all(torch.isfinite(image).all() for image in log.values()) and "progressive_row" in log
 
 
-def test_guidance_leaves_the_picture_out():
+def test_guidance_omits_the_image():
     model = build()
     cond = {"c_crossattn": [torch.randn(2, 12, 24)], "c_adm": torch.randn(2, 2 * WIDTH)}
     uncond = model._unconditional_like(cond, 2, None)

@@ -1,4 +1,4 @@
-"""The upscaler: its golden, what a batch becomes, training for a moment, pictures of training."""
+"""The upscaler: its golden, what a batch becomes, training for a moment, images of training."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOW_SCALE = {
     "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
     "params": {"noise_schedule_config": {"linear_start": 1e-4, "linear_end": 2e-2}, "max_noise_level": 100},
 }
-PICTURE = (2, 3, 32, 32)
+IMAGE_SHAPE = (2, 3, 32, 32)
 
 
 def build(**changes) -> LatentUpscaleDiffusion:
-    """The golden model of this kind, with a text encoder; its latents are half as large as pictures."""
+    """The golden model of this kind, with a text encoder; its latents are half as large as images."""
     torch.manual_seed(0)
     params = copy.deepcopy(golden_configs("sd2")["hybrid_adm"]["params"]) | {"cond_stage_config": TEXT}
     model = LatentUpscaleDiffusion(**params | {"low_scale_config": LOW_SCALE, "low_scale_key": "lr"} | changes)
@@ -54,7 +54,7 @@ def test_golden():
     assert_agrees(x, goldens("sd2")["hybrid_adm.ddim.10"])
 
 
-def test_small_pictures_as_the_network_takes_them():
+def test_small_images_as_the_network_takes_them():
     model, x = build(), torch.randn(2, 3, 16, 16)
     for given, levels in ((7, [7, 7]), (torch.tensor([3, 99]), [3, 99])):
         torch.manual_seed(1)
@@ -110,10 +110,10 @@ def test_training_for_a_moment(tmp_path, trainable):
 @pytest.mark.parametrize(
     "low_scale", [LOW_SCALE, {"target": LOW_SCALE["target"].rpartition(".")[0] + ".SimpleImageConcat"}]
 )
-def test_pictures_of_training(low_scale):
+def test_images_of_training(low_scale):
     model = build(low_scale_config=low_scale, timesteps=5, log_every_t=2)
     log = model.log_images(batch(), ddim_steps=2, unconditional_guidance_scale=3.0)
     names = {"inputs", "reconstruction", "conditioning", "low_scale", "samples", "samples_cfg_scale_3.00"}
     names |= {"samples_inpainting", "samples_outpainting", "mask"}
-    assert {name for name, picture in log.items() if tuple(picture.shape) == PICTURE} == names
-    assert all(torch.isfinite(picture).all() for picture in log.values()) and "progressive_row" in log
+    assert {name for name, image in log.items() if tuple(image.shape) == IMAGE_SHAPE} == names
+    assert all(torch.isfinite(image).all() for image in log.values()) and "progressive_row" in log
