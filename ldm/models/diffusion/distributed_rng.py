@@ -41,7 +41,9 @@ class DistributedRNG:
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal noise for x (B, ...), in its memory format: the numbers of `torch.randn_like`."""
-        return self.local_rows(len(x), lambda n: torch.randn_like(torch.cat([x] * (n // len(x)))))
+        if self.world == 1:
+            return torch.randn_like(x)
+        return torch.randn_like(torch.cat([x] * self.world))[self.rank :: self.world]
 
     def timesteps(self, count: int, end: int, device: torch.device) -> Tensor:
         """Uniform timesteps (count,) int64 from 0 to end - 1."""
