@@ -19,41 +19,42 @@ from ldm.data.image_transforms import square_box
 ROOT = "data"
 
 
-def _paths(name: str, part: str, root: str) -> list[str]:
-    folder = check_folder(os.path.join(root, name), "the images of " + {"celebahq": "CelebA-HQ", "ffhq": "FFHQ"}[name])
-    return read_list(os.path.join(root, f"{name}{part}.txt"), folder)
+class _Faces(WrappedPaths):
+    """The images of a list.
+
+    Args:
+        size: resize the shorter side to so many pixels, and cut the centre square.
+        keys: what the items hold of `image` and `file_path_`; by default both.
+    """
+
+    name, part, kind = "ffhq", "train", ImagePaths
+
+    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
+        folder = check_folder(os.path.join(root, self.name), f"the images of {type(self).__name__}")
+        self.data = self.kind(read_list(os.path.join(root, f"{self.name}{self.part}.txt"), folder), size)
+        self.keys = keys
 
 
-class CelebAHQTrain(WrappedPaths):
+class CelebAHQTrain(_Faces):
     """CelebA-HQ, of arrays (1, 3, 1024, 1024) of uint8 in .npy files."""
 
-    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
-        self.data = NumpyPaths(_paths("celebahq", "train", root), size)
-        self.keys = keys
+    name, kind = "celebahq", NumpyPaths
 
 
-class CelebAHQValidation(WrappedPaths):
+class CelebAHQValidation(CelebAHQTrain):
     """CelebA-HQ, for validation."""
 
-    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
-        self.data = NumpyPaths(_paths("celebahq", "validation", root), size)
-        self.keys = keys
+    part = "validation"
 
 
-class FFHQTrain(WrappedPaths):
+class FFHQTrain(_Faces):
     """FFHQ, of image files."""
 
-    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
-        self.data = ImagePaths(_paths("ffhq", "train", root), size)
-        self.keys = keys
 
-
-class FFHQValidation(WrappedPaths):
+class FFHQValidation(FFHQTrain):
     """FFHQ, for validation."""
 
-    def __init__(self, size: int | None, keys: Sequence[str] | None = None, root: str = ROOT) -> None:
-        self.data = ImagePaths(_paths("ffhq", "validation", root), size)
-        self.keys = keys
+    part = "validation"
 
 
 class _FacesHQ(Dataset):
@@ -76,10 +77,8 @@ class _FacesHQ(Dataset):
         coord: bool = False,
         root: str = ROOT,
     ) -> None:
-        part = "train" if self.random_crop else "validation"
-        celeba = {"train": CelebAHQTrain, "validation": CelebAHQValidation}[part]
-        ffhq = {"train": FFHQTrain, "validation": FFHQValidation}[part]
-        self.datasets = [celeba(size, keys, root), ffhq(size, keys, root)]
+        kinds = (CelebAHQTrain, FFHQTrain) if self.random_crop else (CelebAHQValidation, FFHQValidation)
+        self.datasets = [kind(size, keys, root) for kind in kinds]
         self.crop_size = crop_size
         self.coord = coord
 

@@ -307,7 +307,8 @@ def _init_iterable(seed: int, rank: int, world: int, worker: int) -> None:
     _ignore_signals(worker)
     info = torch.utils.data.get_worker_info()
     assert info is not None
+    dataset: Any = info.dataset
     part = rank * info.num_workers + worker
-    info.dataset.select_part(part, world * info.num_workers)
+    dataset.select_part(part, world * info.num_workers)
     random.seed(seed + part)
     np.random.seed(seed + part)

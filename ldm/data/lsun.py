@@ -67,47 +67,54 @@ class LSUNBase(Dataset):
         return item
 
 
-def _places(kind: str, folder: str, part: str, root: str) -> dict[str, str]:
-    return {"txt_file": os.path.join(root, f"{kind}_{part}.txt"), "data_root": os.path.join(root, folder)}
+class _Train(LSUNBase):
+    kind, folder = "", ""  # names of the lists and of the folder of images
+
+    def __init__(self, root: str = ROOT, **kwargs: Any) -> None:
+        super().__init__(**{**_places(self, "train", root), **kwargs})
 
 
-class LSUNChurchesTrain(LSUNBase):
+class _Validation(_Train):
+    def __init__(self, flip_p: float = 0.0, root: str = ROOT, **kwargs: Any) -> None:
+        super().__init__(**{**_places(self, "val", root), "flip_p": flip_p, **kwargs})
+
+
+def _places(dataset: _Train, part: str, root: str) -> dict[str, str]:
+    txt_file = os.path.join(root, f"{dataset.kind}_{part}.txt")
+    return {"txt_file": txt_file, "data_root": os.path.join(root, dataset.folder)}
+
+
+class LSUNChurchesTrain(_Train):
     """Outdoor churches."""
 
-    def __init__(self, root: str = ROOT, **kwargs: Any) -> None:
-        super().__init__(**{**_places("church_outdoor", "churches", "train", root), **kwargs})
+    kind, folder = "church_outdoor", "churches"
 
 
-class LSUNChurchesValidation(LSUNBase):
-    """Outdoor churches, for validation."""
+class LSUNChurchesValidation(_Validation):
+    """Outdoor churches, for validation: not flipped."""
 
-    def __init__(self, flip_p: float = 0.0, root: str = ROOT, **kwargs: Any) -> None:
-        super().__init__(**{**_places("church_outdoor", "churches", "val", root), "flip_p": flip_p, **kwargs})
+    kind, folder = "church_outdoor", "churches"
 
 
-class LSUNBedroomsTrain(LSUNBase):
+class LSUNBedroomsTrain(_Train):
     """Bedrooms."""
 
-    def __init__(self, root: str = ROOT, **kwargs: Any) -> None:
-        super().__init__(**{**_places("bedrooms", "bedrooms", "train", root), **kwargs})
+    kind, folder = "bedrooms", "bedrooms"
 
 
-class LSUNBedroomsValidation(LSUNBase):
-    """Bedrooms, for validation."""
+class LSUNBedroomsValidation(_Validation):
+    """Bedrooms, for validation: not flipped."""
 
-    def __init__(self, flip_p: float = 0.0, root: str = ROOT, **kwargs: Any) -> None:
-        super().__init__(**{**_places("bedrooms", "bedrooms", "val", root), "flip_p": flip_p, **kwargs})
+    kind, folder = "bedrooms", "bedrooms"
 
 
-class LSUNCatsTrain(LSUNBase):
+class LSUNCatsTrain(_Train):
     """Cats."""
 
-    def __init__(self, root: str = ROOT, **kwargs: Any) -> None:
-        super().__init__(**{**_places("cat", "cats", "train", root), **kwargs})
+    kind, folder = "cat", "cats"
 
 
-class LSUNCatsValidation(LSUNBase):
-    """Cats, for validation."""
+class LSUNCatsValidation(_Validation):
+    """Cats, for validation: not flipped."""
 
-    def __init__(self, flip_p: float = 0.0, root: str = ROOT, **kwargs: Any) -> None:
-        super().__init__(**{**_places("cat", "cats", "val", root), "flip_p": flip_p, **kwargs})
+    kind, folder = "cat", "cats"
