@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -72,9 +72,6 @@ from ldm.modules.diffusionmodules.util import noise_like
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.modules.ema import LitEma
 from ldm.util import FIRST_STAGE, UNCONDITIONAL, instantiate_from_config
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion", "disabled_train", "image_sides", "uniform_on_device"]
 
@@ -161,7 +158,7 @@ class DDPM(pl.LightningModule):
         first_stage_key: the batch's entry to model.
         image_size, channels: of the space of diffusion.
         original_elbo_weight, l_simple_weight: weights of the variational and of the simple loss.
-        parameterization: what the network predicts: "eps", "x0" or "v".
+        parameterization: prediction of the network: "eps", "x0" or "v".
         scheduler_config: the learning-rate schedule.
         use_positional_encodings: add `compute_latent_shifts(batch)`, a subclass's method, to conditions.
         learn_logvar: learn the loss's weight of every timestep, starting from `logvar_init`.
@@ -251,6 +248,7 @@ class DDPM(pl.LightningModule):
         self.min_snr_gamma = min_snr_gamma
         self.rescale_betas_zero_snr = rescale_betas_zero_snr
         self.noise_offset = noise_offset
+        self.ucg_training = dict(ucg_training or {})
         self.condition_dropout = ConditionDropout(ucg_training)
         self.use_scheduler = scheduler_config is not None
         self.scheduler_config = scheduler_config
@@ -1143,7 +1141,7 @@ class LatentDiffusion(DDPM):
         mask: Tensor | None,
         x0: Tensor | None,
         log_every_t: int | None,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: float | Sequence[float] | None = None,
         **options: Any,
     ) -> tuple[Tensor, list[Tensor]]:
         """Sample from timestep steps - 1 down to 0: x_0, and x_t, or its predicted x_0, every `log_every_t` steps."""
@@ -1153,7 +1151,8 @@ class LatentDiffusion(DDPM):
         logged = []
         for i in tqdm(reversed(range(steps)), desc="Sampling", total=steps, disable=not verbose, leave=None):
             t = torch.full((x.shape[0],), i, device=self.device, dtype=torch.long)
-            options["temperature"] = temperature if isinstance(temperature, (int, float)) else temperature[i]
+            if temperature is not None:
+                options["temperature"] = temperature[i] if isinstance(temperature, Sequence) else temperature
             x = self.p_sample(x, self.condition_at(cond, t), t, clip_denoised=self.clip_denoised, **options)
             x, predicted = x if isinstance(x, tuple) else (x, None)
             if mask is not None and x0 is not None:
