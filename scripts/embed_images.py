@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make a database of a folder of pictures for scripts/knn2img.py: a file of their CLIP embeddings."""
+"""Embed a folder of images with CLIP, as a database for scripts/knn2img.py."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ldm.devices import DEVICES
 
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
-    options.add_argument("folder", type=cli.user_path, metavar="FOLDER", help="the pictures; folders in it count too")
-    options.add_argument("out", type=cli.user_path, metavar="OUT.npz", help="the file to make")
+    options.add_argument("folder", type=cli.user_path, metavar="FOLDER", help="the images; subfolders count too")
+    options.add_argument("out", type=cli.user_path, metavar="OUT.npz", help="the file to write")
     cli.add_clip(options)
-    options.add_argument("--batch_size", type=cli.number(int, 1), default=32, help="pictures at once (%(default)s)")
+    options.add_argument("--batch_size", type=cli.number(int, 1), default=32, help="images per batch (%(default)s)")
     options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
     return options
 
@@ -27,24 +27,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     out = Path(args.out)
     if out.suffix != ".npz":
-        raise ValueError(f"{out} is to be an .npz file: name it {out.stem}.npz")
+        raise ValueError(f"{out} must be an .npz file: name it {out.stem}.npz")
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another name")
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {out.parent} to write {out.name} to: make it first")
+        raise FileNotFoundError(f"cannot write {out.name}: there is no folder {out.parent}: create it first")
 
     from ldm import inference
     from ldm.data.folder import scan
     from ldm.devices import choose_device
     from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder
 
-    scan(Path(args.folder))  # before CLIP, which takes longer
+    scan(Path(args.folder))  # fails before CLIP is loaded
     embedder = FrozenClipImageEmbedder(args.clip).to(choose_device(args.device))
     embeddings, paths = inference.embed_folder(embedder, args.folder, args.batch_size)
     inference.save_database(out, embeddings, paths)
-    cli.say(
-        f"{out}: {len(paths)} pictures. scripts/knn2img.py --use_neighbors --database {out} draws with them", sys.stdout
-    )
+    cli.say(f"{out}: {len(paths)} images. Use it with scripts/knn2img.py --use_neighbors --database {out}", sys.stdout)
 
 
 if __name__ == "__main__":

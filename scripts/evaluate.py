@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without installation
 
 from ldm import cli
-from ldm.cli.sampling import sampler_names
 from ldm.devices import DEVICES
 from ldm.util import public_path
 
@@ -38,7 +38,7 @@ def parser() -> cli.ArgumentParser:
     )
     options.add_argument(
         "--sampler",
-        choices=sampler_names(),
+        choices=cli.SAMPLERS,
         metavar="NAME",
         help="a sampler of the scripts (the model's own, else ddim)",
     )
@@ -98,7 +98,7 @@ def load(args: argparse.Namespace) -> LatentDiffusion:
     model = inference.load_model(
         args.config, ckpt, device=args.device, precision="full", tasks=[TEXT], verify=args.verify
     )
-    cli.take(args, model)
+    cli.prepare_model(args, model)
     return model
 
 
@@ -110,10 +110,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
     model = load(args)
     scoring.check_model(model)
-    steps, sampler, scale = inference.sampling_settings(model, 7.5, args.steps, args.sampler, args.scale)
-    sampling = {"steps": steps, "sampler": sampler, "scale": scale}
+    acceleration = cli.acceleration_options(args)
+    given = {"steps": args.steps, "sampler": args.sampler, "scale": args.scale, "acceleration": acceleration}
+    options = inference.Pipeline(model).resolve(**given)
+    sampling = {"steps": options.steps, "sampler": options.sampler, "scale": options.scale}
     run = {"model": cli.model_name(model), "prompts": args.prompts, "seed": args.seed, "batch": args.batch}
-    run |= {"device": str(model.device), "acceleration": cli.shortcuts(args)}
+    run |= {"device": str(model.device), "acceleration": inference.changed(acceleration)}
     folder = new_folder(Path(args.out))
     first, originals, back = scoring.score_first_stage(model, args.prompts, args.batch, args.seed)
     pairs = [image for pair in zip(originals, back) for image in pair]
@@ -122,7 +124,7 @@ def evaluate(args: argparse.Namespace) -> None:
     results = {"settings": run | sampling, "first stage": first, "prompt sets": {}}
     for name in args.kinds:
         prompts = scoring.prompts_of(name, args.prompts, args.seed)
-        generated = scoring.generate_all(model, prompts, args.batch, args.seed, title=name, **sampling)
+        generated = scoring.generate_all(model, prompts, args.batch, args.seed, title=name, options=options)
         found = scoring.summary(prompts, scoring.evaluate_all(generated, prompts))
         results["prompt sets"][name] = found
         sheet = report.sheet(generated, [entry["index"] for entry in found["wrong"]])
@@ -135,13 +137,16 @@ def compare(args: argparse.Namespace) -> None:
     """Compare sampling settings by accuracy and distance; results are written after each."""
     from benchmarks.report import new_folder
     from benchmarks.shapes import comparison, scoring
+    from ldm.inference import changed
 
     model = load(args)
     scoring.check_model(model)
     folder = new_folder(Path(args.out))
     given = {"model": cli.model_name(model), "prompts": args.prompts, "kind": args.kind, "seed": args.seed}
-    given["acceleration"] = cli.shortcuts(args)
+    acceleration = cli.acceleration_options(args)
+    given["acceleration"] = changed(acceleration)
     settings = [setting for name in args.ways for setting in comparison.SETTINGS[name]()]
+    settings = [replace(some, options={**some.options, "acceleration": acceleration}) for some in settings]
     rows = []
     for row in comparison.compare(model, settings, args.budgets, args.kind, args.prompts, args.batch, args.seed):
         rows.append(row)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Draw the way from one prompt or seed to others, as an animated GIF or WebP and its frames."""
+"""Interpolate from one prompt or seed to others, as an animated GIF or WebP and its frames."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from ldm import cli
 
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
-    group = options.add_argument_group("what to draw")
+    group = options.add_argument_group("prompts and seeds")
     group.add_argument("--prompts", nargs="+", default=[cli.PROMPT], help=f"from the first to the last ({cli.PROMPT})")
-    group.add_argument("--negative_prompt", default="", help="what the pictures should not show")
+    group.add_argument("--negative_prompt", default="", help="what the images should not show")
     group.add_argument(
         "--seeds",
         type=cli.number(int, 0, cli.MAX_SEED),
@@ -25,22 +26,25 @@ def parser() -> cli.ArgumentParser:
         help="of the noise at each prompt, or one for all (42); one prompt with several seeds goes from seed to seed",
     )
     group.add_argument(
-        "--contexts", choices=("linear", "slerp"), default="linear", help="how prompts mix (%(default)s); noise: slerp"
+        "--contexts",
+        choices=("linear", "slerp"),
+        default="linear",
+        help="how to interpolate encoded prompts (%(default)s); noise: slerp",
     )
     cli.add_tiling(group)
-    cli.add_reading(options)
-    group = options.add_argument_group("how many, how fast")
-    group.add_argument("--frames", type=cli.number(int, 2), default=24, help="frames to draw (%(default)s)")
+    cli.add_prompt_options(options)
+    group = options.add_argument_group("frames")
+    group.add_argument("--frames", type=cli.number(int, 2), default=24, help="number of frames (%(default)s)")
     group.add_argument("--fps", type=cli.number(float, 0.1, 50), default=12, help="frames a second (%(default)s)")
     ways = group.add_mutually_exclusive_group()
-    ways.add_argument("--loop", action="store_true", help="go on from the last prompt to the first")
+    ways.add_argument("--loop", action="store_true", help="continue from the last prompt to the first")
     ways.add_argument("--bounce", action="store_true", help="show the frames backwards after the last")
-    group.add_argument("--n_samples", type=cli.number(int, 1), default=4, help="frames in a batch (%(default)s)")
+    group.add_argument("--n_samples", type=cli.number(int, 1), default=4, help="frames per batch (%(default)s)")
     cli.add_size(options)
     cli.add_sampler(options, scale=7.5)
     cli.add_model(options)
     cli.add_speed(options)
-    group = options.add_argument_group("the output")
+    group = options.add_argument_group("output")
     group.add_argument(
         "--outdir",
         type=cli.user_path,
@@ -49,7 +53,7 @@ def parser() -> cli.ArgumentParser:
         help="where to write (%(default)s)",
     )
     group.add_argument("--formats", nargs="+", choices=("gif", "webp"), default=["gif"], help="of the animation (gif)")
-    group.add_argument("--skip_save", action="store_true", help="do not write the frames as pictures")
+    group.add_argument("--skip_save", action="store_true", help="do not write the frames as images")
     group.add_argument("--no_metadata", action="store_true", help="leave prompts and settings out of the PNG files")
     cli.add_preview(group)
     options.set_defaults(skip_grid=False, n_rows=0)
@@ -59,31 +63,26 @@ def parser() -> cli.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv)
     args.seed = args.seeds[0]
-    reading = cli.reading_options(args)
 
     from ldm import inference
 
-    prompts, seeds = inference.as_many(args.prompts, args.seeds)
+    prompts, seeds = inference.pair_keys(args.prompts, args.seeds)
     frames = inference.frames_between(len(prompts), args.frames, args.loop)
-    model = cli.load_model(args)
-    settings = {"model": cli.model_name(model), **reading, **({"tiling": args.tiling} if args.tiling else {})}
-    watch = cli.Watch(args, model, -(-len(frames) // args.n_samples))
-    with cli.AnimationWriter(args, **settings) as writer, watch:
-        options = {"height": args.H, "width": args.W, "tiling": args.tiling, **cli.sampling_options(args)}
-        options |= {"contexts": args.contexts, "batch_size": args.n_samples, "on_step": watch, "progress": False}
-        if reading:
-            options["reading"] = inference.PromptOptions(**reading)
+    pipe = cli.load_pipeline(args)
+    options = cli.resolve_options(args, pipe)
+    progress = cli.Progress(args, pipe.model, -(-len(frames) // args.n_samples))
+    how = {"contexts": args.contexts, "batch_size": args.n_samples, "on_step": progress, "progress": False}
+    with cli.AnimationWriter(args, options, model=cli.model_name(pipe.model)) as writer, contextlib.closing(progress):
         done = 0
-        for images in inference.interpolate(model, prompts, seeds, frames, **options):
+        for images in inference.interpolate(pipe.model, prompts, seeds, frames, options=options, **how):
             batch = frames[done : done + len(images)]
-            shown = [setting(prompts, seeds, frame, args.contexts) for frame in batch]
-            writer.save(images, [prompts[frame.start] for frame in batch], settings=shown)
+            settings = [frame_settings(prompts, seeds, frame, args.contexts) for frame in batch]
+            writer.write(images, [prompts[frame.start] for frame in batch], settings)
             done += len(images)
-    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
 
 
-def setting(prompts: Sequence[str], seeds: Sequence[int], frame, contexts: str) -> dict:
-    """What the metadata of a frame say besides the run's; without a `towards`, txt2img --seed_mode image draws it."""
+def frame_settings(prompts: Sequence[str], seeds: Sequence[int], frame, contexts: str) -> dict:
+    """Metadata of a frame beside the run's; without `towards`, txt2img --seed_mode image generates the same image."""
     own = {"seed": seeds[frame.start], "seed_mode": "image", "batch_size": None, "index": None}
     if frame.weight:
         end = {"prompt": prompts[frame.end], "seed": seeds[frame.end]}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw pictures from a text, or from a picture, and what is near it in a database of CLIP embeddings.
+"""Generate images from a text or an image and its nearest neighbors in a database of CLIP embeddings.
 
-This is for retrieval-augmented diffusion models. scripts/embed_images.py makes a database of your own pictures.
+For retrieval-augmented diffusion models. scripts/embed_images.py makes a database of your own images.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     cli.add_prompt(options, negative=False)
     options.add_argument(
-        "--image", type=cli.user_path, metavar="FILE", help="start from what CLIP sees in a picture, not from a prompt"
+        "--image",
+        type=cli.user_path,
+        metavar="FILE",
+        help="condition on the CLIP embedding of an image instead of a prompt",
     )
-    group = options.add_argument_group("neighbours")
+    group = options.add_argument_group("neighbors")
     count = cli.number(int, 1)
-    group.add_argument("--use_neighbors", action="store_true", help="draw from the neighbours in --database, too")
+    group.add_argument(
+        "--use_neighbors", action="store_true", help="condition on the nearest neighbors in --database, too"
+    )
     group.add_argument(
         "--database",
         type=cli.user_path,
@@ -38,9 +43,9 @@ def parser() -> cli.ArgumentParser:
         metavar="FILE",
         help="an .npz or .npy file of embeddings, a folder of these, or the name of a public one (%(default)s)",
     )
-    group.add_argument("--knn", type=count, default=10, help="how many neighbours (%(default)s)")
+    group.add_argument("--knn", type=count, default=10, help="how many neighbors (%(default)s)")
     group.add_argument(
-        "--n_repeat", type=count, default=1, help="how often the prompt's embedding stands beside them (%(default)s)"
+        "--n_repeat", type=count, default=1, help="how often to repeat the prompt's embedding (%(default)s)"
     )
     cli.add_amount(options, n_samples=3, n_iter=1)
     cli.add_size(options)
@@ -55,7 +60,7 @@ def parser() -> cli.ArgumentParser:
 def check(args) -> None:
     """ValueError for options that contradict one another; a warning for one without effect."""
     if args.image and (args.from_file or args.prompt != parser().get_default("prompt")):
-        raise ValueError("--image stands in place of a prompt: leave out --image, or --prompt and --from-file")
+        raise ValueError("--image replaces the prompt: leave out --image, or --prompt and --from-file")
     if args.database != DATABASE and not args.use_neighbors:
         logger.warning("--database %s has no effect without --use_neighbors", args.database)
 
@@ -68,30 +73,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
     from ldm.images import load_image
-    from ldm.inference.conditioning import NEIGHBOURS
+    from ldm.inference.conditioning import NEIGHBORS
 
     database = inference.load_database(args.database) if args.use_neighbors else None
     if args.image:
-        load_image(args.image)  # what is wrong with it is said before the model is loaded
+        load_image(args.image)  # fail before the model is loaded
 
-    model = cli.load_model(args, NEIGHBOURS)
-    size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
+    pipe = cli.load_pipeline(args, NEIGHBORS)
+    options, device = cli.resolve_options(args, pipe, sized=True), pipe.model.device
     if args.image:
-        contexts = inference.picture_context(args.clip, args.image, args.n_samples, args.n_repeat, model.device)
+        contexts = inference.image_context(args.clip, args.image, args.n_samples, args.n_repeat, device)
     else:
-        contexts = inference.text_context(args.clip, batches, args.n_repeat, model.device)
+        contexts = inference.text_context(args.clip, batches, args.n_repeat, device)
     if database is not None:
-        contexts = inference.with_neighbours(contexts, database, args.knn)
+        contexts = inference.with_neighbors(contexts, database, args.knn)
 
     settings = {"image": Path(args.image).name} if args.image else {}
     if args.use_neighbors:
         settings |= {"database": Path(args.database).name, "knn": args.knn, "n_repeat": args.n_repeat}
-    with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
-        inference.seed_everything(args.seed)
+    with cli.SampleWriter(args, options, model=cli.model_name(pipe.model), **settings) as writer:
+        noise = options.shared_noise()
         for prompts, context in list(zip(batches, contexts.split(args.n_samples))) * args.n_iter:
-            images = inference.knn2img(model, context, **size, **cli.sampling_options(args))
-            writer.save(images, prompts)
-    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
+            writer.write(inference.knn2img(pipe.model, context, options=options, noise=noise), prompts)
 
 
 if __name__ == "__main__":

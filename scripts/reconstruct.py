@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Show what a first stage keeps of pictures: original and reconstruction side by side, with their PSNR."""
+"""Encode and decode images with a first stage: original and reconstruction side by side, with their PSNR."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ logger = logging.getLogger("ldm.reconstruct")
 
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
-    options.add_argument("images", nargs="+", type=cli.user_path, metavar="IMAGE", help="pictures of any size")
+    options.add_argument("images", nargs="+", type=cli.user_path, metavar="IMAGE", help="images of any size")
     cli.add_tile(
         options,
-        "that goes through at once: larger pictures do in overlapping tiles; 0: never (%(default)s)",
+        "to process at once: larger images are processed in overlapping tiles; 0: never (%(default)s)",
         default=1024,
     )
-    cli.add_model(options, "an autoencoder or a whole model: Stable Diffusion v1 if present, else the bundled model")
+    cli.add_model(options, "an autoencoder or a complete model: Stable Diffusion v1 if present, else the bundled model")
     options.add_argument(
         "--outdir",
         type=cli.user_path,
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.images import load_image, make_grid, save_png_named
 
     if not any(Path(path).is_file() for path in args.images):
-        load_image(args.images[0])  # says what is wrong
+        load_image(args.images[0])  # fails with the reason
 
     from ldm import inference
 
@@ -69,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             found.append(psnr)
             cli.say(f"{path}: {psnr:.2f} dB, see {written}", sys.stdout)
     except KeyboardInterrupt:
-        raise cli.Interrupted(f"interrupted; {len(found)} pictures written to {outdir}") from None
+        raise cli.Interrupted(f"interrupted; {len(found)} images written to {outdir}") from None
     if len(found) > 1:
-        cli.say(f"mean of {len(found)} pictures: {mean(found):.2f} dB", sys.stdout)
+        cli.say(f"mean of {len(found)} images: {mean(found):.2f} dB", sys.stdout)
     if broken:
-        raise ValueError(f"{len(broken)} of {len(args.images)} pictures could not be read: {', '.join(broken)}")
+        raise ValueError(f"{len(broken)} of {len(args.images)} images could not be read: {', '.join(broken)}")
 
 
 if __name__ == "__main__":

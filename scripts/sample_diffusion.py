@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Draw pictures with a latent diffusion model that takes no text.
+"""Generate images with a latent diffusion model that is not conditioned on text.
 
 Unconditional models need no more than --resume. Class-conditional ones take --classes, layout-to-image ones --layout,
-those for semantic synthesis --segmentation. Settings at the end of the line, such as model.params.linear_end=0.02, are
-laid over the model's config.
+those for semantic synthesis --segmentation. Settings at the end of the line, such as model.params.linear_end=0.02,
+override the model's config.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def parser() -> cli.ArgumentParser:
         "--n_samples",
         type=count,
         default=50000,
-        help="pictures; of each class or layout, where there are any (%(default)s)",
+        help="images; of each class or layout, where there are any (%(default)s)",
     )
-    many.add_argument("--batch_size", type=count, default=10, help="pictures in a batch (%(default)s)")
+    many.add_argument("--batch_size", type=count, default=10, help="images per batch (%(default)s)")
     seed = cli.number(int, 0, cli.MAX_SEED)
-    many.add_argument("--seed", type=seed, default=42, help="start of the random numbers (%(default)s)")
+    many.add_argument("--seed", type=seed, default=42, help="random seed (%(default)s)")
     public_names = {"ddim_steps": ["-c", "--custom_steps"], "ddim_eta": ["-e", "--eta"]}
     cli.add_sampler(options, scale=1.0, eta=1.0, also=public_names)
     options.add_argument(
@@ -49,7 +49,7 @@ def parser() -> cli.ArgumentParser:
     )
     cli.add_model(options, "the same as --resume")
     cli.add_speed(options)
-    output = options.add_argument_group("the output")
+    output = options.add_argument_group("output")
     output.add_argument(
         "-l",
         "--logdir",
@@ -58,25 +58,25 @@ def parser() -> cli.ArgumentParser:
         metavar="FOLDER",
         help="where to write samples/STEP/TIME/ (none: beside the model)",
     )
-    output.add_argument("--skip_grid", action="store_true", help="do not write a grid of the first pictures")
-    output.add_argument("--skip_npz", action="store_true", help="do not write all pictures as one array")
+    output.add_argument("--skip_grid", action="store_true", help="do not write a grid of the first images")
+    output.add_argument("--skip_npz", action="store_true", help="do not write all images as one array")
     output.add_argument("--no_metadata", action="store_true", help="leave settings out of the PNG files")
     return options
 
 
 def settle(args: argparse.Namespace) -> Path:
-    """Have `args` name the model's files and the sampler; gives the folder to write to."""
+    """Set the model's files and the sampler in `args`; returns the folder to write to."""
     if (args.resume is None) == (args.ckpt is None):
         raise ValueError("name one model, with --resume PATH or --ckpt FILE")
     if args.vanilla_sample:
         if args.sampler is not None:
             raise ValueError(f"--vanilla_sample and --{args.sampler} are both given; leave one of the two out")
-        if args.schedule or cli.sampling_options(args).get("guidance"):
+        if args.schedule or args.guidance or args.guidance_interval or args.cfg_pp:
             raise ValueError("--vanilla_sample walks all timesteps without guidance: leave --schedule and guidance out")
-        args.sampler, args.ddim_eta = "ancestral", 0.0  # which knows no eta
+        args.sampler, args.ddim_eta = "ancestral", 0.0  # which has no eta
         if args.ddim_steps is not None:
             logger.warning("--vanilla_sample takes all timesteps, so -c %d has no effect", args.ddim_steps)
-    model = cli.resumed(args.resume or args.ckpt)
+    model = cli.find_model(args.resume or args.ckpt)
     args.ckpt, args.config = str(model.checkpoint), args.config or (model.config and str(model.config))
     return model.home if args.logdir == "none" else Path(args.logdir)
 
@@ -84,35 +84,41 @@ def settle(args: argparse.Namespace) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv, with_settings=True)
     logdir = settle(args)
-    read = cli.read_conditions(args)
-    scale = args.scale
+    content = cli.read_conditions(args)
 
     from tqdm import tqdm
 
-    from ldm import inference
     from ldm.inference.conditioning import CLASSES, LAYOUT, NOTHING, SEGMENTATION
 
-    model = cli.load_model(args, NOTHING, CLASSES, LAYOUT, SEGMENTATION)
-    conditions = cli.conditions_for(model, args, read)
-    if scale not in (None, 1.0) and args.classes is None:
-        said = ",".join(f"{number:g}" for number in args.scale_schedule or [scale])
-        raise ValueError(f"--scale {said} leads towards a class, and this model has none: leave --scale out")
+    pipe = cli.load_pipeline(args, NOTHING, CLASSES, LAYOUT, SEGMENTATION)
+    conditions = cli.conditions_for(pipe.model, args, content)
+    if args.classes is None:
+        if args.scale not in (None, 1.0):
+            scales = ",".join(f"{number:g}" for number in args.scale_schedule or [args.scale])
+            raise ValueError(f"--scale {scales} leads towards a class, and this model has none: leave --scale out")
+        args.scale = 1.0
     if args.vanilla_sample:
-        args.ddim_steps = model.num_timesteps
-    options, metadata = cli.sampling_options(args), cli.sampling_metadata(args) | cli.shortcuts(args)
-    for settings in (options, metadata):
-        del settings["scale"]  # that is for classes, and goes with them
+        args.ddim_steps = pipe.model.num_timesteps
+    options = cli.resolve_options(args, pipe)
+    args.ddim_steps, args.sampler, args.scale, args.schedule = (
+        options.steps,
+        options.sampler,
+        options.scale,
+        options.schedule,
+    )
+    metadata = options.metadata() | {"model": cli.model_name(pipe.model)}
+    del metadata["scale"]  # of classes, and written with them
     total = args.n_samples * conditions.count
-    with cli.RunWriter(args, logdir, model.info.global_step, model=cli.model_name(model), **metadata) as writer:
-        inference.seed_everything(args.seed)
-        with tqdm(total=total, desc="Pictures") as bar:
-            for start in range(0, total, args.batch_size):
-                pictures = range(start, min(start + args.batch_size, total))
-                numbers = [picture // args.n_samples for picture in pictures]
-                images = conditions.draw(numbers, **options)
-                writer.save(images, [conditions.describe(number) for number in numbers])
-                bar.update(len(images))
-    cli.say(cli.FAREWELL.format(writer.folder), sys.stdout)
+    with (
+        cli.RunWriter(args, logdir, pipe.model.info.global_step, metadata) as writer,
+        tqdm(total=total, desc="Images") as bar,
+    ):
+        noise = options.shared_noise()
+        for start in range(0, total, args.batch_size):
+            numbers = [i // args.n_samples for i in range(start, min(start + args.batch_size, total))]
+            images = conditions.generate(numbers, options=options, noise=noise)
+            writer.write(images, [conditions.describe(number) for number in numbers])
+            bar.update(len(images))
 
 
 if __name__ == "__main__":

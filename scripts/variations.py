@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw variations of a picture, or of what several have in common, with a Stable unCLIP model."""
+"""Generate variations of an image, or of what several have in common, with a Stable unCLIP model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,12 @@ def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     cli.add_prompt(options)
     options.set_defaults(prompt="")
-    group = options.add_argument_group("what to vary")
+    group = options.add_argument_group("images")
     group.add_argument(
-        "--init-img",
-        type=cli.user_path,
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="the picture, or several to mix",
+        "--init-img", type=cli.user_path, nargs="+", required=True, metavar="FILE", help="the image, or several to mix"
     )
     group.add_argument(
-        "--weights", type=cli.number(float, 0), nargs="+", metavar="WEIGHT", help="how to mix them (each as much)"
+        "--weights", type=cli.number(float, 0), nargs="+", metavar="WEIGHT", help="how to mix them (equally)"
     )
     group.add_argument(
         "--noise_level", type=cli.number(int, 0, 999), default=0, help="how freely to vary, from 0 to 999 (%(default)s)"
@@ -50,21 +45,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm import inference
     from ldm.images import load_image
-    from ldm.inference.conditioning import PICTURE
+    from ldm.inference.conditioning import IMAGE
 
     inference.check_weights(args.weights, len(args.init_img))
-    pictures = [load_image(path) for path in args.init_img]
-    model = cli.load_model(args, PICTURE)
-    embedding = inference.picture_embedding(model, pictures, args.weights)
-    size = dict(zip(("height", "width"), inference.resolve_size(model, args.H, args.W)))
+    images = [load_image(path) for path in args.init_img]
+    pipe = cli.load_pipeline(args, IMAGE)
+    embedding = inference.image_embedding(pipe.model, images, args.weights)
+    options = cli.resolve_options(args, pipe, sized=True)
     settings = {"init_image": ", ".join(Path(path).name for path in args.init_img), "noise_level": args.noise_level}
     settings |= {"weights": args.weights} if args.weights else {}
-    with cli.SampleWriter(args, model=cli.model_name(model), **settings) as writer:
-        inference.seed_everything(args.seed)
+    with cli.SampleWriter(args, options, model=cli.model_name(pipe.model), **settings) as writer:
+        how = {"options": options, "noise": options.shared_noise(), "noise_level": args.noise_level}
         for prompts in batches * args.n_iter:
-            options = size | cli.sampling_options(args) | {"noise_level": args.noise_level}
-            writer.save(inference.variations(model, embedding, prompts, **options), prompts)
-    cli.say(cli.FAREWELL.format(args.outdir), sys.stdout)
+            writer.write(inference.variations(pipe.model, embedding, prompts, **how), prompts)
 
 
 if __name__ == "__main__":

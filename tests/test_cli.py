@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ldm import cli, devices, util
-from ldm.cli import sampling
+from ldm.cli import options
+from ldm.inference import SamplingOptions
 from ldm.models.diffusion.guidance import TERMS
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.models.diffusion.schedules import SCHEDULES
@@ -109,9 +110,9 @@ def test_sampler_precedence(caplog):
 
 
 def test_names_in_the_help_are_those_of_the_registries():
-    assert sorted(sampling.sampler_names()) == sorted(SAMPLERS)
-    assert sorted(sampling.term_names()) == sorted(TERMS)
-    assert list(sampling.SCHEDULES) == list(SCHEDULES)
+    assert sorted(options.SAMPLERS) == sorted(SAMPLERS)
+    assert sorted(options.TERMS) == sorted(TERMS)
+    assert list(options.SCHEDULES) == list(SCHEDULES)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -130,16 +131,15 @@ GUIDED = [
     ("--schedule karras", {"schedule": "karras"}),
     ("--schedule 999,500.5,1", {"schedule": [999.0, 500.5, 1.0]}),
     ("--scale_schedule 9,3", {"scale": [9.0, 3.0]}),
-    ("--guidance pag=3 --guidance rescale=.7", {"guidance": {"terms": {"pag": 3.0, "rescale": 0.7}}}),
-    ("--guidance_interval 0.3 5", {"guidance": {"interval": [0.3, 5.0]}}),
-    ("--cfg_pp --sampler euler", {"sampler": "euler", "guidance": {"cfg_pp": True}}),
+    ("--guidance pag=3 --guidance rescale=.7", {"terms": {"pag": 3.0, "rescale": 0.7}}),
+    ("--guidance_interval 0.3 5", {"interval": [0.3, 5.0]}),
+    ("--cfg_pp --sampler euler", {"sampler": "euler", "cfg_pp": True}),
 ]
 
 
 @pytest.mark.parametrize(("argv", "expected"), GUIDED)
-def test_what_the_library_is_given(argv, expected):
-    plain = {"negative_prompt": "", "steps": None, "sampler": None, "eta": 0.0, "scale": None}
-    assert cli.sampling_options(parse(*argv.split())) == plain | expected
+def test_sampling_options(argv, expected):
+    assert cli.sampling_options(parse(*argv.split())) == SamplingOptions(seed=42, **expected)
 
 
 AT_ODDS = [
@@ -154,7 +154,7 @@ AT_ODDS = [
     ("--guidance rescale=0.7 --scale 1", "at scale 1 there is none: leave rescale out"),
     ("--cfg_pp --scale 7.5", "takes scales from 0 to 1"),
     ("--cfg_pp --sampler heun", "--cfg_pp is for the samplers ddim, .*, not for heun"),
-    ("--cfg_pp --guidance rescale=0.7", "nothing to rescale"),
+    ("--cfg_pp --guidance rescale=0.7", "needs no rescaling"),
 ]
 
 
@@ -166,7 +166,7 @@ def test_sampling_that_has_no_meaning_is_refused_before_a_model_is_loaded(argv, 
 
 def test_metadata_of_sampling():
     argv = "--guidance pag=3 --guidance rescale=.7 --guidance_interval 0.3 5 --schedule karras --sampler euler"
-    said = cli.sampling_metadata(parse(*argv.split()))
+    said = cli.sampling_options(parse(*argv.split())).metadata()
     assert {name: said[name] for name in ("guidance", "guidance_interval", "schedule", "sampler")} == {
         "guidance": "pag=3, rescale=0.7",
         "guidance_interval": [0.3, 5.0],
@@ -174,9 +174,9 @@ def test_metadata_of_sampling():
         "sampler": "euler",
     }
     assert "eta" not in said and "cfg_pp" not in said
-    assert cli.sampling_metadata(parse("--cfg_pp", "--sampler", "ddim"))["cfg_pp"] is True
-    plain = {"negative_prompt": "", "steps": None, "sampler": "ddim", "eta": 0.0, "scale": None}
-    assert cli.sampling_metadata(parse("--ddim")) == plain
+    assert cli.sampling_options(parse("--cfg_pp", "--sampler", "ddim")).metadata()["cfg_pp"] is True
+    plain = {"steps": None, "sampler": "ddim", "eta": 0.0, "scale": None}
+    assert cli.sampling_options(parse("--ddim")).metadata() == plain
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -289,9 +289,9 @@ def raising(error: BaseException):
         (ModuleNotFoundError("No module named 'torch'"), 2, "error: No module named 'torch': install the requirements"),
         (ImportError("target 'a.B': there is no module 'a'"), 2, "error: target 'a.B': there is no module 'a'"),
         (RuntimeError("the picture is not finite"), 1, "error: the picture is not finite"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "error: not enough memory. Try --n_samples 1"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1, "error: not enough memory"),
-        (MemoryError(), 1, "error: not enough memory. Try --n_samples 1"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "error: out of memory. Try --n_samples 1"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 1, "error: out of memory"),
+        (MemoryError(), 1, "error: out of memory. Try --n_samples 1"),
         (KeyboardInterrupt(), 130, "interrupted; nothing written"),
         (cli.Interrupted("interrupted; 3 images"), 130, "interrupted; 3 images"),
     ],
@@ -365,7 +365,7 @@ def test_lost_output_does_not_stop_the_work():
 def test_memory_errors_say_how_much(capsys, error, amount):
     assert cli.run(raising(error)) == 1
     assert capsys.readouterr().err.startswith(
-        f"error: not enough memory (it takes another {amount}). Try --n_samples 1, --tile 512, a smaller --H and --W"
+        f"error: out of memory (needs another {amount}). Try --n_samples 1, --tile 512, a smaller --H and --W"
     )
 
 

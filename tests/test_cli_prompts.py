@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldm import cli
+from ldm.inference import PromptOptions
 
 
 def parse(*argv: str):
@@ -15,9 +16,9 @@ def parse(*argv: str):
     return cli.parse(options, [str(arg) for arg in argv])
 
 
-def drawn(*argv: str) -> list[tuple[list[str], dict]]:
+def sampled(*argv: str) -> list[tuple[list[str], dict]]:
     """The prompts and options of every batch."""
-    return [(batch.prompts, batch.options("not this")) for batch in cli.batches(parse(*argv))]
+    return [(batch.prompts, batch.overrides("not this")) for batch in cli.batches(parse(*argv))]
 
 
 def jsonl(folder: Path, *lines: str) -> Path:
@@ -27,12 +28,12 @@ def jsonl(folder: Path, *lines: str) -> Path:
 
 
 def test_plain_prompts_have_no_options(tmp_path):
-    assert drawn("--prompt", "{a|b}", "--n_iter", 2) == [(["{a|b}"] * 2, {})] * 2
+    assert sampled("--prompt", "{a|b}", "--n_iter", 2) == [(["{a|b}"] * 2, {})] * 2
     file = tmp_path / "p.txt"
     file.write_text('a --seed 3\n{"prompt": "b"}\nc')
     expected = [(["a --seed 3", '{"prompt": "b"}'], {}), (["c"], {})]
-    assert drawn("--from-file", file, "--n_iter", 2) == expected * 2
-    assert all(batch.settings == [{}] * len(batch.prompts) for batch in cli.batches(parse("--from-file", file)))
+    assert sampled("--from-file", file, "--n_iter", 2) == expected * 2
+    assert all(batch.image_settings == [{}] * len(batch.prompts) for batch in cli.batches(parse("--from-file", file)))
 
 
 def test_lines_with_options_are_batched_with_their_like(tmp_path):
@@ -46,19 +47,19 @@ def test_lines_with_options_are_batched_with_their_like(tmp_path):
         '{"prompt": "e", "steps": 9, "scale": 2.0}',
         '{"prompt": "f"}',
     )
-    assert drawn("--from-file", file) == [
+    assert sampled("--from-file", file) == [
         (["a", "b"], {"negative_prompt": ["not this", "n"]}),
         (["c"], {"steps": 9}),
         (["d", "e"], {"steps": 9, "scale": 2.0}),
         (["f"], {}),
     ]
     first, second, *_ = cli.batches(parse("--from-file", file))
-    assert first.settings == [{}, {"negative_prompt": "n"}] and second.settings == [{"steps": 9}]
+    assert first.image_settings == [{}, {"negative_prompt": "n"}] and second.image_settings == [{"steps": 9}]
 
 
 def test_a_line_drawn_again_counts_on_from_its_seed(tmp_path):
     file = jsonl(tmp_path, '{"prompt": "a", "seed": 5}', '{"prompt": "b"}', '{"prompt": "c", "seed": 4294967295}')
-    batches = drawn("--from-file", file, "--repeat", 2, "--n_iter", 2)
+    batches = sampled("--from-file", file, "--repeat", 2, "--n_iter", 2)
     assert batches == [
         (["a", "a"], {"seed": [5, 6]}),
         (["b", "b"], {}),
@@ -68,7 +69,7 @@ def test_a_line_drawn_again_counts_on_from_its_seed(tmp_path):
         (["c", "c"], {"seed": [1, 2]}),
     ]
     alone = {"seed_mode": "image", "batch_size": None, "index": None}
-    assert cli.batches(parse("--from-file", file))[0].settings == [{"seed": 5, **alone}]
+    assert cli.batches(parse("--from-file", file))[0].image_settings == [{"seed": 5, **alone}]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_scripts_without_options_of_lines_say_so(tmp_path):
     file = jsonl(tmp_path, '{"prompt": "a"}', '{"prompt": "b"}')
     assert cli.prompt_batches(parse("--from-file", file, "--n_iter", 3)) == [["a", "b"]]
     file = jsonl(tmp_path, '{"prompt": "a", "seed": 1}')
-    with pytest.raises(ValueError, match="here only prompts are taken"):
+    with pytest.raises(ValueError, match="this script takes only prompts"):
         cli.prompt_batches(parse("--from-file", file))
 
 
@@ -125,11 +126,11 @@ def test_combinations(prompt, expected):
 
 def test_a_matrix_is_drawn_in_order_and_counted(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    found = drawn("--prompt", "{a|b|c}", "--matrix", "--repeat", 2, "--n_samples", 4, "--n_iter", 2)
+    found = sampled("--prompt", "{a|b|c}", "--matrix", "--repeat", 2, "--n_samples", 4, "--n_iter", 2)
     assert found == [(["a", "a", "b", "b"], {}), (["c", "c"], {})] * 2
-    assert "--matrix makes 3 prompts: 12 pictures in 4 batches" in caplog.text
+    assert "--matrix makes 3 prompts: 12 images in 4 batches" in caplog.text
     file = jsonl(tmp_path, '{"prompt": "{a|b} {c|d}", "seed": 1, "scale": 3}', '{"prompt": "e"}')
-    assert drawn("--from-file", file, "--matrix", "--n_samples", 3) == [
+    assert sampled("--from-file", file, "--matrix", "--n_samples", 3) == [
         (["a c", "a d", "b c"], {"seed": [1, 1, 1], "scale": 3.0}),
         (["b d"], {"seed": [1], "scale": 3.0}),
         (["e"], {}),
@@ -141,11 +142,10 @@ def test_a_matrix_without_end_is_refused():
         cli.batches(parse("--prompt", "{a|b}" * 20, "--matrix"))
 
 
-# ---- reading ----
+# ---- prompt options ----
 
 
-def test_ways_to_read_are_off():
-    assert cli.reading_options(parse()) == {}
-    everything = {"emphasis": True, "long_prompt": True, "clip_skip": 2}
-    assert cli.reading_options(parse("--emphasis", "--long-prompt", "--clip_skip", 2)) == everything
-    assert cli.reading_options(parse("--emphasis")) == {"emphasis": True}
+def test_prompt_options_are_off():
+    assert cli.sampling_options(parse()).prompt_options == PromptOptions()
+    everything = cli.sampling_options(parse("--emphasis", "--long-prompt", "--clip_skip", 2)).prompt_options
+    assert everything == PromptOptions(emphasis=True, long_prompt=True, clip_skip=2)

@@ -15,6 +15,8 @@ from PIL import Image
 from ldm import inference
 from ldm.inference import img2img, load_model, txt2img
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.noise import SeededNoise
+from ldm.models.diffusion.samplers import make_sampler
 from ldm.models.model_info import SamplingDefaults
 from tests.tiny import write_tiny
 
@@ -129,14 +131,18 @@ def test_models_name_their_own_sampling(ckpt, tmp_path):
         OmegaConf.save({"model": config.model, "sampling": own}, path)
         return load_model(path, ckpt, device="cpu")
 
+    def settings(model, **options):
+        resolved = inference.Pipeline(model).resolve(default_scale=5.0, **options)
+        return resolved.steps, resolved.sampler, resolved.scale
+
     own = loaded(scale=4.0, sampler="dpm_solver", steps=3)
     given = {"scale": 4.0, "sampler": "dpm_solver", "steps": 3}
     quiet = {"seed": 1, "progress": False}
     plain = load_model(ckpt=ckpt, device="cpu")
-    assert plain.info.sampling == SamplingDefaults() and inference.sampling_settings(plain, 5.0) == (50, "ddim", 5.0)
+    assert plain.info.sampling == SamplingDefaults() and settings(plain) == (50, "ddim", 5.0)
     assert (pixels(txt2img(own, PROMPTS, **quiet)) == pixels(txt2img(plain, PROMPTS, **given, **quiet))).all()
-    assert inference.sampling_settings(own, 7.5, steps=9, scale=1.0) == (9, "dpm_solver", 1.0)
-    assert inference.sampling_settings(own, 7.5, eta=0.5) == (3, "ddim", 4.0)
+    assert settings(own, steps=9, scale=1.0) == (9, "dpm_solver", 1.0)
+    assert settings(own, eta=0.5) == (3, "ddim", 4.0)
     for mistake in ({"scales": 4}, {"sampler": "nonsense"}, {"steps": 0}, {"steps": 2.5}, {"scale": "much"}):
         with pytest.raises(ValueError, match="it takes a number `scale`"):
             loaded(**mistake)
@@ -144,15 +150,14 @@ def test_models_name_their_own_sampling(ckpt, tmp_path):
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm_solver", 0.0)])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_skipping_draws_the_same_random_numbers(model, sampler, eta, fixed):
+def test_advance_uses_the_same_random_numbers(model, sampler, eta, fixed):
     options = {"steps": 4, "sampler": sampler, "eta": eta, "height": 16, "width": 48}
-    options["start_code"] = torch.zeros(2, 4, 8, 24) if fixed else None
-    inference.seed_everything(5)
-    txt2img(model, PROMPTS, **options, progress=False)
-    after = torch.rand(4)
-    inference.seed_everything(5)
-    inference.skip_txt2img(model, PROMPTS, **options)
-    assert (torch.rand(4) == after).all()
+    start = torch.zeros(2, 4, 8, 24) if fixed else None
+    used, skipped = SeededNoise(5), SeededNoise(5)
+    txt2img(model, PROMPTS, **options, noise=used, start_code=start, progress=False)
+    pipe = inference.Pipeline(model)
+    pipe.advance(inference.Conditioning(None, shape=(2, 4, 8, 24), start=start), pipe.resolve(**options), skipped)
+    assert torch.equal(used((4,), "cpu"), skipped((4,), "cpu"))
 
 
 def test_sizes(model):
@@ -176,7 +181,7 @@ def test_strength_zero_is_the_first_stage_round_trip(model, photo):
     (image,) = img2img(model, ["a red circle"], photo, strength=0.0, seed=4, progress=False)
     inference.seed_everything(4)
     latents = inference.encode_image(model, photo)
-    assert (pixels([image]) == pixels(inference.decode(model, latents))).all()
+    assert (pixels([image]) == pixels(inference.Pipeline(model).decode(latents))).all()
 
 
 def test_more_strength_changes_more(model, photo):
@@ -203,11 +208,11 @@ STEP_COUNTS = [1, 2, 3, 9, 27, 36, 101, 333, 501, 999, 1000]
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
 @pytest.mark.parametrize("steps", STEP_COUNTS)
-def test_every_step_count_can_be_laid_out(model, sampler, steps):
+def test_every_step_count_has_a_schedule(model, sampler, steps):
     """Counts that indexed past the schedule in the public code among them; see also the schedule's own test."""
     names = ("alphas_cumprod", "num_timesteps", "parameterization", "device")
     quick = SimpleNamespace(**{name: getattr(model, name) for name in names}, apply_model=lambda x, t, cond: x * 0.1)
-    solver = inference.pipeline.make_sampler(quick, sampler)
+    solver = make_sampler(quick, sampler)
     result, _ = solver.sample(steps, 1, (4, 2, 2), x_T=torch.ones(1, 4, 2, 2), verbose=False)
     assert torch.isfinite(result).all() and t_range(solver)[0] >= 0 and t_range(solver)[1] <= 999
 
@@ -217,7 +222,7 @@ def t_range(solver) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("part", ["model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_out.bias"])
-def test_black_pictures_become_messages(ckpt, part):
+def test_black_images_become_messages(ckpt, part):
     model = load_model(ckpt=ckpt, device="cpu")
     model.get_parameter(part).data.fill_(float("nan"))
     with pytest.raises(ArithmeticError, match="--precision full"):
@@ -245,7 +250,7 @@ def test_half_precision_image_to_image(ckpt, photo):
     assert 0 < np.abs(rough - exact).mean() < 8
 
 
-def test_models_of_one_scale_have_pictures_brought_to_it(ckpt, photo):
+def test_images_are_resized_for_models_of_one_scale(ckpt, photo):
     model = load_model(ckpt=ckpt, device="cpu")
     model.info = replace(model.info, one_scale=True)
     assert img2img(model, ["a"], photo, strength=0.0, progress=False)[0].size == (32, 32)  # 70x96 at 32 is 32x44

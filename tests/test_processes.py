@@ -104,7 +104,7 @@ def test_two_processes_resume_after_kills(ckpt: Path, mode: str) -> None:
     together = start([[*options, "--resume"]] * 2)
     outputs = [output_of(process) for process in together]
     assert [process.returncode for process in together] == [0, 0], outputs
-    assert "pictures: going on with the others" in outputs[0][0] and outputs[1] == ("", "")
+    assert "images: generating the others" in outputs[0][0] and outputs[1] == ("", "")
     assert pictures(out) == expected
 
     for number in (0, 3, 9):
@@ -119,7 +119,7 @@ def test_two_processes_resume_after_kills(ckpt: Path, mode: str) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert "holds 7 of 10 pictures" in done.stdout and pictures(out) == expected
+    assert "holds 7 of 10 images" in done.stdout and pictures(out) == expected
     assert cli.run(txt2img.main, [*options, "--resume"]) == 0
     assert pictures(out) == expected
 
@@ -127,16 +127,16 @@ def test_two_processes_resume_after_kills(ckpt: Path, mode: str) -> None:
 def test_descriptions_are_equal_across_processes(ckpt: Path) -> None:
     """Whichever GPU it draws with, and whenever its copy of the model was made."""
     args = cli.parse(txt2img.parser(), [*arguments(ckpt, "out"), "--resume"])
-    batches, seeding = cli.batches(args), cli.seeding(args)
+    batches, options = cli.batches(args), cli.sampling_options(args).resolve()
     models = [SimpleNamespace(info=ModelInfo(str(ckpt)), device=torch.device("cuda", number)) for number in (0, 1)]
-    one, other = (cli.descriptions(args, model, batches, seeding, height=32, width=32) for model in models)
+    one, other = (cli.descriptions(args, model, options, batches) for model in models)
     assert one == other
 
     class Second(DistributedContext):
         def broadcast(self, value):
             return one if isinstance(value, list) and value and isinstance(value[0], dict) else value
 
-    writer = SampleWriter(args, Second(1, 2))
+    writer = SampleWriter(args, None, Second(1, 2))
     writer.resume([{**description, "model": ["model.ckpt", 1, 2]} for description in one])
     assert writer._wanted == one
 
@@ -156,8 +156,8 @@ def test_two_processes_write_what_one_writes_in_img2img(ckpt: Path, mode: str) -
         (ckpt.parent / f"two/samples/{number:05}.png").unlink()
     (ckpt.parent / "two/grid-0000.png").unlink()
     together = start([[*arguments(ckpt, "two"), *more, "--resume"]] * 2, "img2img")
-    outputs = [output_of(process) for process in together]
-    assert "holds 7 of 10 pictures" in outputs[0][0], outputs
+    outputs = [said(process) for process in together]
+    assert "holds 7 of 10 images" in outputs[0][0], outputs
     assert pictures(ckpt.parent / "two") == expected
 
 

@@ -18,8 +18,7 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.special_models import ImageEmbeddingConditionedLatentDiffusion
-from ldm.models.diffusion.special_models import LatentUpscaleDiffusion
+from ldm.models.diffusion.special_models import ImageEmbeddingConditionedLatentDiffusion, LatentUpscaleDiffusion
 from ldm.modules.diffusionmodules.upscaling import ImageConcatWithNoiseAugmentation
 from ldm.modules.encoders.modules import CLIPEmbeddingNoiseAugmentation
 from tests import witness

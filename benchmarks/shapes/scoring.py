@@ -17,6 +17,7 @@ from benchmarks.shapes.evaluator import Match, evaluate
 from ldm import inference
 from ldm.data.shapes import SIDE, Scene, ShapesDataset, describe, parse, render
 from ldm.images import tensor_to_images
+from ldm.models.diffusion.noise import SeededNoise
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
@@ -114,11 +115,11 @@ def generate_all(
 
     `options` are those of `ldm.inference.txt2img`.
     """
-    inference.seed_everything(seed)
+    noise = SeededNoise(seed)
     images: list[Image.Image] = []
     with tqdm(total=len(prompts), desc=title, unit="image") as bar:
         for texts in _batches(prompts, batch):
-            images += inference.txt2img(model, texts, progress=False, **options)
+            images += inference.txt2img(model, texts, noise=noise, progress=False, **options)
             bar.update(len(texts))
     return images
 

@@ -1,53 +1,65 @@
-"""What the scripts share: options, the model they name, writing pictures, reporting errors.
+"""What the scripts have in common: options, loading the model, the loop over batches, writing images, reporting errors.
 
-Nothing heavy is imported until it is needed, so that `--help` answers at once.
+Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
-from ldm.cli.conditions import add_conditions, conditions_for, read_conditions
-from ldm.cli.manifest import add_resume, descriptions
-from ldm.cli.models import load_model, model_name, resumed
+from ldm.cli.image_run import ImageRun, Progress, RunBatch, model_name
+from ldm.cli.manifest import descriptions
+from ldm.cli.models import (
+    add_conditions,
+    conditions_for,
+    find_model,
+    load_pipeline,
+    prepare_model,
+    read_conditions,
+    resolve_options,
+)
 from ldm.cli.options import (
     MAX_SEED,
     PROMPT,
+    SAMPLERS,
     ArgumentParser,
+    acceleration_options,
     add_amount,
     add_clip,
     add_model,
     add_output,
+    add_preview,
     add_prompt,
-    add_reading,
+    add_prompt_options,
     add_sampler,
     add_size,
+    add_speed,
     add_tile,
+    add_tiling,
     add_trust,
     is_setting,
     number,
     parse,
-    reading_options,
-    sampling_metadata,
     sampling_options,
     sampling_parser,
     user_path,
 )
-from ldm.cli.pictures import Watch, add_preview, add_seeding, add_tiling, seeding, settings_of
 from ldm.cli.prompts import Batch, batches, combinations, prompt_batches
 from ldm.cli.reporting import FAREWELL, run, say
-from ldm.cli.sample_writer import RunWriter
-from ldm.cli.speed import add_speed, shortcuts, take
-from ldm.cli.writing import AnimationWriter, Interrupted, NamedWriter, SampleWriter, make_folder
+from ldm.cli.writing import AnimationWriter, Interrupted, NamedWriter, RunWriter, SampleWriter, make_folder
 
 __all__ = [
     "FAREWELL",
     "MAX_SEED",
     "PROMPT",
+    "SAMPLERS",
     "AnimationWriter",
     "ArgumentParser",
     "Batch",
+    "ImageRun",
     "Interrupted",
     "NamedWriter",
+    "Progress",
+    "RunBatch",
     "RunWriter",
     "SampleWriter",
-    "Watch",
+    "acceleration_options",
     "add_amount",
     "add_clip",
     "add_conditions",
@@ -55,10 +67,8 @@ __all__ = [
     "add_output",
     "add_preview",
     "add_prompt",
-    "add_reading",
-    "add_resume",
+    "add_prompt_options",
     "add_sampler",
-    "add_seeding",
     "add_size",
     "add_speed",
     "add_tile",
@@ -66,26 +76,22 @@ __all__ = [
     "add_trust",
     "batches",
     "combinations",
-    "is_setting",
     "conditions_for",
     "descriptions",
-    "load_model",
+    "find_model",
+    "is_setting",
+    "load_pipeline",
     "make_folder",
     "model_name",
     "number",
     "parse",
+    "prepare_model",
     "prompt_batches",
     "read_conditions",
-    "reading_options",
-    "resumed",
+    "resolve_options",
     "run",
-    "sampling_metadata",
     "sampling_options",
     "sampling_parser",
     "say",
-    "seeding",
-    "settings_of",
-    "shortcuts",
-    "take",
     "user_path",
 ]

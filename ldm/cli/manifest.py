@@ -1,4 +1,4 @@
-"""What an output folder holds of a run, so that a run that was stopped goes on where it was: --resume."""
+"""The manifest of an output folder, for --resume: which images of a run are there already."""
 
 from __future__ import annotations
 
@@ -9,69 +9,76 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.options import ArgumentParser
-from ldm.cli.pictures import settings_of
 from ldm.cli.prompts import Batch
 from ldm.files import PARTIAL
 
 if TYPE_CHECKING:
-    from ldm.inference import Seeding
+    from ldm.inference import SamplingOptions
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 MANIFEST = "manifest.jsonl"
-_DEAD = 600  # seconds after which no process is still busy with a file under a temporary name
+_ABANDONED_AFTER = 600  # seconds after which no process still writes a file under a temporary name
 
-# Options without a say in what a picture is, or that are said otherwise (see `descriptions`). Any new one has a say,
-# until it is listed here: then too much is drawn, never too little.
-_OF_NO_EFFECT = (
+# Arguments that do not determine an image, or do so by other entries of `descriptions`. New arguments count until they
+# are listed here: then too many images are generated, never too few.
+_IGNORED = (
     *("outdir", "skip_save", "skip_grid", "n_rows", "preview", "resume", "verify", "trust_config", "settings"),
     *("prompt", "from_file", "repeat", "matrix", "n_iter", "n_samples", "seed", "variation_seed"),
     *("ckpt", "config", "device", "H", "W", "C", "f", "laion400m", "ddim", "plms", "dpm_solver"),
     *("public_scale", "public_steps", "public_eta"),
+    *("ddim_steps", "ddim_eta", "scale_schedule", "guidance", "guidance_interval", "cache_features", "merge_tokens"),
 )
 
 
-def add_resume(parser: ArgumentParser) -> None:
-    """--resume, which `descriptions` and `SampleWriter.resume` go by."""
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help=f"list what is drawn in <outdir>/{MANIFEST}, and draw only what that lacks of the same prompts, seeds and "
-        "options: give it from the start, and again to go on with a run that was stopped",
-    )
-
-
 def descriptions(
-    args: Namespace, model: LatentDiffusion, batches: Sequence[Batch], seeding: Seeding, **more: Any
+    args: Namespace, model: LatentDiffusion, options: SamplingOptions, batches: Sequence[Batch], **more: Any
 ) -> list[dict[str, Any]]:
-    """For every picture of a run all that determines it, as plain values.
+    """Everything that determines each image of a run, as plain values.
 
-    more: what else has a say, such as the size; of a Path, which file it is now. Pictures with a seed of their own have
-    nothing to do with each other; others depend on how many random numbers were drawn before them, thus on the batches
-    before theirs.
+    Args:
+        args: The command line.
+        model: The loaded model.
+        options: Resolved options of the run.
+        batches: The run's batches.
+        **more: What else determines images, such as their size; a Path stands for the file that it is now.
+
+    Images with their own seeds do not depend on each other; others depend on how many random numbers were used before,
+    and so on the batches before theirs.
     """
-    options = {name: value for name, value in vars(args).items() if name not in _OF_NO_EFFECT}
-    kind = str(model.device).partition(":")[0]  # not which of several: every process has another
-    options |= {"model": _stamp(model.info.checkpoint_path), "config": _stamp(args.config), "device": kind}
-    options |= {name: _stamp(value) if isinstance(value, Path) else value for name, value in more.items()}
+    names = {field.name for field in fields(options)}
+    common = {name: value for name, value in vars(args).items() if name not in (*_IGNORED, *names)} | asdict(options)
+    for name in ("seed", "variation_seed"):  # of each image, below
+        common.pop(name)
+    kind = str(model.device).partition(":")[0]  # not the index: every process has another
+    assert model.info is not None
+    common |= {"model": _stamp(model.info.checkpoint_path), "config": _stamp(args.config), "device": kind}
+    common |= {name: _stamp(value) if isinstance(value, Path) else value for name, value in more.items()}
     before, first, found = hashlib.sha256(), 0, []
     for batch in batches:
-        shared: dict[str, Any] = {}
-        if not (batch.seeded or seeding.per_image):
-            shared = {"before": before.hexdigest(), "batch": len(batch.lines), "n_samples": args.n_samples}
+        position: dict[str, Any] = {}
+        if not (batch.seeded or options.per_image):
+            position = {"before": before.hexdigest(), "batch": len(batch.lines), "n_samples": args.n_samples}
             before.update(json.dumps([len(batch.lines), batch.lines[0].options.get("steps")]).encode())
-        for row, (line, seeds) in enumerate(zip(batch.lines, settings_of(seeding, first, batch))):
-            place = shared and {**shared, "row": row}
-            found.append({**options, "prompt": line.prompt, **line.options, **seeds, **place})
+        settings = image_settings(options, first, batch)
+        for row, (line, own) in enumerate(zip(batch.lines, settings)):
+            place = position and {**position, "row": row}
+            found.append({**common, "prompt": line.prompt, **line.options, **own, **place})
         first += len(batch.lines)
     return found
 
 
+def image_settings(options: SamplingOptions, first: int, batch: Batch) -> list[dict[str, Any]]:
+    """Metadata of a batch's images, each for itself; the first of them is image `first` of the run."""
+    seeds = options.image_settings(first, len(batch.lines))
+    return [{**seed, **own} for seed, own in zip(seeds, batch.image_settings)]
+
+
 def _stamp(path: str | Path | None) -> list[Any] | None:
-    """A file's name, size and time: another file, or a new one in its place, has another."""
+    """A file's name, size and time, which change with the file."""
     if path is None:
         return None
     found = os.stat(path)
@@ -79,41 +86,41 @@ def _stamp(path: str | Path | None) -> list[Any] | None:
 
 
 def key_of(description: Mapping[str, Any]) -> str:
-    """The same for equal descriptions, and for no others."""
+    """A hash that is the same for equal descriptions only."""
     return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Manifest:
-    """A file of JSON lines, one a picture: its `key`, its file's `sha256` and, for people, `prompt` and `seed`.
+    """A file of JSON lines, one per image: its `key`, its file's `sha256` and, for people, `prompt` and `seed`.
 
-    A line is on disk before its picture gets its name, and counts if a file with that checksum is in `folder`, so
-    neither a kill at any moment nor a deleted, renamed or damaged picture misleads. Lines that are cut short do not
-    count. Several processes may add to one file.
+    A line is on disk before its image gets its name, and counts only if a file with that checksum is in `folder`, so
+    it stays right after a kill at any moment and when images are deleted, renamed or damaged. Truncated lines do not
+    count. Several processes may append to one file.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
         self._path, self._folder = path, folder
 
     def find(self, wanted: Sequence[Mapping[str, Any]]) -> list[str | None]:
-        """The file of each of these pictures, None where there is none; clears away what kills left half-written."""
-        self._clear()
+        """The file of each of these images, or None; removes files that killed processes left half-written."""
+        self._remove_partial_files()
         names: dict[str, list[str]] = {}
         for path in sorted(self._folder.glob("*.png"), reverse=True):
             names.setdefault(_checksum(path), []).append(path.name)
-        held: dict[str, list[str]] = {}
+        found: dict[str, list[str]] = {}
         for line in self._lines():
             if names.get(line["sha256"]):
-                held.setdefault(line["key"], []).append(names[line["sha256"]].pop())
-        return [held[key].pop(0) if held.get(key) else None for key in map(key_of, wanted)]
+                found.setdefault(line["key"], []).append(names[line["sha256"]].pop())
+        return [found[key].pop(0) if found.get(key) else None for key in map(key_of, wanted)]
 
-    def _clear(self) -> None:
+    def _remove_partial_files(self) -> None:
         for path in self._folder.glob(PARTIAL.format(name="*", pid="*")):
-            with contextlib.suppress(FileNotFoundError):  # another process was done with it just now
-                if time.time() - path.stat().st_mtime > _DEAD:
+            with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
                     path.unlink()
 
     def _lines(self) -> list[dict[str, str]]:
-        """The lines that are whole; what is added goes on a line of its own."""
+        """The complete lines; ends a truncated last line, so that new lines start on their own."""
         if not self._path.exists():
             return []
         data = self._path.read_bytes()
@@ -130,7 +137,7 @@ class Manifest:
         return lines
 
     def add(self, description: Mapping[str, Any], path: Path) -> None:
-        """Announce a picture, all of which is in `path`."""
+        """Add an image, which is complete in `path`."""
         line = {"key": key_of(description), "sha256": _checksum(path)}
         line |= {name: description[name] for name in ("prompt", "seed")}
         self._append(json.dumps(line).encode() + b"\n")

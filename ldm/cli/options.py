@@ -1,20 +1,34 @@
-"""Options of the scripts, in groups that a script puts together, and what follows from them."""
+"""Command-line options of the scripts, in groups that a script puts together, and what they mean together."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ldm.cli import sampling
 from ldm.devices import DEVICES, PRECISIONS
 from ldm.trust import trust
 
+if TYPE_CHECKING:
+    from ldm.inference import AccelerationOptions, SamplingOptions
+
+logger = logging.getLogger(__name__)
+
 PROMPT = "a painting of a virus monster playing guitar"
-MAX_SEED = 2**32 - 1  # what numpy takes, and what the public scripts' seed_everything allowed
+MAX_SEED = 2**32 - 1  # the limit of numpy, and of the public scripts' seed_everything
+
+# Names for --help, which does not wait for torch; a test compares them with the registries.
+SAMPLERS = (
+    *("ddim", "plms", "dpm_solver", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "dpmpp_3m", "euler", "euler_a", "heun"),
+    *("dpm2", "lms", "unipc", "ddpm"),
+)
+TERMS = ("pag", "rescale", "threshold")
+SCHEDULES = ("uniform", "quad", "even", "leading", "trailing", "karras", "exponential")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -23,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # argparse's overloads say the same
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """argparse's, after every option is spelt as it was declared."""
+        """As argparse does, after spelling every option as it was declared."""
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._spelling(arg) for arg in args], namespace)
 
@@ -33,8 +47,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return known.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else arg
 
     def error(self, message: str) -> NoReturn:
-        """Leave with `message` and exit code 2, without the usage, which may be pages long."""
+        """Exit with `message` and code 2, without the usage, which may be pages long."""
         self.exit(2, f"error: {message} (see --help)\n")
+
+
+# ---- types of options ----
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], Any]:
@@ -61,42 +78,82 @@ def user_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def numbers(text: str) -> list[float]:
+    """An argparse `type`: "9,3" is [9, 3]."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 9,3") from None
+
+
+def schedule(text: str) -> str | list[float]:
+    """An argparse `type`: the name of a schedule, or timesteps such as "999,850,...,5"."""
+    return numbers(text) if "," in text or text.isdigit() else text
+
+
+def term(text: str) -> tuple[str, float]:
+    """An argparse `type`: "rescale=0.7" is ("rescale", 0.7)."""
+    name, _, strength = text.partition("=")
+    try:
+        return name, float(strength)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like rescale=0.7") from None
+
+
+class _Trust(argparse.Action):
+    """Trusts a prefix as soon as it is read, because whatever is built later may use it."""
+
+    def __call__(self, parser: Any, namespace: Namespace, values: Any, option_string: Any = None) -> None:
+        try:
+            trust(values)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), values])
+
+
+# ---- groups ----
+
+
 def add_prompt(parser: ArgumentParser, negative: bool = True) -> None:
-    """--prompt, --from-file and how often to use its lines; --negative_prompt unless the model takes none."""
-    group = parser.add_argument_group("what to draw")
-    group.add_argument("--prompt", default=PROMPT, help="what the picture shows (%(default)s)")
+    """--prompt, --from-file, --repeat, --matrix; --negative_prompt unless the model takes none."""
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", default=PROMPT, help="what the image shows (%(default)s)")
     if negative:
-        group.add_argument("--negative_prompt", default="", help="what the picture should not show")
+        group.add_argument("--negative_prompt", default="", help="what the image should not show")
     group.add_argument(
         "--from-file",
         type=user_path,
         metavar="FILE",
-        help="read prompts from a text file, one a line; empty ones count",
+        help="read prompts from a text file, one per line; empty ones count",
     )
     group.add_argument(
         "--repeat",
         type=number(int, 1),
         default=1,
-        help="use each line of --from-file, or of what --matrix makes, this often (%(default)s)",
+        help="use each line of --from-file, or each prompt of --matrix, this often (%(default)s)",
     )
     group.add_argument(
-        "--matrix", action="store_true", help="of {a|b} in prompts draw both, of several such all combinations"
+        "--matrix", action="store_true", help="generate all combinations of the alternatives {a|b} in prompts"
     )
 
 
-def add_reading(parser: ArgumentParser) -> None:
-    """How to read prompts, if not as published: --emphasis, --long_prompt, --clip_skip."""
+def add_prompt_options(parser: ArgumentParser) -> None:
+    """--emphasis, --long_prompt, --clip_skip."""
     group = parser.add_argument_group("how to read prompts")
     group.add_argument(
-        "--emphasis", action="store_true", help="weigh words: (word:1.2), (word) is 1.1, [word] 1/1.1; \\( is literal"
+        "--emphasis", action="store_true", help="weight words: (word:1.2), (word) is 1.1, [word] 1/1.1; \\( is literal"
     )
     group.add_argument(
         "--long_prompt",
         action="store_true",
-        help="read what exceeds the encoder's length in chunks, and cut off nothing",
+        help="encode prompts beyond the encoder's length in several chunks instead of cutting them off",
     )
     group.add_argument(
-        "--clip_skip", type=number(int, 1), default=1, metavar="N", help="CLIP's layer, the N-th last (%(default)s)"
+        "--clip_skip",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="use the N-th CLIP layer from the end (%(default)s)",
     )
 
 
@@ -104,24 +161,22 @@ def add_amount(parser: ArgumentParser, n_samples: int, n_iter: int | None = None
     """--n_samples, --seed, and --n_iter unless None."""
     group = parser.add_argument_group("how many")
     count = number(int, 1)
-    group.add_argument("--n_samples", type=count, default=n_samples, help="pictures in a batch (%(default)s)")
+    group.add_argument("--n_samples", type=count, default=n_samples, help="images per batch (%(default)s)")
     if n_iter is not None:
         group.add_argument(
             "--n_iter", type=count, default=n_iter, help="how often to go through all prompts (%(default)s)"
         )
-    group.add_argument(
-        "--seed", type=number(int, 0, MAX_SEED), default=42, help="start of the random numbers (%(default)s)"
-    )
+    group.add_argument("--seed", type=number(int, 0, MAX_SEED), default=42, help="random seed (%(default)s)")
 
 
 def add_size(parser: ArgumentParser) -> None:
     """--H, --W, and --tile."""
-    group = parser.add_argument_group("how large")
-    group.add_argument("--H", type=number(int, 1), metavar="PIXELS", help="height of the pictures")
-    group.add_argument("--W", type=number(int, 1), metavar="PIXELS", help="width of the pictures")
+    group = parser.add_argument_group("size")
+    group.add_argument("--H", type=number(int, 1), metavar="PIXELS", help="image height")
+    group.add_argument("--W", type=number(int, 1), metavar="PIXELS", help="image width")
     add_tile(
         group,
-        "that the first stage encodes or decodes at once: larger pictures go through it in overlapping tiles, which "
+        "that the first stage encodes or decodes at once: larger images are processed in overlapping tiles, which "
         "bounds memory and changes them, the more the smaller the tiles are; 0: never (%(default)s)",
         dest="first_stage_tile",
         default=0,
@@ -140,35 +195,36 @@ def add_sampler(
     eta: float = 0.0,
     also: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """The sampler, its steps and noise, and guidance; `scale` and `steps` are for models that name none of their own.
+    """The sampler, its steps and noise, and guidance; `scale` and `steps` are for models without their own.
 
     also: further spellings of --ddim_steps and --ddim_eta in a public script, {"ddim_steps": ["-c"], ...}.
     """
-    group, also = parser.add_argument_group("how to sample"), also or {}
+    group, also = parser.add_argument_group("sampling"), also or {}
     group.add_argument(
         "--ddim_steps",
         "--steps",
         *also.get("ddim_steps", ()),
         type=number(int, 1, 1000),
-        help=f"steps of any sampler (the model's own, else {steps})",
+        help=f"number of steps, of any sampler (the model's own, else {steps})",
     )
-    names = ", ".join(sampling.sampler_names())
-    group.add_argument("--sampler", metavar="NAME", help=f"one of {names} (the model's own, else ddim)")
+    group.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (the model's own, else ddim)")
     group.add_argument("--ddim", action="store_true", help="the same as --sampler ddim")
     group.add_argument("--plms", action="store_true", help="the same as --sampler plms")
-    group.add_argument("--dpm_solver", "--dpm", action="store_true", help="DPM-Solver++ (2M); wins over --plms, --ddim")
+    group.add_argument(
+        "--dpm_solver", "--dpm", action="store_true", help="DPM-Solver++ (2M); takes precedence over --plms and --ddim"
+    )
     group.add_argument(
         "--ddim_eta",
         *also.get("ddim_eta", ()),
         type=number(float, 0),
-        help=f"noise of each DDIM step, 0 for none ({eta:g}); more than 0 means DDIM",
+        help=f"noise of each DDIM step, 0 for none ({eta:g}); more than 0 selects DDIM",
     )
     group.add_argument(
         "--schedule",
-        type=sampling.schedule,
+        type=schedule,
         metavar="NAME",
-        help=f"where the steps lie: {', '.join(sampling.SCHEDULES)}, or timesteps such as 999,850,700 (the "
-        "model's own, else the sampler's)",
+        help=f"placement of the steps: {', '.join(SCHEDULES)}, or timesteps such as 999,850,700 (the model's own, else "
+        "the sampler's)",
     )
     _add_guidance(parser, scale)
     parser.set_defaults(public_scale=scale, public_steps=steps, public_eta=eta)
@@ -181,39 +237,42 @@ def _add_guidance(parser: ArgumentParser, scale: float) -> None:
     )
     group.add_argument(
         "--scale_schedule",
-        type=sampling.numbers,
+        type=numbers,
         metavar="SCALES",
-        help="several scales, gone through evenly from the first step to the last: 9,3 falls from 9 to 3",
+        help="several scales, interpolated over the steps: 9,3 falls from 9 to 3",
     )
     group.add_argument(
         "--guidance",
-        type=sampling.term,
+        type=term,
         action="append",
         metavar="NAME=STRENGTH",
-        help=f"what else guides, as often as you like: {', '.join(sampling.term_names())}; rescale=0.7 against "
-        "overexposure, threshold=0.995 against saturation, pag=3 for form",
+        help=f"further guidance terms, repeatable: {', '.join(TERMS)}; rescale=0.7 against overexposure, "
+        "threshold=0.995 against saturation, pag=3 for form",
     )
     group.add_argument(
         "--guidance_interval",
         type=number(float, 0),
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="guide only where there is so much noise, in sigma",
+        help="apply guidance only while LOW <= sigma <= HIGH",
     )
     group.add_argument("--cfg_pp", action="store_true", help="CFG++: --scale is from 0 to 1 (0.6)")
 
 
 def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if present, else the bundled model") -> None:
-    """--ckpt, --verify, --config, --device, --precision. default: in words, what serves without --ckpt."""
-    group = parser.add_argument_group("the model")
+    """--ckpt, --verify, --config, --device, --precision. default: in words, the model without --ckpt."""
+    group = parser.add_argument_group("model")
     group.add_argument("--ckpt", type=user_path, metavar="FILE", help=f".ckpt or .safetensors ({default})")
     group.add_argument(
         "--verify",
         action="store_true",
-        help="read all of the checkpoint first, and compare it with its checksums: those inside, and FILE.sha256",
+        help="read the complete checkpoint first, and compare it with its checksums: those inside, and FILE.sha256",
     )
     group.add_argument(
-        "--config", type=user_path, metavar="FILE", help="YAML file of the model (default: found from the checkpoint)"
+        "--config",
+        type=user_path,
+        metavar="FILE",
+        help="YAML file of the model (default: detected from the checkpoint)",
     )
     add_trust(group)
     group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
@@ -224,23 +283,14 @@ def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if pre
 
 
 def add_trust(parser: argparse._ActionsContainer) -> None:
-    """--trust-config, which counts as soon as it is read: whatever is built later may use what it names."""
+    """--trust-config."""
     parser.add_argument(
         "--trust-config",
         action=_Trust,
         metavar="PREFIX",
-        help="let configs call what this module or package defines, as often as you like (ldm, torch.nn, torch.optim "
-        "and Lightning's callbacks): a config runs whatever it names",
+        help="let configs call what this module or package defines, repeatable (ldm, torch.nn, torch.optim and "
+        "Lightning's callbacks are trusted): a config runs whatever it names",
     )
-
-
-class _Trust(argparse.Action):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        try:
-            trust(values)
-        except ValueError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), values])
 
 
 def add_clip(parser: ArgumentParser) -> None:
@@ -255,55 +305,173 @@ def add_clip(parser: ArgumentParser) -> None:
     )
 
 
+def add_speed(parser: ArgumentParser) -> None:
+    """--cache_features, --merge_tokens, --quantize, --compile, --lowvram."""
+    group = parser.add_argument_group("speed for quality, off by default")
+    group.add_argument(
+        "--cache_features",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="recompute deep UNet blocks every N steps (DeepCache) (%(default)s: every step)",
+    )
+    group.add_argument(
+        "--merge_tokens",
+        type=number(float, 0, 0.75),
+        default=0.0,
+        metavar="RATIO",
+        help="merge this fraction of similar tokens in self-attention at the highest resolution (ToMe); 0.5 is usual "
+        "(%(default)g)",
+    )
+    group.add_argument("--quantize", choices=("int8",), help="multiply in 8-bit integers, on CPUs that are faster so")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network for a GPU: some minutes at the first run, cached on disk; no effect on a CPU",
+    )
+    parser.add_argument(
+        "--lowvram",
+        action="store_true",
+        help="for GPUs with little memory: offload parts of the model to the CPU while they are not used, and run "
+        "guidance sequentially; slower, same images; best with --precision fp16",
+    )
+
+
+def add_seeds(parser: ArgumentParser) -> None:
+    """--seed_mode, --noise_device, --variation_seed, --variation_strength."""
+    group = parser.add_argument_group("noise")
+    group.add_argument(
+        "--seed_mode",
+        choices=("batch", "image"),
+        default="batch",
+        help="batch: the images of a batch share a seed, as published; image: image i has the seed --seed + i, and is "
+        "the same alone or in any batch, on any device (%(default)s)",
+    )
+    group.add_argument(
+        "--noise_device",
+        choices=("model", "cpu"),
+        default="model",
+        help="where --seed_mode batch generates noise: cpu gives every device the same (%(default)s)",
+    )
+    group.add_argument(
+        "--variation_seed",
+        type=number(int, 0, MAX_SEED),
+        default=0,
+        help="with --variation_strength: image i varies towards the noise of this + i (%(default)s); with "
+        "--seed_mode image all of them vary --seed itself",
+    )
+    group.add_argument(
+        "--variation_strength",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="RATIO",
+        help="how far: 0 is the noise of --seed, 1 that of the variation seed (%(default)s)",
+    )
+
+
+def add_tiling(parser: argparse._ActionsContainer) -> None:
+    """--tiling."""
+    parser.add_argument(
+        "--tiling",
+        nargs="?",
+        const="both",
+        choices=("x", "y", "both"),
+        help="generate seamless textures, that repeat along x, y or (without a value) both",
+    )
+
+
+def add_preview(parser: argparse._ActionsContainer) -> None:
+    """--preview."""
+    parser.add_argument(
+        "--preview",
+        type=number(int, 1),
+        metavar="N",
+        help="every N steps write a rough preview to <outdir>/preview.png, replacing the one before",
+    )
+
+
+def add_resume(parser: ArgumentParser) -> None:
+    """--resume."""
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="record images in <outdir>/manifest.jsonl, and generate only those missing there for the same prompts, "
+        "seeds and options: give it from the start, and again to resume a run that was stopped",
+    )
+
+
 def add_output(parser: ArgumentParser, outdir: str) -> None:
-    """--outdir, what to write there, and whether to say how it was made: what `SampleWriter` goes by."""
-    group = parser.add_argument_group("the output")
+    """--outdir, what to write there, and whether to write metadata (see `SampleWriter`)."""
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--outdir", type=user_path, default=outdir, metavar="FOLDER", help="where to write (%(default)s)"
     )
-    group.add_argument("--skip_save", action="store_true", help="do not write the single pictures")
-    group.add_argument("--skip_grid", action="store_true", help="do not write the grid of all pictures")
-    group.add_argument(
-        "--n_rows", type=number(int, 0), default=0, help="pictures in a row of the grid (as --n_samples)"
-    )
+    group.add_argument("--skip_save", action="store_true", help="do not write the single images")
+    group.add_argument("--skip_grid", action="store_true", help="do not write the grid of all images")
+    group.add_argument("--n_rows", type=number(int, 0), default=0, help="images per row of the grid (as --n_samples)")
     group.add_argument("--no_metadata", action="store_true", help="leave prompt and settings out of the PNG files")
 
 
 def sampling_parser(description: str, scale: float, outdir: str, n_iter: int, n_samples: int) -> ArgumentParser:
     """A parser with the options that txt2img and img2img share, under the names of the public scripts.
 
-    The others are the defaults in which the scripts differ.
+    The other arguments are the defaults in which the scripts differ.
     """
     parser = ArgumentParser(description=description)
     add_prompt(parser)
-    add_reading(parser)
+    add_prompt_options(parser)
     add_amount(parser, n_samples, n_iter)
     add_size(parser)
     add_sampler(parser, scale)
     parser.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise (txt2img)")
     add_model(parser)
-    parser.add_argument(
-        "--C", type=number(int, 1), metavar="CHANNELS", help="latent channels, if you want them checked"
-    )
-    parser.add_argument(
-        "--f", type=number(int, 1), metavar="FACTOR", help="downsampling factor, if you want it checked"
-    )
+    parser.add_argument("--C", type=number(int, 1), metavar="CHANNELS", help="latent channels, to have them checked")
+    parser.add_argument("--f", type=number(int, 1), metavar="FACTOR", help="downsampling factor, to have it checked")
     add_output(parser, outdir)
+    for add in (add_speed, add_seeds, add_tiling, add_preview, add_resume):
+        add(parser)
     return parser
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str] | None, *, with_settings: bool = False) -> argparse.Namespace:
-    """The options in `argv` (None: the command line), with those of `add_sampler` settled (see `sampling.settle`).
+# ---- parsing ----
 
-    with_settings: what else there is, pairs such as `model.params.x=1`, becomes `args.settings`. Exits as argparse does
-    on options that it refuses. Raises ValueError for options that do not go together.
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None, *, with_settings: bool = False) -> Namespace:
+    """Parse `argv` (None: the command line), and settle options that depend on each other.
+
+    Afterwards `args.sampler` is one name or None (the model's own), `args.scale` one scale or several, `args.guidance`
+    a dict, and `args.ddim_eta` a number.
+
+    Args:
+        parser: The script's parser.
+        argv: Arguments.
+        with_settings: Collect other arguments of the form `model.params.x=1` in `args.settings`.
+
+    Raises:
+        ValueError: for options that do not go together, before a model is loaded.
     """
     args, rest = parser.parse_known_args(argv)
     unknown = [text for text in rest if not (with_settings and is_setting(text))]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.settings = rest
-    sampling.settle(args)
+    if getattr(args, "resume", None) is True and args.skip_save:
+        raise ValueError("--resume needs the images that were saved: leave --skip_save out")
+    args.sampler = _sampler(args)
+    if args.scale is not None and args.scale_schedule:
+        raise ValueError("--scale and --scale_schedule are both given; leave one of the two out")
+    args.scale = args.scale_schedule or args.scale
+    terms = dict(args.guidance or [])
+    if len(terms) < len(args.guidance or []):
+        raise ValueError("--guidance names one term twice: leave one of the two out")
+    args.guidance = terms or None
+    if args.dpm_solver and args.ddim_eta:  # as published
+        logger.warning("--dpm_solver adds no noise: --ddim_eta %g has no effect", args.ddim_eta)
+        args.ddim_eta = 0.0
+    eta, args.ddim_eta = args.ddim_eta, args.ddim_eta or 0.0
+    _check(args)
+    if eta is None and args.sampler in (None, "ddim"):
+        args.ddim_eta = args.public_eta
     return args
 
 
@@ -313,24 +481,64 @@ def is_setting(text: str) -> bool:
     return bool(equals and key) and not text.startswith("-")
 
 
-def reading_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_reading` that were asked for: `inference.PromptOptions(**these)`, and for metadata."""
-    defaults = {"emphasis": False, "long_prompt": False, "clip_skip": 1}
-    return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
+def _sampler(args: Namespace) -> str | None:
+    flags = [name for name in ("dpm_solver", "plms", "ddim") if getattr(args, name)]
+    if args.sampler is not None:
+        if others := [name for name in flags if name != args.sampler]:
+            raise ValueError(f"--sampler {args.sampler} and --{others[0]} are both given; leave one of the two out")
+        return args.sampler
+    if args.dpm_solver:
+        for name in flags[1:]:
+            logger.warning("--dpm_solver and --%s are both given: using DPM-Solver", name)
+    elif len(flags) > 1:
+        raise ValueError("--plms and --ddim are both given; leave one of the two out")
+    return flags[0] if flags else None
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_sampler`, and the negative prompt if there is one, as `ldm.inference` takes them."""
-    text = {"negative_prompt": args.negative_prompt} if hasattr(args, "negative_prompt") else {}
-    settled = {"steps": args.ddim_steps, "sampler": args.sampler, "eta": args.ddim_eta, "scale": args.scale}
-    chosen = {"schedule": args.schedule, "guidance": sampling.guidance_options(args)}
-    return text | settled | {name: value for name, value in chosen.items() if value}
+def _check(args: Namespace) -> None:
+    """Raise ValueError for unknown names and for combinations without meaning; torch is imported only for those."""
+    guided = args.guidance or args.guidance_interval or args.cfg_pp
+    if args.sampler in (None, "ddim") and args.schedule is None and not guided:
+        return
+    from ldm.models.diffusion.samplers import SAMPLERS
+    from ldm.models.diffusion.schedules import SCHEDULES
+
+    for flag, value, known in (("sampler", args.sampler, SAMPLERS), ("schedule", args.schedule, SCHEDULES)):
+        if isinstance(value, str) and value not in known:
+            raise ValueError(f"--{flag} {value} is not one of {', '.join(known)}")
+    if args.sampler is not None:
+        kind: Any = SAMPLERS[args.sampler].func
+        if args.ddim_eta and not kind.supports_eta:
+            flag = "--plms" if args.plms else f"--sampler {args.sampler}"
+            raise ValueError(f"{flag} needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
+        if args.cfg_pp and not kind.cfg_pp:
+            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "cfg_pp", False))
+            raise ValueError(f"--cfg_pp is for the samplers {able}, not for {args.sampler}")
+    options = sampling_options(args)
+    if args.scale is not None or args.public_scale != 1 or args.cfg_pp:  # else the model may have a scale of its own
+        options = options.resolve(default_scale=args.public_scale)
+        options.guidance  # noqa: B018  # raises for what does not go together
 
 
-def sampling_metadata(args: argparse.Namespace) -> dict[str, Any]:
-    """The same for a picture's metadata: in the names of the options, and without an eta that no sampler saw."""
-    options = {name: value for name, value in sampling_options(args).items() if name != "guidance"}
-    if args.sampler != "ddim" and not args.ddim_eta:
-        del options["eta"]
-    tile = getattr(args, "first_stage_tile", 0)
-    return options | sampling.chosen(args) | ({"tile": tile} if tile else {})
+# ---- to the records of the library ----
+
+
+def sampling_options(args: Namespace) -> SamplingOptions:
+    """The `SamplingOptions` of a command line, without the model's defaults (see `Pipeline.resolve`)."""
+    from ldm.inference import SamplingOptions
+
+    renamed = {"ddim_steps": "steps", "ddim_eta": "eta", "guidance": "terms", "guidance_interval": "interval"}
+    renamed |= {"H": "height", "W": "width"}
+    same = ("sampler", "scale", "schedule", "cfg_pp", "negative_prompt", "emphasis", "long_prompt", "clip_skip")
+    seeds = ("seed", "seed_mode", "noise_device", "variation_seed", "variation_strength", "fixed_code")
+    names = renamed | {name: name for name in (*same, *seeds, "tiling")}
+    given = {field: getattr(args, name) for name, field in names.items() if hasattr(args, name)}
+    return SamplingOptions.of(acceleration=acceleration_options(args), **given)
+
+
+def acceleration_options(args: Namespace) -> AccelerationOptions:
+    """The `AccelerationOptions` of `add_speed`."""
+    from ldm.inference import AccelerationOptions
+
+    names = ("cache_features", "merge_tokens", "quantize")
+    return AccelerationOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})

@@ -1,4 +1,4 @@
-"""What to draw: prompts from the command line or a file, with options of their own, in batches."""
+"""Prompts from the command line or a file, with options of their own, in batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.cli.options import MAX_SEED, number
 
 logger = logging.getLogger(__name__)
 
-MOST_COMBINATIONS = 10_000  # of one prompt; more are a slip of the keyboard
+MAX_COMBINATIONS = 10_000  # of one prompt; more are a typing error
 
 _GROUP = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
@@ -32,7 +32,7 @@ def _of_json(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
     return lambda value: parse(json.dumps(value))
 
 
-# What a line of a .jsonl file may say, and how each value is checked.
+# The options of a line of a .jsonl file, and how each value is checked.
 OPTIONS: dict[str, Callable[[Any], Any]] = {
     "prompt": _text,
     "negative_prompt": _text,
@@ -44,7 +44,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """A prompt, and the options that it has of its own: some of `OPTIONS`."""
+    """A prompt and its own options, some of `OPTIONS`."""
 
     prompt: str
     options: Mapping[str, Any]
@@ -52,28 +52,28 @@ class Line:
 
 @dataclass(frozen=True)
 class Batch:
-    """What to draw at once. Every one of `lines` has the same steps and scale, and either all have a seed or none."""
+    """Lines to sample together: all have the same steps and scale, and either all have a seed or none."""
 
     lines: Sequence[Line]
 
     @property
     def prompts(self) -> list[str]:
-        """Of every line."""
+        """The prompt of every line."""
         return [line.prompt for line in self.lines]
 
     @property
     def seeded(self) -> bool:
-        """Whether the lines have seeds of their own: then they draw no other random numbers."""
+        """Whether the lines have their own seeds, and so do not use the run's noise."""
         return "seed" in self.lines[0].options
 
     @property
-    def settings(self) -> list[dict[str, Any]]:
-        """What each picture's metadata are to say in place of the run's. None: of no effect on it."""
+    def image_settings(self) -> list[dict[str, Any]]:
+        """Metadata of each image in place of the run's; None: has no effect on this image."""
         alone = {"seed_mode": "image", "batch_size": None, "index": None} if self.seeded else {}
         return [{**line.options, **alone} for line in self.lines]
 
-    def options(self, negative_prompt: str) -> dict[str, Any]:
-        """Its own options, as `ldm.inference` takes them; `negative_prompt` is for lines without one."""
+    def overrides(self, negative_prompt: str) -> dict[str, Any]:
+        """Its own options, fields of `SamplingOptions`; `negative_prompt` is for lines without one."""
         own = {name: value for name, value in self.lines[0].options.items() if name in ("steps", "scale")}
         if self.seeded:
             own["seed"] = [line.options["seed"] for line in self.lines]
@@ -83,40 +83,42 @@ class Batch:
 
 
 def batches(args: argparse.Namespace) -> list[Batch]:
-    """What a run draws, `n_iter` times over, in batches of at most `n_samples`.
+    """The prompts of a run, `n_iter` times over, in batches of at most `n_samples`.
 
-    That is the prompt repeated, or the lines of --from-file; with --matrix, every combination of each. They keep their
-    order: a batch ends where the next line's options need another one. A line with a seed that is drawn again, for
-    --repeat or --n_iter, counts on from that seed.
+    These are the prompt repeated, or the lines of --from-file; with --matrix, every combination of each. They keep
+    their order: a batch ends where the next line's options need another one. Repetitions of a line with a seed, for
+    --repeat or --n_iter, count on from that seed.
 
-    Raises FileNotFoundError or ValueError if the file has no prompts to give, or other options than `OPTIONS`.
+    Raises:
+        FileNotFoundError, ValueError: if the file has no prompts, or other options than `OPTIONS`.
     """
     lines = _lines(args)
     found: list[Batch] = []
     for number_of_iteration in range(args.n_iter):
-        again = [_again(line, number_of_iteration * args.repeat + copy) for line, copy in lines]
-        for _, alike in itertools.groupby(again, key=_shared):
-            found += (Batch(part) for part in _parts(list(alike), args.n_samples))
+        repeated = [_repeated(line, number_of_iteration * args.repeat + copy) for line, copy in lines]
+        for _, group in itertools.groupby(repeated, key=_batch_key):
+            found += (Batch(part) for part in _parts(list(group), args.n_samples))
     if getattr(args, "matrix", False):
         count = sum(len(batch.lines) for batch in found)
         prompts = sum(copy == 0 for _, copy in lines)
-        logger.info("--matrix makes %d prompts: %d pictures in %d batches", prompts, count, len(found))
+        logger.info("--matrix makes %d prompts: %d images in %d batches", prompts, count, len(found))
     return found
 
 
 def prompt_batches(args: argparse.Namespace) -> list[list[str]]:
     """The prompts of one iteration in batches of `n_samples`, for scripts whose prompts have no options of their own.
 
-    Raises what `batches` does, and ValueError for a file of such options.
+    Raises:
+        FileNotFoundError, ValueError: as `batches`, and for a file with such options.
     """
     found = batches(argparse.Namespace(**vars(args) | {"n_iter": 1}))
     if any(line.options for batch in found for line in batch.lines):
-        raise ValueError(f"--from-file {args.from_file}: here only prompts are taken, without options of their own")
+        raise ValueError(f"--from-file {args.from_file}: this script takes only prompts, without options of their own")
     return [batch.prompts for batch in found]
 
 
 def _lines(args: argparse.Namespace) -> list[tuple[Line, int]]:
-    """The lines of one iteration, each with how many times it was there before."""
+    """The lines of one iteration, each with the number of its earlier copies."""
     lines, copies = [Line(args.prompt, {})], args.n_samples
     if args.from_file is not None:
         lines, copies = _read_lines(Path(args.from_file)), args.repeat
@@ -135,13 +137,13 @@ def _texts(lines: Iterable[Line]) -> Iterator[str]:
         yield line.options.get("negative_prompt", "")
 
 
-def _again(line: Line, times: int) -> Line:
+def _repeated(line: Line, times: int) -> Line:
     seed = line.options.get("seed")
     return line if seed is None else Line(line.prompt, {**line.options, "seed": (seed + times) % (MAX_SEED + 1)})
 
 
-def _shared(line: Line) -> tuple[Any, ...]:
-    """What lines must agree in to be drawn at once."""
+def _batch_key(line: Line) -> tuple[Any, ...]:
+    """What lines of one batch have in common."""
     return line.options.get("steps"), line.options.get("scale"), "seed" in line.options
 
 
@@ -152,13 +154,13 @@ def _parts(lines: list[Line], size: int) -> Iterator[list[Line]]:
 def combinations(prompt: str) -> list[str]:
     """Every way to take one part of each group `{a|b|...}`; the last group changes fastest.
 
-    Braces without a bar are literal. ValueError for more than `MOST_COMBINATIONS`.
+    Braces without a bar are literal. ValueError for more than `MAX_COMBINATIONS`.
     """
     pieces = _GROUP.split(prompt)  # literal, group, literal, ...
     choices = [[piece] if i % 2 == 0 else piece.split("|") for i, piece in enumerate(pieces)]
     count = math.prod(len(parts) for parts in choices)
-    if count > MOST_COMBINATIONS:
-        raise ValueError(f"--matrix makes {count} prompts of {prompt!r}: leave out some, {MOST_COMBINATIONS} will do")
+    if count > MAX_COMBINATIONS:
+        raise ValueError(f"--matrix makes {count} prompts of {prompt!r}: use at most {MAX_COMBINATIONS}")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -166,11 +168,11 @@ def combinations(prompt: str) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[Line]:
-    """One prompt a line, or in a .jsonl file one object a line."""
+    """One prompt per line, or in a .jsonl file one object per line."""
     if path.is_dir():
         raise ValueError(f"--from-file {path} is a folder, not a text file")
     if not path.exists():
-        raise FileNotFoundError(f"--from-file {path}: there is no such file")
+        raise FileNotFoundError(f"--from-file {path}: no such file")
     try:
         text = path.read_text(encoding="utf-8-sig").rstrip()
     except UnicodeDecodeError:

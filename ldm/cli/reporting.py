@@ -1,4 +1,4 @@
-"""What a script says, and how it ends: messages as plain lines, errors as one."""
+"""Run a script: its messages as plain lines, an error as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ FAREWELL = "Your samples are ready and waiting for you here: \n{} \n \nEnjoy."
 
 
 class _Console(logging.Handler):
-    """Messages as plain lines on stdout, as the public scripts print them; warnings and errors on stderr."""
+    """Print messages as plain lines on stdout, as the public scripts do; warnings and errors on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """logging's hook."""
+        """Print one message."""
         warning = record.levelno >= logging.WARNING
         prefix = f"{record.levelname.lower()}: " if warning else ""
         say(f"{prefix}{record.getMessage()}", sys.stderr if warning else sys.stdout)
 
 
 def say(text: str, stream: TextIO | None) -> None:
-    """Print a line, above progress bars. A stream that is closed, full or absent (`| head`, daemons) stops nothing."""
+    """Print a line above progress bars. A closed, full or missing stream (`| head`, daemons) is no error."""
     bars = sys.modules.get("tqdm")
     above = bars.tqdm.external_write_mode(file=stream) if bars else contextlib.nullcontext()
     with contextlib.suppress(OSError, ValueError, AttributeError), above:
         if stream is not None:
             try:
                 stream.write(text + "\n")
-            except UnicodeEncodeError:  # a terminal that has no letters for it
+            except UnicodeEncodeError:  # a terminal without these characters
                 stream.write(text.encode("ascii", "backslashreplace").decode() + "\n")
             stream.flush()
 
 
-def _end_bars() -> None:
-    """Leave the progress bars of work that failed where they are, and the next line to what is said of it."""
+def _close_bars() -> None:
+    """Leave the progress bars of failed work where they are, so that the error has a line of its own."""
     bars = sys.modules.get("tqdm")
     for bar in list(getattr(bars.tqdm, "_instances", ())) if bars else ():
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -82,7 +82,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 def _fail(code: int, message: str) -> int:
     if sys.flags.dev_mode and code != 130:
         raise  # the exception that the caller is handling
-    _end_bars()
+    _close_bars()
     say(message, sys.stderr)
     return code
 
@@ -94,12 +94,12 @@ def _one_line(error: BaseException) -> str:
     if text.startswith("out of memory") and " Try " in text:  # training gives advice of its own
         return text
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        return f"not enough memory{_tried(text)}. Try {LESS_MEMORY}"
+        return f"out of memory{_requested(text)}. Try {LESS_MEMORY}"
     return text
 
 
-def _tried(text: str) -> str:
-    """How much was asked for, as torch says it for CPUs (480000000000 bytes) and GPUs (3.00 GiB), and numpy."""
+def _requested(text: str) -> str:
+    """The requested memory, as torch reports it for CPUs (480000000000 bytes) and GPUs (3.00 GiB), and numpy."""
     found = re.search(r"(?:tried|unable) to allocate ([\d.]+) ?(bytes|[KMGT]i?B)", text, re.IGNORECASE)
     if found is None:
         return ""
@@ -108,4 +108,4 @@ def _tried(text: str) -> str:
         if size < 1024:
             break
         size, unit = size / 1024, larger
-    return f" (it takes another {size:.4g} {unit})"
+    return f" (needs another {size:.4g} {unit})"

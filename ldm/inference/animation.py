@@ -1,21 +1,18 @@
-"""From one picture to another in small steps: between prompts, between seeds, or both."""
+"""Interpolation between prompts, seeds, or both, as frames of an animation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ldm.inference.conditioning import TEXT, require
-from ldm.inference.loading import sampling_plan
-from ldm.inference.pipeline import OnStep, decode, draw, drawing, resolve_size, text_condition
-from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions
-from ldm.inference.seamless import seamless
+from ldm.inference.conditioning import TEXT, Conditioning, require
+from ldm.inference.options import SamplingOptions
+from ldm.inference.pipeline import OnStep, Pipeline
 from ldm.models.diffusion.noise import InterpolatedNoise, PerImageNoise, slerp
-from ldm.models.diffusion.schedules import ScheduleChoice
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +24,7 @@ CONTEXTS = ("linear", "slerp")
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame on the way from one key (a prompt and a seed) to another; weight: 0 is the one, 1 the other."""
+    """A frame between two keys (a prompt and a seed each); weight 0 is `start`, 1 is `end`."""
 
     start: int
     end: int
@@ -35,12 +32,13 @@ class Frame:
 
 
 def frames_between(keys: int, count: int, loop: bool = False) -> list[Frame]:
-    """`count` frames evenly from key 0 to the last; with `loop` on to key 0 again, whose frame is not repeated.
+    """Spread `count` frames evenly from key 0 to the last; with `loop` on to key 0, whose frame is not repeated.
 
-    ValueError for fewer keys than 2, or frames than keys.
+    Raises:
+        ValueError: for fewer than 2 keys, or fewer frames than keys.
     """
     if keys < 2:
-        raise ValueError("there is no way from one prompt and seed alone: give two prompts or more, or two seeds")
+        raise ValueError("one prompt and one seed leave nothing to interpolate: give two prompts or more, or two seeds")
     if count < keys:
         raise ValueError(f"{count} frames cannot show {keys} keys: give at least as many")
     frames = []
@@ -51,8 +49,8 @@ def frames_between(keys: int, count: int, loop: bool = False) -> list[Frame]:
     return frames
 
 
-def as_many(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
-    """Prompts and seeds of the keys: as many of both, where one alone serves for all. ValueError for other numbers."""
+def pair_keys(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Repeat a single prompt or seed so that there are as many of both; ValueError for other numbers."""
     keys = max(len(prompts), len(seeds))
     if {len(prompts), len(seeds)} - {1, keys} or not prompts or not seeds:
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds do not pair: give as many, or one of either")
@@ -68,49 +66,43 @@ def interpolate(
     *,
     batch_size: int = 1,
     contexts: str = "linear",
-    negative_prompt: str | Sequence[str] = "",
-    reading: PromptOptions = DEFAULT_PROMPT_OPTIONS,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int | None = None,
-    sampler: str | None = None,
-    eta: float = 0.0,
-    scale: float | Sequence[float] | None = None,
-    schedule: ScheduleChoice | None = None,
-    guidance: Mapping[str, Any] | None = None,
-    tiling: str | None = None,
+    options: SamplingOptions | None = None,
     on_step: OnStep | None = None,
     progress: bool = True,
+    **overrides: Any,
 ) -> Iterator[list[Image.Image]]:
-    """Pictures of `frames` (see `frames_between`), in batches as they come; key i is of prompt i and seed i.
+    """Generate the images of `frames` in batches, as they come. A frame at a key is what `txt2img` gives for its seed.
 
-    Noise goes from seed to seed on the arc (`slerp`), at every draw; contexts: whether the prompts' encodings go
-    straight ("linear") or on the arc ("slerp"). A frame at a key is what `txt2img` draws with a list of seeds. The rest
-    as in `txt2img`.
+    Args:
+        model: A text-conditional model.
+        prompts, seeds: Those of the keys; a single one serves all keys.
+        frames: From `frames_between`.
+        batch_size: Frames per batch.
+        contexts: How to interpolate encoded prompts: "linear" or "slerp". Noise is interpolated with `slerp`.
+        options, on_step, progress, **overrides: See `txt2img`.
     """
     require(model, TEXT)
     if contexts not in CONTEXTS:
         raise ValueError(f"contexts {contexts!r} is not one of {', '.join(CONTEXTS)}")
-    prompts, seeds = as_many(prompts, seeds)
-    shape = (model.channels, *model.latent_size(*resolve_size(model, height, width)))
-    how, guided_by = sampling_plan(model, 7.5, steps, sampler, scale, eta, schedule, guidance)
-    how |= {"on_step": on_step, "progress": progress}
-    with drawing(model):
-        keys = text_condition(model, prompts, negative_prompt, guided_by, reading)
+    prompts, seeds = pair_keys(prompts, seeds)
+    pipe = Pipeline(model)
+    options = pipe.resolve(options, **overrides)
+    pipe.latent_shape(batch_size, options)
+    with pipe.inference_mode(options):
+        keys = pipe.encode_prompts(prompts, options)
     for first in range(0, len(frames), batch_size):
         batch = frames[first : first + batch_size]
-        cond, uncond = (None if c is None else mixed(c, batch, contexts) for c in (keys.cond, keys.uncond))
-        guided = replace(keys, cond=cond, uncond=uncond)
+        cond, uncond = (None if c is None else interpolated(c, batch, contexts) for c in (keys.cond, keys.uncond))
         starts, ends = (PerImageNoise([seeds[key] for key in end]) for end in _ends(batch))
         noise = InterpolatedNoise(starts, ends, [frame.weight for frame in batch])
-        with drawing(model), seamless(model, tiling):
-            latents = draw(model, guided, shape, len(batch), **how, noise=noise)
-            pictures = decode(model, latents)
-        yield pictures
+        with pipe.inference_mode(options):
+            latents = pipe.sample(Conditioning(cond, uncond), options, noise, on_step=on_step, progress=progress)
+            images = pipe.decode(latents)
+        yield images
 
 
-def mixed(encodings: Tensor, frames: Sequence[Frame], contexts: str) -> Tensor:
-    """Of the encodings of all keys (K, L, D), those of frames between them (B, L, D)."""
+def interpolated(encodings: Tensor, frames: Sequence[Frame], contexts: str) -> Tensor:
+    """Encodings (B, L, D) of frames, from those of all keys (K, L, D)."""
     start, end = (encodings[keys] for keys in _ends(frames))
     weights = [frame.weight for frame in frames]
     if contexts == "slerp":

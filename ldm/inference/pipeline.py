@@ -1,4 +1,4 @@
-"""What every way of drawing is made of: seeds, sizes, conditions, a run of a sampler, decoding."""
+"""The steps of every task: encode the condition, sample latents, decode them to images."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import contextlib
 import logging
 import math
 import random
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.acceleration import cache_contexts, refresh, unloading
+from ldm.acceleration import OffloadHook, cache_contexts, refresh, unloading
 from ldm.checkpoint import check_unchanged
-from ldm.images import fit_to_multiple, tensor_to_images
-from ldm.inference.prompts import DEFAULT_PROMPT_OPTIONS, PromptOptions, negative_prompts, text_contexts
-from ldm.inference.shortcuts import Shortcuts
-from ldm.models.diffusion.gaussian import square
-from ldm.models.diffusion.guidance import Condition, Guidance
+from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
+from ldm.inference.conditioning import TEXT, Conditioning, require, text_condition
+from ldm.inference.options import DEFAULT_STEPS, SamplingOptions
+from ldm.inference.tiling import seamless
+from ldm.models.diffusion.batches import image_sides
 from ldm.models.diffusion.noise import NoiseSource, global_noise
 from ldm.models.diffusion.samplers import make_sampler
-from ldm.models.diffusion.schedules import ScheduleChoice
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,30 +34,230 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OnStep = Callable[[Tensor, int, int], None]  # (latents expected to come out, step from 1, of how many)
+OnStep = Callable[[Tensor, int, int], None]  # (predicted x0, step from 1, number of steps)
+
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 
 
-def seed_everything(seed: int) -> None:
-    """Start all random numbers (Python's, numpy's, torch's on every device) at `seed`."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+class Pipeline:
+    """Text to image with a loaded model, and the steps that other tasks are made of.
+
+    Calls on one model from several threads run one after the other, because weights and layers change for the time of a
+    call (averaged weights, offloading, caches). With a seed they give the images of sequential calls.
+
+    Args:
+        model: From `load_model`.
+    """
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        self.model = model
+        self.denoiser: Any = model  # what the sampler calls
+        with _LOCKS_LOCK:
+            self.lock = _LOCKS.setdefault(model, threading.RLock())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        options: SamplingOptions | None = None,
+        *,
+        noise: NoiseSource | None = None,
+        start_code: Tensor | None = None,
+        on_step: OnStep | None = None,
+        progress: bool = True,
+        **overrides: Any,
+    ) -> list[Image.Image]:
+        """Generate one image per prompt, as one batch. The arguments are those of `txt2img`."""
+        require(self.model, TEXT)
+        options = self.resolve(options, **overrides)
+        noise = noise or options.noise(len(prompts))
+        shape = self.latent_shape(len(prompts), options)
+        if start_code is not None and start_code.shape != shape:
+            raise ValueError(f"start_code is {tuple(start_code.shape)}, but these prompts and this size need {shape}")
+        with self.inference_mode(options):
+            cond = replace(self.encode_prompts(prompts, options), start=start_code)
+            latents = self.sample(cond, options, noise, on_step=on_step, progress=progress)
+            return self.decode(latents)
+
+    def resolve(
+        self,
+        options: SamplingOptions | None = None,
+        *,
+        default_scale: float = 7.5,
+        default_steps: int = DEFAULT_STEPS,
+        **overrides: Any,
+    ) -> SamplingOptions:
+        """`options` with `overrides`, and the model's defaults where neither says anything.
+
+        Raises:
+            ValueError: for unknown names, and for guidance options that do not go together.
+        """
+        options = SamplingOptions.of(options, **overrides)
+        resolved = options.resolve(
+            getattr(self.model, "info", None), default_scale=default_scale, default_steps=default_steps
+        )
+        resolved.guidance  # noqa: B018  # raises for what does not go together, before any work
+        return resolved
+
+    @contextlib.contextmanager
+    def inference_mode(self, options: SamplingOptions) -> Iterator[None]:
+        """Hold the model's lock, and prepare it to sample one batch: without gradients, in its precision, with its
+        averaged weights, and with the acceleration of `options`."""
+        model, info = self.model, getattr(self.model, "info", None)
+        network, dtype = model.model.diffusion_model, info.autocast_dtype if info else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.lock)
+            check_unchanged(model)
+            refresh(model)
+            stack.enter_context(torch.no_grad())
+            if dtype is not None:
+                stack.enter_context(torch.autocast(model.device.type, dtype=dtype))
+            stack.enter_context(model.ema_scope())
+            stack.enter_context(unloading(model))  # before averaged weights are swapped back
+            stack.enter_context(options.acceleration.attach(network))
+            stack.enter_context(cache_contexts(network))
+            stack.enter_context(seamless(model, options.tiling))
+            yield
+        check_unchanged(model)  # an image made with half of a new file is not returned
+
+    def encode_prompts(self, prompts: Sequence[str], options: SamplingOptions) -> Conditioning:
+        """Encode prompts, and negative prompts if guidance needs them."""
+        guided = options.guidance.needs_uncond
+        return text_condition(self.model, prompts, options.negative_prompt, guided, options.prompt_options)
+
+    def latent_shape(self, count: int, options: SamplingOptions) -> tuple[int, ...]:
+        """(B, C, h, w) of latents of the options' size; ValueError, naming the nearest sizes, if it does not fit."""
+        height, width = resolve_size(self.model, options.height, options.width)
+        return (count, self.model.channels, *self.model.latent_size(height, width))
+
+    def sample(
+        self,
+        cond: Conditioning,
+        options: SamplingOptions,
+        noise: NoiseSource,
+        *,
+        on_step: OnStep | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Sample latents (B, C, h, w): from noise, or from `cond.init` under noise of `cond.strength` (SDEdit).
+
+        Args:
+            cond: The condition.
+            options: Resolved options.
+            noise: Where random numbers come from.
+            on_step: Called after every step with (predicted x0, step from 1, number of steps).
+            progress: Show a progress bar.
+        """
+        offloaded = any(isinstance(handle, OffloadHook) for handle in getattr(self.model, "acceleration", ()))
+        sampler = make_sampler(self.denoiser, options.sampler or "", sequential_guidance=offloaded)
+        if cond.init is not None and (cond.mask is None or cond.strength < 1):
+            sampler.make_schedule(options.steps, options.schedule, ddim_eta=options.eta, verbose=False)
+            count = int(cond.strength * options.steps)
+            if count == 0:
+                return cond.init
+            total = len(sampler.steps.until(count))
+            noised = sampler.stochastic_encode(cond.init, count, noise=noise(cond.init.shape, cond.init.device))
+            return sampler.decode(
+                noised,
+                cond.cond,
+                count,
+                unconditional_conditioning=cond.uncond,
+                guidance=options.guidance,
+                noise=noise,
+                mask=cond.mask,
+                x0=None if cond.mask is None else cond.init,
+                img_callback=on_step and (lambda x0, i: on_step(x0, i + 1, total)),
+                verbose=progress,
+            )
+        shape = cond.shape or (self.latent_shape(cond.batch_size, options) if cond.init is None else cond.init.shape)
+        latents, _ = sampler.sample(
+            S=options.steps,
+            batch_size=shape[0],
+            shape=shape[1:],
+            conditioning=cond.cond,
+            unconditional_conditioning=cond.uncond,
+            guidance=options.guidance,
+            eta=options.eta,
+            schedule=options.schedule,
+            noise=noise,
+            x_T=cond.start,
+            mask=cond.mask,
+            x0=cond.init,
+            img_callback=on_step and (lambda x0, i: on_step(x0, i + 1, len(sampler.steps))),
+            verbose=progress,
+        )
+        return latents
+
+    def advance(self, cond: Conditioning, options: SamplingOptions, noise: NoiseSource) -> None:
+        """Take from `noise` what `sample` would take, without calling the network.
+
+        Processes that divide a run's batches among them pass over each other's batches so. What a sampler takes depends
+        neither on the network's outputs nor on guidance.
+        """
+        idle = Pipeline(self.model)
+        idle.denoiser = _ZeroNetwork(self.model)
+        unguided = replace(options, scale=1.0, terms={}, interval=None, cfg_pp=False)
+        idle.sample(cond, unguided, noise, progress=False)
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Decode latents (B, C, h, w) to images, one by one, because memory peaks here."""
+        check_finite(latents, "the latents")
+        images: list[Image.Image] = []
+        for latent in torch.split(latents.to(first_stage_dtype(self.model)), 1):
+            pixels = self.denoiser.decode_first_stage(latent).float()  # (1, 3, H, W)
+            check_finite(pixels, "the image")
+            images += tensor_to_images(pixels)
+        return images
+
+    @torch.no_grad()
+    def encode_image(
+        self, image: Image.Image, batch: int, options: SamplingOptions, noise: NoiseSource = global_noise
+    ) -> Tensor:
+        """Latents (batch, C, h, w) of one image fitted to the options' size, each its own posterior sample."""
+        image = fit(self.model, image, options.height, options.width)
+        logger.info("Image size: %dx%d", image.width, image.height)
+        with self.lock, seamless(self.model, options.tiling):
+            return self.encode_pixels(image_to_tensor(image), batch, noise)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor, batch: int = 1, noise: NoiseSource = global_noise) -> Tensor:
+        """Latents (batch, C, h, w) of pixels (1, 3, H, W) in [-1, 1]. The posterior's noise is generated on the CPU."""
+        model = self.model
+        posterior = model.encode_first_stage(pixels.to(model.device, first_stage_dtype(model)))
+        if isinstance(posterior, DiagonalGaussianDistribution):  # encoded once, sampled `batch` times
+            posterior = DiagonalGaussianDistribution(posterior.parameters.expand(batch, -1, -1, -1))
+            sample = posterior.sample(noise(posterior.mean.shape, torch.device("cpu")))
+            return model.get_first_stage_encoding(sample).float()
+        return model.get_first_stage_encoding(posterior).float().expand(batch, -1, -1, -1)
+
+
+class _ZeroNetwork:
+    """The attributes of a model that samplers read, with a network that returns zeros."""
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        for name in ("alphas_cumprod", "num_timesteps", "parameterization", "device"):
+            setattr(self, name, getattr(model, name))
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """Zeros of x's shape."""
+        return torch.zeros_like(x)
 
 
 # ---- sizes ----
 
 
 def default_size(model: LatentDiffusion) -> int:
-    """The side in pixels that a model was made for."""
+    """Side in pixels of the images that a model was made for."""
     info = getattr(model, "info", None)
     if info and info.sampling.size:
         return int(info.sampling.size)  # Stable Diffusion v2's config of 768 pixels has the image_size of 512
     factor: int = model.first_stage_model.downsampling_factor
-    return square(model.image_size)[0] * factor
+    return image_sides(model.image_size)[0] * factor
 
 
 def resolve_size(model: LatentDiffusion, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-    """(height, width) with the model's own where None; ValueError, naming the nearest sizes, if it cannot take them."""
+    """(height, width), by default the model's own; ValueError, naming the nearest sizes, if they do not fit."""
     side = default_size(model)
     size = (side if height is None else height, side if width is None else width)
     model.latent_size(*size)
@@ -63,186 +265,47 @@ def resolve_size(model: LatentDiffusion, height: int | None = None, width: int |
 
 
 def fit(model: LatentDiffusion, image: Image.Image, height: int | None = None, width: int | None = None) -> Image.Image:
-    """`image` at a size that the model can take: the one asked for, or its own, floored to a multiple of 32.
+    """Resize `image` to the given size, or to its own, floored to a multiple of 32.
 
-    A model of one scale (`one_scale: true` in its config, as the bundled one's) has pictures brought to that.
+    Models trained at one scale (`one_scale: true` in the config, as the bundled one) have images resized to that.
     """
     factor = model.first_stage_model.downsampling_factor
     if height is not None or width is not None:
         model.latent_size(height or factor, width or factor)
         return fit_to_multiple(image, factor, height=height, width=width)
-    ratio = default_size(model) / min(image.size) if model.info and model.info.one_scale else 1.0
+    info = getattr(model, "info", None)
+    ratio = default_size(model) / min(image.size) if info and info.one_scale else 1.0
     height, width = round(image.height * ratio), round(image.width * ratio)
     if ratio != 1.0 and max(height, width) > 8 * default_size(model):
-        raise ValueError(f"a picture of {image.width}x{image.height} would become {width}x{height}: crop it first")
+        raise ValueError(f"an image of {image.width}x{image.height} would become {width}x{height}: crop it first")
     return fit_to_multiple(image, math.lcm(32, factor), height, width)  # 32 as in the public script
 
 
-def check_strength(strength: float) -> None:
-    """ValueError unless `strength` is from 0 to 1."""
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"strength must be from 0 to 1, not {strength}")
+# ---- helpers ----
 
 
-@dataclass(frozen=True)
-class Guided:
-    """What to draw under: a condition, the one that guidance leads away from (None: no such), and the guidance."""
-
-    cond: Condition
-    uncond: Condition = None
-    guidance: Guidance = Guidance()
-
-    def beside(
-        self, c_concat: Tensor | None = None, c_adm: Tensor | None = None, uncond_adm: Tensor | None = None
-    ) -> Guided:
-        """The same, of a context, with what else a hybrid network takes: it is the same with and without condition.
-
-        uncond_adm: what stands in place of `c_adm` without condition, if that differs.
-        """
-        without = c_adm if uncond_adm is None else uncond_adm
-        uncond = None if self.uncond is None else _parts(self.uncond, c_concat, without)
-        return replace(self, cond=_parts(self.cond, c_concat, c_adm), uncond=uncond)
-
-
-def _parts(context: Condition, c_concat: Tensor | None, c_adm: Tensor | None) -> dict[str, Any]:
-    parts = {"c_crossattn": [context], "c_concat": None if c_concat is None else [c_concat], "c_adm": c_adm}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-@contextlib.contextmanager
-def drawing(model: LatentDiffusion) -> Iterator[None]:
-    """How a model computes while it draws one batch: in its precision, with its averaged weights, without gradients,
-    and with such shortcuts as `model.shortcuts` says (see `Shortcuts`)."""
-    check_unchanged(model)
-    dtype = model.info.autocast_dtype if model.info else None
-    precision = torch.autocast(model.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
-    shortcuts, network = getattr(model, "shortcuts", Shortcuts()), model.model.diffusion_model
-    refresh(model)
-    with (
-        torch.no_grad(),
-        precision,
-        model.ema_scope(),
-        unloading(model),  # before averaged weights are changed back
-        shortcuts.taken(network),
-        cache_contexts(network),
-    ):
-        yield
-    check_unchanged(model)  # what was drawn with half of a new file is not shown
-
-
-def text_condition(
-    model: LatentDiffusion,
-    prompts: Sequence[str],
-    negative_prompt: str | Sequence[str],
-    guidance: Guidance,
-    reading: PromptOptions = DEFAULT_PROMPT_OPTIONS,
-) -> Guided:
-    """The prompts' encodings (B, L, D), and those of the negative prompts, if guidance is to lead away from them.
-
-    negative_prompt: one for all, or one a prompt. reading: other ways to read both (see `PromptOptions`).
-    """
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts must be a list of at least one text")
-    negatives = negative_prompts(negative_prompt, len(prompts))
-    if not guidance.needs_uncond and any(negatives):
-        logger.warning("the negative prompt has no effect at scale 1, which is without guidance")
-    cond, uncond = text_contexts(model, prompts, negatives if guidance.needs_uncond else None, reading)
-    return Guided(cond, uncond, guidance)
-
-
-def draw(
-    model: LatentDiffusion | Any,
-    guided: Guided,
-    shape: Sequence[int],
-    batch_size: int,
-    *,
-    steps: int,
-    sampler: str,
-    eta: float = 0.0,
-    on_step: OnStep | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> Tensor:
-    """Latents (batch_size, *shape) from noise. `options` are others of `Sampler.sample`: schedule, x_T, mask ...
-
-    model: a LatentDiffusion, or what looks like one to a sampler. on_step: see `txt2img`.
-    """
-    solver = make_sampler(model, sampler)
-    if on_step is not None:
-        options["img_callback"] = lambda x0, i: on_step(x0, i + 1, len(solver.steps))
-    latents, _ = solver.sample(
-        S=steps,
-        batch_size=batch_size,
-        shape=shape,
-        conditioning=guided.cond,
-        unconditional_conditioning=guided.uncond,
-        guidance=guided.guidance,
-        eta=eta,
-        verbose=progress,
-        **options,
-    )
-    return latents
-
-
-def redraw(
-    model: LatentDiffusion,
-    guided: Guided,
-    latents: Tensor,
-    strength: float,
-    *,
-    steps: int,
-    sampler: str,
-    eta: float = 0.0,
-    schedule: ScheduleChoice | None = None,
-    noise: NoiseSource = global_noise,
-    on_step: OnStep | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> Tensor:
-    """Latents (B, C, h, w) noised by `strength` of the schedule, and drawn anew from there (SDEdit).
-
-    `options` are further ones of `Sampler.decode`: mask, x0. on_step: see `txt2img`.
-    """
-    solver = make_sampler(model, sampler)
-    solver.make_schedule(steps, schedule, ddim_eta=eta, verbose=False)
-    count = int(strength * steps)
-    if count == 0:
-        return latents
-    if on_step is not None:
-        total = len(solver.steps.until(count))
-        options["img_callback"] = lambda x0, i: on_step(x0, i + 1, total)
-    noised = solver.stochastic_encode(latents, count, noise=noise(latents.shape, latents.device))
-    return solver.decode(
-        noised,
-        guided.cond,
-        count,
-        unconditional_conditioning=guided.uncond,
-        guidance=guided.guidance,
-        noise=noise,
-        verbose=progress,
-        **options,
-    )
-
-
-def decode(model: LatentDiffusion | Any, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents (B, C, h, w), decoded one by one, since that is where memory peaks."""
-    check_finite(latents, "the latents")
-    images: list[Image.Image] = []
-    for latent in torch.split(latents.to(first_stage_dtype(model)), 1):
-        pixels = model.decode_first_stage(latent).float()  # (1, 3, H, W)
-        check_finite(pixels, "the picture")
-        images += tensor_to_images(pixels)
-    return images
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch, as the public scripts do. The library does not use them
+    where a call has a seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def first_stage_dtype(model: LatentDiffusion) -> torch.dtype:
-    """The precision of the first stage's weights."""
+    """Dtype of the first stage's weights."""
     return next((parameter.dtype for parameter in model.first_stage_model.parameters()), torch.float32)
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """ArithmeticError, saying what to try, unless all of `x`, which is `what` in words, is finite."""
+    """Raise ArithmeticError, with what to try, unless all of `x` is finite."""
     if not torch.isfinite(x).all():
         raise ArithmeticError(
             f"{what} came out as NaN or infinite, and would be black: try --precision full, or another checkpoint"
         )
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError unless `strength` is from 0 to 1."""
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength must be from 0 to 1, not {strength}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,10 @@ from ldm.checkpoint.formats.storages import may_map, note_mapped
 from ldm.data.folder import scan
 from ldm.files import atomic_write
 from ldm.images import load_image
-from ldm.inference.conditioning import NEIGHBOURS, require
-from ldm.inference.loading import sampling_plan
-from ldm.inference.pipeline import Guided, decode, draw, drawing, resolve_size, seed_everything
-from ldm.models.diffusion.schedules import ScheduleChoice
+from ldm.inference.conditioning import NEIGHBORS, Conditioning, require
+from ldm.inference.options import SamplingOptions
+from ldm.inference.pipeline import OnStep, Pipeline
+from ldm.models.diffusion.noise import NoiseSource
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.encoders.clip_features import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder, crop_to_square
 from ldm.util import REPOSITORY
@@ -189,53 +189,53 @@ def embed_folder(
             pictures = []
             for name in some:
                 try:
-                    pictures.append(clip_picture(Path(folder) / name, embedder.image_size))
+                    pictures.append(clip_image(Path(folder) / name, embedder.image_size))
                     kept.append(name)
                 except (ValueError, FileNotFoundError, PermissionError) as error:
                     logger.warning("%s; left out", error)
             if pictures:
-                embeddings.append(embed_pictures(embedder, pictures).half().cpu())
+                embeddings.append(embed_images(embedder, pictures).half().cpu())
             bar.update(len(some))
     if not kept:
         raise ValueError(f"none of the {len(names)} pictures in {folder} can be read")
     return torch.cat(embeddings).numpy(), kept
 
 
-def clip_picture(path: str | Path, size: int) -> Tensor:
+def clip_image(path: str | Path, size: int) -> Tensor:
     """The picture in a file, (1, 3, size, size) in [-1, 1], as CLIP takes it. The errors are those of `load_image`."""
     return crop_to_square(load_image(path, shrink_to=2 * size), size)
 
 
 @torch.no_grad()
-def embed_pictures(embedder: FrozenClipImageEmbedder, pictures: Sequence[Tensor]) -> Tensor:
-    """Embeddings (B, D) of length 1 of B pictures from `clip_picture`."""
+def embed_images(embedder: FrozenClipImageEmbedder, pictures: Sequence[Tensor]) -> Tensor:
+    """Embeddings (B, D) of length 1 of B pictures from `clip_image`."""
     return F.normalize(embedder(torch.cat(list(pictures))).float(), dim=-1)
 
 
-# ---- drawing ----
+# ---- sampling ----
 
 
 @torch.no_grad()
 def text_context(clip: str, batches: Sequence[Sequence[str]], n_repeat: int, device: torch.device) -> Tensor:
-    """What the CLIP of a folder (see `load_clip`) makes of N prompts, given in batches: (N, n_repeat, D)."""
+    """Embed N prompts, given in batches, with the CLIP of a folder (see `load_clip`): (N, n_repeat, D)."""
     embedder = FrozenCLIPTextEmbedder(clip, n_repeat=n_repeat).to(device)
     return torch.cat([embedder.encode(prompts) for prompts in batches])
 
 
 @torch.no_grad()
-def picture_context(clip: str, path: str | Path, count: int, n_repeat: int, device: torch.device) -> Tensor:
-    """The same of one picture, `count` times: (count, n_repeat, D)."""
+def image_context(clip: str, path: str | Path, count: int, n_repeat: int, device: torch.device) -> Tensor:
+    """Embed one image, repeated `count` times: (count, n_repeat, D)."""
     embedder = FrozenClipImageEmbedder(clip).to(device)
-    found = embed_pictures(embedder, [clip_picture(path, embedder.image_size)])  # (1, D)
+    found = embed_images(embedder, [clip_image(path, embedder.image_size)])  # (1, D)
     return found[:, None].repeat(count, n_repeat, 1)
 
 
-def with_neighbours(context: Tensor, database: EmbeddingDatabase, k: int) -> Tensor:
-    """Embeddings (B, n, D) followed by the k nearest neighbours of the first of each: (B, n + k, D)."""
+def with_neighbors(context: Tensor, database: EmbeddingDatabase, k: int) -> Tensor:
+    """Append to embeddings (B, n, D) the k nearest neighbors of the first of each: (B, n + k, D)."""
     cosines, indices = database.nearest(context[:, 0], k)
     for row in {tuple(row): row for row in indices.tolist()}.values():
         best = ", ".join(database.name(i) for i in row[:3]) + (", ..." if k > 3 else "")
-        logger.info("Neighbours: %s", best)
+        logger.info("Neighbors: %s", best)
     found = torch.stack([database.embeddings(row) for row in indices.tolist()])  # (B, k, D)
     return torch.cat([context, found.to(context)], dim=1)
 
@@ -245,38 +245,35 @@ def knn2img(
     model: LatentDiffusion,
     context: Tensor,
     *,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int | None = None,
-    sampler: str | None = None,
-    eta: float = 0.0,
-    scale: float | Sequence[float] | None = None,
-    schedule: ScheduleChoice | None = None,
-    guidance: Mapping[str, Any] | None = None,
-    seed: int | None = None,
+    options: SamplingOptions | None = None,
+    noise: NoiseSource | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
+    **overrides: Any,
 ) -> list[Image.Image]:
-    """One picture for each context (B, n, D): CLIP embeddings of length 1, of a text or picture and of its neighbours.
+    """Generate one image per context, as one batch.
 
-    Guidance leads away from zeros. The rest as in `txt2img`, but for the public default of scale, which is 5.
+    Args:
+        model: A retrieval-augmented model.
+        context: (B, n, D) CLIP embeddings of length 1, of a text or image and of its neighbors.
+        options, noise, on_step, progress, **overrides: See `txt2img`; the default scale is 5. Guidance leads away from
+            zeros.
     """
-    require(model, NEIGHBOURS)
-    height, width = resolve_size(model, height, width)
+    require(model, NEIGHBORS)
     wanted = _context_width(model)
     if context.ndim != 3 or context.shape[2] != wanted:
         raise ValueError(
             f"this model takes embeddings (B, n, {wanted}), not {tuple(context.shape)}: use the CLIP that it was "
             "trained with (ViT-L/14 for the public model)"
         )
-    how, guided_by = sampling_plan(model, 5.0, steps, sampler, scale, eta, schedule, guidance)
-    if seed is not None:
-        seed_everything(seed)
-    with drawing(model):
-        context = model.get_learned_conditioning(context.to(model.device))
-        guided = Guided(context, torch.zeros_like(context) if guided_by.needs_uncond else None, guided_by)
-        shape = (model.channels, *model.latent_size(height, width))
-        latents = draw(model, guided, shape, len(context), **how, progress=progress)
-        return decode(model, latents)
+    pipe = Pipeline(model)
+    options = pipe.resolve(options, default_scale=5.0, **overrides)
+    noise = noise or options.noise(len(context))
+    pipe.latent_shape(len(context), options)
+    with pipe.inference_mode(options):
+        c = model.get_learned_conditioning(context.to(model.device))
+        cond = Conditioning(c, torch.zeros_like(c) if options.guidance.needs_uncond else None)
+        return pipe.decode(pipe.sample(cond, options, noise, on_step=on_step, progress=progress))
 
 
 def _context_width(model: LatentDiffusion) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm import inference
-from ldm.inference import animation, as_many, frames_between, interpolate
+from ldm.inference import animation, frames_between, interpolate, pair_keys
 from ldm.inference.animation import Frame
 from tests.tiny import write_tiny
 
@@ -35,11 +35,11 @@ def test_frames_are_spread_evenly_from_key_to_key():
 
 
 def test_prompts_and_seeds_pair():
-    assert as_many(["a"], [1, 2]) == (["a", "a"], [1, 2])
-    assert as_many(["a", "b"], [1]) == (["a", "b"], [1, 1])
-    assert as_many(["a", "b"], [1, 2]) == (["a", "b"], [1, 2])
+    assert pair_keys(["a"], [1, 2]) == (["a", "a"], [1, 2])
+    assert pair_keys(["a", "b"], [1]) == (["a", "b"], [1, 1])
+    assert pair_keys(["a", "b"], [1, 2]) == (["a", "b"], [1, 2])
     with pytest.raises(ValueError, match="2 prompts and 3 seeds do not pair"):
-        as_many(["a", "b"], [1, 2, 3])
+        pair_keys(["a", "b"], [1, 2, 3])
 
 
 @pytest.mark.parametrize("contexts", ["linear", "slerp"])

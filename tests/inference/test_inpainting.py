@@ -241,7 +241,7 @@ def test_mistakes(models):
 def test_other_families_are_sent_to_their_scripts(tmp_path, caplog):
     with caplog.at_level(logging.ERROR):
         model = load_model(ckpt=write_model(tmp_path, depth_config()), device="cpu")
-    message = "draws from text and a depth map, not from text, a picture with a mask or text .*: use scripts/img2img.py"
+    message = "on text and a depth map, not on text, an image with a mask or text .*: use scripts/img2img.py"
     for call in (takes_text, lambda model: inpaint(model, photo(), hole())):
         with pytest.raises(ValueError, match=message):
             call(model)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ldm import inference
-from ldm.inference import EmbeddingDatabase, load_database, with_neighbours
-from ldm.inference.retrieval import clip_picture, embed_pictures
+from ldm.inference import EmbeddingDatabase, load_database, with_neighbors
+from ldm.inference.retrieval import clip_image, embed_images
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder
 from tests.tiny import RETRIEVAL, write_clip, write_tiny
 
@@ -63,13 +63,13 @@ def test_a_context_is_the_query_and_then_its_neighbours(caplog):
     data = embeddings(30)
     database = EmbeddingDatabase([data], [f"{i}.png" for i in range(30)])
     queries = F.normalize(torch.from_numpy(data[[3, 11]]) + 0.01, dim=-1)
-    context = with_neighbours(queries[:, None].repeat(1, 2, 1), database, 5)
+    context = with_neighbors(queries[:, None].repeat(1, 2, 1), database, 5)
     assert context.shape == (2, 2 + 5, WIDTH)
     assert torch.equal(context[:, 0], queries) and torch.equal(context[:, 1], queries)
     torch.testing.assert_close(context[:, 2], database.embeddings([3, 11]))
     similarity = (context[:, 2:] @ queries[:, :, None]).squeeze(-1)
     assert (similarity.diff(dim=1) <= 0).all()
-    assert re.search(r"Neighbours: 3\.png, \d+\.png, \d+\.png, \.\.\.", caplog.text)
+    assert re.search(r"Neighbors: 3\.png, \d+\.png, \d+\.png, \.\.\.", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_folders_pictures(tmp_path, caplog):
     found, names = inference.embed_folder(embedder, folder, batch_size=2)
     assert names == ["a.png", "b.png", "sub/c.jpg"] and found.dtype == np.float16 and found.shape == (3, WIDTH)
     assert "broken.png is not an image" in caplog.text
-    alone = embed_pictures(embedder, [clip_picture(folder / "b.png", 28)])
+    alone = embed_images(embedder, [clip_image(folder / "b.png", 28)])
     np.testing.assert_allclose(found[1], alone[0], atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
     for name in names:
@@ -217,7 +217,7 @@ def test_embeddings_of_another_clip_are_refused(model, context):
 
 
 def test_other_models_are_refused(model, tmp_path):
-    with pytest.raises(ValueError, match=r"draws from text, not from embeddings of text and neighbours: use .*txt2img"):
+    with pytest.raises(ValueError, match=r"on text, not on embeddings of text and neighbors: use .*txt2img"):
         inference.knn2img(inference.load_model(ckpt=write_tiny(tmp_path), device="cpu"), contexts(1).float())
-    with pytest.raises(ValueError, match=r"draws from embeddings of text and neighbours, not from text: use .*knn2img"):
+    with pytest.raises(ValueError, match=r"on embeddings of text and neighbors, not on text: use .*knn2img"):
         inference.txt2img(model, ["a red circle"])

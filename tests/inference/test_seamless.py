@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldm import inference
-from ldm.inference import seamless, text_to_image
+from ldm.inference import Pipeline, seamless
 from tests.tiny import write_tiny
 
 
@@ -18,14 +18,14 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def pixels(model, monkeypatch):
-    """DistributedRNG from a start: float pixels, in place of pictures."""
-    monkeypatch.setattr(text_to_image, "decode", lambda model, latents: [model.decode_first_stage(latents)])
+    """Sample from a start: float pixels instead of images."""
+    monkeypatch.setattr(Pipeline, "decode", lambda self, latents: [self.model.decode_first_stage(latents)])
 
-    def draw(start: torch.Tensor, tiling: str | None) -> torch.Tensor:
+    def sample(start: torch.Tensor, tiling: str | None) -> torch.Tensor:
         options = {"steps": 3, "scale": 2.0, "progress": False, "tiling": tiling}
         return inference.txt2img(model, ["a red circle"], start_code=start, **options)[0]
 
-    return draw
+    return sample
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.inference.tiling import padded, spans, tile_first_stage, tiled
+from ldm.inference.tiling import padded, tile_first_stage, tile_spans, tiled
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModelInterface
 from tests.golden import filled, golden_configs
 
@@ -14,7 +14,7 @@ from tests.golden import filled, golden_configs
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("length, tile", [(64, 64), (72, 64), (128, 64), (1000, 64), (120, 40), (120, 47), (400, 16)])
 def test_tiles_cover_everything_with_enough_in_common(length, tile, multiple):
-    found = spans(length, tile, multiple)
+    found = tile_spans(length, tile, multiple)
     assert found[0].start == 0 and found[-1].stop == length
     (size,) = {span.stop - span.start for span in found}
     assert size == min(length, tile - tile % multiple)  # none is smaller than it must be
@@ -23,14 +23,14 @@ def test_tiles_cover_everything_with_enough_in_common(length, tile, multiple):
 
 
 def test_no_more_tiles_than_needed():
-    assert len(spans(64, 64)) == 1 and len(spans(65, 64)) == 2
-    assert len(spans(64 + 48, 64)) == 2 and len(spans(64 + 49, 64)) == 3  # each adds three quarters of a tile
+    assert len(tile_spans(64, 64)) == 1 and len(tile_spans(65, 64)) == 2
+    assert len(tile_spans(64 + 48, 64)) == 2 and len(tile_spans(64 + 49, 64)) == 3  # each adds three quarters of a tile
 
 
 @pytest.mark.parametrize("length, tile, multiple", [(64, 15, 8), (64, 3, 1), (65, 32, 8)])
 def test_impossible_tiles(length, tile, multiple):
     with pytest.raises(ValueError, match=r"too small: they need at least (16|4)|65 cannot be cut at multiples of 8"):
-        spans(length, tile, multiple)
+        tile_spans(length, tile, multiple)
 
 
 def blur(x):
@@ -57,7 +57,7 @@ def test_local_functions_are_exact(name, size):
 
 
 def test_other_functions_fade_from_tile_to_tile():
-    """Neighbours that differ by 1 meet in a ramp, whose steps are even."""
+    """Neighbors that differ by 1 meet in a ramp, whose steps are even."""
     calls = iter(range(2))
     line = tiled(lambda x: torch.full_like(x, next(calls)), torch.zeros(1, 1, 64, 64 + 48), 64)[0, 0, 0]
     steps = line.diff()

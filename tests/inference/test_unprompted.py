@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from ldm.data.layouts import Box
-from ldm.inference import check_labels, class2img, layout2img, layout_tokens, noise2img, segmentation2img, txt2img
-from ldm.inference.pipeline import decode
+from ldm.inference import (
+    Pipeline,
+    check_labels,
+    class2img,
+    layout2img,
+    layout_tokens,
+    noise2img,
+    segmentation2img,
+    txt2img,
+)
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.model_info import ModelInfo, SamplingDefaults
 from tests.unprompted import toy
@@ -40,7 +48,7 @@ def drawn(model, network, count, size=(8, 8), eta=0.0):
     torch.manual_seed(QUICK["seed"])
     solver = DDIMSampler(ByHand(model, network))
     latents, _ = solver.sample(QUICK["steps"], count, (3, *size), None, eta=eta, verbose=False)
-    return decode(model, latents)
+    return Pipeline(model).decode(latents)
 
 
 def test_nothing():
@@ -56,7 +64,7 @@ def test_ancestral():
     model = toy("nothing", timesteps=12)
     images = noise2img(model, 2, sampler="ancestral", **QUICK)
     torch.manual_seed(QUICK["seed"])
-    assert_same(images, decode(model, model.p_sample_loop(None, (2, 3, 8, 8), verbose=False)))
+    assert_same(images, Pipeline(model).decode(model.p_sample_loop(None, (2, 3, 8, 8), verbose=False)))
     with pytest.raises(ValueError, match="ancestral sampling has no guidance: use scale 1, or DDIM"):
         class2img(toy("classes"), [1], scale=2.0, sampler="ancestral", **QUICK)
 
@@ -145,9 +153,9 @@ def test_segmentation():
 
 @pytest.mark.parametrize("draw", [lambda model: noise2img(model, 1), lambda model: layout2img(model, None)])
 def test_models_that_draw_from_something_else(draw):
-    with pytest.raises(ValueError, match="which draws from class labels, not from .*: use scripts/sample_diffusion.py"):
+    with pytest.raises(ValueError, match="is conditioned on class labels, not on .*: use scripts/sample_diffusion.py"):
         draw(toy("classes"))
-    with pytest.raises(ValueError, match="draws from nothing but noise, not from text"):
+    with pytest.raises(ValueError, match="is conditioned on nothing but noise, not on text"):
         txt2img(toy("nothing"), ["a"])
 
 

@@ -14,7 +14,7 @@ from ldm import inference
 from ldm.images import image_to_tensor
 from ldm.inference.upscaling import TiledModel
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.noise import SeededNoise
 from tests.tiny import super_resolution_config, upscaler_config, write_model, write_tiny
 
 CONFIGS = {"upscaler": upscaler_config, "super-resolution": super_resolution_config}
@@ -92,7 +92,7 @@ def test_what_an_upscaling_is(upscaler):
     )
     options = {"negative_prompt": "a square", "noise_level": 40, "seed": 3, "steps": 3, "progress": False}
     drawn = inference.upscale(upscaler, [small], prompts, **options)
-    assert np.abs(pixels(drawn) - pixels(inference.decode(upscaler, x))).max() <= 1
+    assert np.abs(pixels(drawn) - pixels(inference.Pipeline(upscaler).decode(x))).max() <= 1
 
 
 def test_what_a_super_resolution_is(super_resolution):
@@ -101,7 +101,7 @@ def test_what_a_super_resolution_is(super_resolution):
     with super_resolution.ema_scope():
         x, _ = DDIMSampler(super_resolution).sample(3, 1, (3, 24, 16), cond, eta=1.0, verbose=False)
     drawn = inference.upscale(super_resolution, [picture()], steps=3, eta=1.0, seed=3, progress=False)
-    assert np.abs(pixels(drawn) - pixels(inference.decode(super_resolution, x))).max() <= 1
+    assert np.abs(pixels(drawn) - pixels(inference.Pipeline(super_resolution).decode(x))).max() <= 1
 
 
 def test_text_noise_level_and_negative_prompt_count(upscaler):
@@ -149,14 +149,15 @@ def test_tiles_change_nothing_for_networks_that_look_near(upscaler, sampler, siz
     local = blurring(upscaler)
     noise, small = torch.randn(2, 3, *size), torch.randn(2, 3, *size)
     cond = {"c_concat": [small], "c_adm": torch.tensor([0.1, 0.3])}
-    guided = inference.Guided(cond, {**cond, "c_adm": torch.tensor([0.2, 0.1])}, Guidance(3.0))
+    uncond = {**cond, "c_adm": torch.tensor([0.2, 0.1])}
+    conditioning = inference.Conditioning(cond, uncond, noise.shape, start=noise)
+    options = inference.SamplingOptions(steps=4, sampler=sampler, scale=3.0)
     found = []
     for tile in (0, 16):
-        looks = TiledModel(local, tile, progress=False)
-        options = {"steps": 4, "sampler": sampler, "x_T": noise, "progress": False}
-        torch.manual_seed(0)  # of the samplers that draw noise on their way
-        latents = inference.draw(looks, guided, (3, *size), 2, **options)
-        found.append((latents, looks.decode_first_stage(latents)))
+        pipe = inference.Pipeline(upscaler)
+        pipe.denoiser = TiledModel(local, tile, progress=False)
+        latents = pipe.sample(conditioning, options, SeededNoise(0), progress=False)
+        found.append((latents, pipe.denoiser.decode_first_stage(latents)))
     for whole, tiles in zip(*found):
         torch.testing.assert_close(tiles, whole, rtol=1e-4, atol=1e-4)
 
@@ -206,9 +207,9 @@ def test_pictures_of_several_sizes(model):
 
 
 def test_models_of_other_families(models, tmp_path):
-    wanted = "draws from text, not from a small picture and text or a small picture: use scripts/txt2img.py"
+    wanted = "is conditioned on text, not on a small image and text or a small image: use scripts/txt2img.py"
     with pytest.raises(ValueError, match=wanted):
         inference.upscale(inference.load_model(ckpt=write_tiny(tmp_path), device="cpu"), [picture()])
     for model in models.values():
-        with pytest.raises(ValueError, match="draws from a small picture.*not from text: use scripts/upscale.py"):
+        with pytest.raises(ValueError, match="on a small image.*not on text: use scripts/upscale.py"):
             inference.txt2img(model, ["a red circle"])

@@ -85,10 +85,10 @@ def test_pictures_are_those_of_diffusers_from_the_same_seed(model, noise_level):
 
 def test_mixtures_are_weighted_means(model):
     images = [picture(0), picture(1, (50, 40)), picture(2)]
-    each = [inference.picture_embedding(model, [image]) for image in images]
+    each = [inference.image_embedding(model, [image]) for image in images]
     assert all(z.shape == (1, WIDTH) for z in each)
-    torch.testing.assert_close(inference.picture_embedding(model, images), torch.stack(each).mean(0))
-    mixed = inference.picture_embedding(model, images, [3, 1, 0])
+    torch.testing.assert_close(inference.image_embedding(model, images), torch.stack(each).mean(0))
+    mixed = inference.image_embedding(model, images, [3, 1, 0])
     torch.testing.assert_close(mixed, 0.75 * each[0] + 0.25 * each[1])
 
 
@@ -100,7 +100,7 @@ def test_a_seed_decides_and_every_option_counts(model):
     first = draw()
     assert first.shape == (2, 32, 32, 3) and not np.array_equal(first[0], first[1])
     assert np.array_equal(first, draw())
-    embedding = inference.picture_embedding(model, [picture(0)])
+    embedding = inference.image_embedding(model, [picture(0)])
     assert np.array_equal(first, pixels(inference.variations(model, embedding, PROMPTS[:1] * 2, seed=1, steps=2)))
     others = {"seed": 2, "noise_level": 500, "images": [picture(1)], "scale": 2.0, "negative_prompt": "circle"}
     for name, value in others.items():
@@ -114,7 +114,7 @@ def test_weights_that_do_not_fit_are_refused(model, weights):
     with pytest.raises(
         ValueError, match=re.escape(f"2 pictures need 2 weights of at least 0, not all 0; they are {given}")
     ):
-        inference.picture_embedding(model, [picture(0), picture(1)], weights)
+        inference.image_embedding(model, [picture(0), picture(1)], weights)
 
 
 def test_what_cannot_be_varied_is_refused(model, tmp_path):
@@ -123,7 +123,7 @@ def test_what_cannot_be_varied_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="at least one picture"):
         inference.variations(model, [], PROMPTS)
     plain = inference.load_model(ckpt=write_tiny(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match=r"draws from text, not from a picture to vary: use scripts/txt2img\.py"):
+    with pytest.raises(ValueError, match=r"is conditioned on text, not on an image to vary: use scripts/txt2img\.py"):
         inference.variations(plain, [picture(0)], PROMPTS)
-    with pytest.raises(ValueError, match=r"draws from a picture to vary, not from text: use scripts/variations\.py"):
+    with pytest.raises(ValueError, match=r"on an image to vary, not on text: use scripts/variations\.py"):
         inference.txt2img(model, PROMPTS)

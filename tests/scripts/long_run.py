@@ -23,18 +23,18 @@ def main(folder: Path, prompts: int, steps: int) -> None:
     torch.set_num_threads(1)
     memory, files, bound = [], [], []
     sys.addaudithook(lambda event, args: bound.append(str(args[1])) if event == "socket.bind" else None)
-    draw = inference.txt2img
+    sample = inference.Pipeline.__call__
 
     def watched(*args: Any, **options: Any) -> Any:
-        result = draw(*args, **options)
+        result = sample(*args, **options)
         resident = int(Path("/proc/self/statm").read_text().split()[1])
         memory.append(resident * os.sysconf("SC_PAGE_SIZE") / 2**20)
         files.append(len(os.listdir("/proc/self/fd")))
         return result
 
-    inference.txt2img = watched
-    colours, shapes = ("red", "green", "blue", "yellow", "white"), ("circle", "square", "star", "ring", "cross")
-    lines = [f"a {colours[i % 5]} {shapes[i // 5 % 5]}" for i in range(prompts)]
+    inference.Pipeline.__call__ = watched
+    colors, shapes = ("red", "green", "blue", "yellow", "white"), ("circle", "square", "star", "ring", "cross")
+    lines = [f"a {colors[i % 5]} {shapes[i // 5 % 5]}" for i in range(prompts)]
     (folder / "prompts.txt").write_text("\n".join(lines))
     argv = ["--from-file", str(folder / "prompts.txt"), "--outdir", str(folder / "out"), "--steps", str(steps)]
     began = time.monotonic()

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ldm import cli, images
-from ldm.inference import text_to_image
+from ldm.inference import Pipeline
 from scripts import txt2img
 from tests.test_processes import start
 from tests.tiny import write_tiny
@@ -245,13 +245,13 @@ def test_ctrl_c_many_times(ckpt, tmp_path):
 
 def test_pictures_that_are_not_finite_end_the_run_and_cost_no_other(ckpt, tmp_path, monkeypatch, capsys):
 
-    draw, calls = text_to_image.draw, []
+    sample, calls = Pipeline.sample, []
 
     def broken(*args, **options):
         calls.append(None)
-        return draw(*args, **options) * (float("nan") if len(calls) == 3 else 1)
+        return sample(*args, **options) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(text_to_image, "draw", broken)
+    monkeypatch.setattr(Pipeline, "sample", broken)
     assert cli.run(txt2img.main, command(ckpt, "--n_iter", "5", "--outdir", str(tmp_path / "out"))) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the latents came out as NaN") and "--precision full" in error

@@ -1,4 +1,4 @@
-"""scripts/img2img.py: flags to calls, pictures to files. The drawing itself is a stand-in (see conftest.py)."""
+"""scripts/img2img.py: flags to calls, images to files. Sampling itself is a stand-in (see conftest.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def photo(inference) -> Image.Image:
 
 def test_defaults_are_those_of_the_public_script(script, inference, photo, capsys):
     assert script("--init-img", "photo.png") == 0
-    assert [name for name, _ in inference.calls] == ["load_model", "seed_everything", "encode_image", "img2img"]
+    assert [name for name, _ in inference.calls] == ["load_model", "encode_image", "img2img"]
     (encoded,) = inference.named("encode_image")
     assert encoded.pop("image").tobytes() == photo.tobytes()
     assert encoded == {"batch": 2, "height": None, "width": None}  # as large as the picture
@@ -114,5 +114,5 @@ def test_a_depth_map_of_another_shape_fails_before_the_model_loads(script, infer
 def test_a_depth_map_for_a_model_of_text_is_refused(script, inference, photo, capsys):
     Image.new("L", Image.open("photo.png").size).save("depth.png")
     assert script("--init-img", "photo.png", "--depth", "depth.png", "--ckpt", "sd.ckpt") == 2
-    assert capsys.readouterr().err == "error: sd.ckpt draws from text alone: leave --depth out\n"
+    assert capsys.readouterr().err == "error: sd.ckpt is conditioned on text alone: leave --depth out\n"
     assert not inference.named("encode_image") and not Path("outputs").exists()

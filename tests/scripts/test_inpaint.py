@@ -119,8 +119,10 @@ def test_flags_arrive(ckpts, folder, monkeypatch):
     one("--ckpt", ckpts["loop"], *flags)
     ((_, image, mask, prompts), options) = calls[0]
     assert image.size == (75, 41) and mask.shape == (1, 1, 41, 75) and prompts == [""]
-    expected = {"strength": 0.5, "feather": 4, "keep_unmasked": True, "height": 40, "width": 48}
-    assert options == expected | {"negative_prompt": "", "steps": 2, "sampler": "plms", "eta": 0.0, "scale": 3.0}
+    assert options | {"strength": 0.5, "feather": 4, "keep_unmasked": True} == options
+    expected = {"height": 40, "width": 48, "negative_prompt": "", "steps": 2, "sampler": "plms", "eta": 0.0}
+    found = vars(options["options"])
+    assert found | expected | {"scale": 3.0, "seed": 42} == found and options["noise"].seed == 42
     one("--ckpt", ckpts["loop"], "--no_keep_unmasked")
     assert calls[1][1]["keep_unmasked"] is False
 
@@ -167,7 +169,7 @@ def test_a_missing_half_of_a_pair_is_named(ckpts, folder, capsys, name):
 def test_models_of_another_kind(ckpts, folder, capsys):
     one("--ckpt", ckpts["depth"], code=2)
     error = capsys.readouterr().err
-    assert "from text and a depth map, not from text, a picture with a mask or text and a picture with a mask" in error
+    assert "from text and a depth map, not from text, an image with a mask or text and an image with a mask" in error
     assert "use scripts/img2img.py for it" in error and not Path("out").exists()
     one("--ckpt", ckpts["textless"], "--prompt", "a red circle", code=2)
     assert "without a text or guidance: leave prompts and scale out" in capsys.readouterr().err

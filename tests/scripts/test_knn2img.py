@@ -148,7 +148,7 @@ def test_another_clip_is_refused(run, tmp_path, capsys):
 
 def test_another_familys_model_is_refused_before_clip_is_looked_for(run, tmp_path, capsys):
     assert run(ckpt=write_tiny(tmp_path), clip=None) == 2
-    wanted = "draws from text, not from embeddings of text and neighbours: use scripts/txt2img.py"
+    wanted = "is conditioned on text, not on embeddings of text and neighbors: use scripts/txt2img.py"
     assert wanted in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""--resume: what is there is not drawn again, and what is missing comes out as in a run that was not stopped."""
+"""--resume: existing images are not generated again, missing ones come out as in an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def options(place: Path, *more: str) -> list[str]:
     return [*PLAIN.split(), "--from-file", str(place / "p.txt"), "--ckpt", str(place / "model.ckpt"), *more]
 
 
-def draw(place: Path, outdir: Path, *more: str) -> None:
+def sample(place: Path, outdir: Path, *more: str) -> None:
     assert cli.run(txt2img.main, options(place, "--outdir", str(outdir), *more)) == 0
 
 
@@ -42,10 +42,10 @@ def contents(outdir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", ["batch", "image"])
-def test_missing_pictures_are_drawn_as_they_were(place, tmp_path, mode):
-    draw(place, tmp_path / "whole", "--seed_mode", mode)
+def test_missing_images_are_generated_as_they_were(place, tmp_path, mode):
+    sample(place, tmp_path / "whole", "--seed_mode", mode)
     expected = contents(tmp_path / "whole")
-    draw(place, tmp_path / "out", "--seed_mode", mode, "--resume")
+    sample(place, tmp_path / "out", "--seed_mode", mode, "--resume")
     assert contents(tmp_path / "out") == expected
     lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == PROMPTS.splitlines() * 2 and len({line["key"] for line in lines}) == 10
@@ -60,7 +60,7 @@ def test_missing_pictures_are_drawn_as_they_were(place, tmp_path, mode):
     (tmp_path / "out/grid-0000.png").unlink()
     with (tmp_path / "out/manifest.jsonl").open("a") as file:
         file.write('{"key": "cut sho')
-    draw(place, tmp_path / "out", "--seed_mode", mode, "--resume")
+    sample(place, tmp_path / "out", "--seed_mode", mode, "--resume")
     found = contents(tmp_path / "out")
     assert found.pop("samples/mine.png") == expected.pop("samples/00002.png")  # another name: it is there
     assert found.pop("samples/00009.png") == damaged  # nobody's, and not overwritten
@@ -69,8 +69,8 @@ def test_missing_pictures_are_drawn_as_they_were(place, tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", ["batch", "image"])
-def test_from_a_picture_too(place, tmp_path, mode):
-    def draw(outdir: str, *more: str) -> None:
+def test_img2img_too(place, tmp_path, mode):
+    def sample(outdir: str, *more: str) -> None:
         argv = [
             "--init-img",
             str(tmp_path / "init.png"),
@@ -83,31 +83,31 @@ def test_from_a_picture_too(place, tmp_path, mode):
         assert cli.run(img2img.main, options(place, *argv)) == 0
 
     Image.effect_noise((32, 32), 90).save(tmp_path / "init.png")
-    draw("whole")
-    draw("out", "--resume")
+    sample("whole")
+    sample("out", "--resume")
     for number in (0, 1, 4, 7):
         (tmp_path / f"out/samples/{number:05}.png").unlink()
     (tmp_path / "out/grid-0000.png").unlink()
-    draw("out", "--resume")
+    sample("out", "--resume")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     os.utime(tmp_path / "init.png", (1, 1))  # perhaps another picture
-    draw("out", "--resume")
+    sample("out", "--resume")
     assert len(contents(tmp_path / "out")) == 2 * 10 + 2
 
 
-def test_nothing_is_drawn_twice(place, tmp_path, monkeypatch, capsys):
-    draw(place, tmp_path, "--resume")
+def test_nothing_is_generated_twice(place, tmp_path, monkeypatch, capsys):
+    sample(place, tmp_path, "--resume")
     before = contents(tmp_path)
 
     def refuse(*_, **__):
-        raise AssertionError("drawn again")
+        raise AssertionError("generated again")
 
     from ldm import inference
 
-    monkeypatch.setattr(inference, "txt2img", refuse)
-    draw(place, tmp_path, "--resume")
+    monkeypatch.setattr(inference.Pipeline, "__call__", refuse)
+    sample(place, tmp_path, "--resume")
     assert contents(tmp_path) == before  # and no second grid
-    assert "holds 10 of 10 pictures" in capsys.readouterr().out
+    assert "holds 10 of 10 images" in capsys.readouterr().out
 
 
 OTHERS = [
@@ -119,30 +119,29 @@ OTHERS = [
 
 
 def wanted(place: Path, *more: str) -> list[str]:
-    """The keys of a run's pictures, as the script comes to them."""
+    """The keys of a run's images."""
     from types import SimpleNamespace
 
     from ldm.cli.manifest import descriptions, key_of
 
     args = cli.parse(txt2img.parser(), options(place, *more))
     model = SimpleNamespace(info=ModelInfo(args.ckpt), device="cpu")
-    size = {"height": args.H or 32, "width": args.W or 32}
-    seeding = cli.seeding(args, args.fixed_code)
-    return [key_of(found) for found in descriptions(args, model, cli.batches(args), seeding, **size)]
+    sampling = cli.sampling_options(args).resolve(default_scale=7.5)
+    return [key_of(found) for found in descriptions(args, model, sampling, cli.batches(args))]
 
 
 @pytest.mark.parametrize("more", OTHERS)
-def test_other_options_are_other_pictures(place, more):
+def test_other_options_are_other_images(place, more):
     assert not set(wanted(place)) & set(wanted(place, *more))
 
 
 @pytest.mark.parametrize("more", [("--skip_grid",), ("--preview", "1"), ("--outdir", "x"), ("--n_rows", "4")])
-def test_what_has_no_say_changes_nothing(place, more):
+def test_irrelevant_options_change_nothing(place, more):
     assert wanted(place, *more) == wanted(place)
     assert len(set(wanted(place))) == 10
 
 
-def test_another_prompt_is_another_picture_and_the_others_stay(place, tmp_path):
+def test_another_prompt_is_another_image_and_the_others_stay(place, tmp_path):
     def keys(text: str, *more: str) -> list[str]:
         (tmp_path / "p.txt").write_text(text)
         return wanted(place, "--from-file", str(tmp_path / "p.txt"), "--n_iter", "1", *more)
@@ -155,14 +154,14 @@ def test_another_prompt_is_another_picture_and_the_others_stay(place, tmp_path):
     assert keys(PROMPTS, *alone) == keys(more, *alone)[:5] == keys(PROMPTS, *alone, "--n_samples", "3")
 
 
-def test_a_model_that_has_changed_draws_anew(place, tmp_path):
+def test_another_model_file_generates_anew(place, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"x")
     first = wanted(place, "--ckpt", str(tmp_path / "model.ckpt"))
     os.utime(tmp_path / "model.ckpt", (1, 1))
     assert not set(first) & set(wanted(place, "--ckpt", str(tmp_path / "model.ckpt")))
 
 
-def test_resuming_needs_pictures(place, capsys):
+def test_resuming_needs_saved_images(place, capsys):
     assert cli.run(txt2img.main, options(place, "--resume", "--skip_save")) == 2
     assert "leave --skip_save out" in capsys.readouterr().err
 
@@ -170,8 +169,8 @@ def test_resuming_needs_pictures(place, capsys):
 @pytest.mark.parametrize("content", [b"", b"\xff\n[1]\n{}\n3\n" + b"[" * 9999 + b"\n", b'{"key": 1, "sha256": 2}'])
 def test_manifests_that_are_damaged(place, tmp_path, content):
     (tmp_path / "manifest.jsonl").write_bytes(content)
-    draw(place, tmp_path, "--n_iter", "1", "--resume")
-    draw(place, tmp_path, "--n_iter", "1", "--resume")
+    sample(place, tmp_path, "--n_iter", "1", "--resume")
+    sample(place, tmp_path, "--n_iter", "1", "--resume")
     assert len(list((tmp_path / "samples").iterdir())) == 5
     assert (tmp_path / "manifest.jsonl").read_bytes().startswith(content)
 

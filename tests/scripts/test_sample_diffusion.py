@@ -18,8 +18,8 @@ from PIL import Image
 import tests.training.toys as toys_of_training
 from ldm import cli, inference
 from ldm.checkpoint import save_checkpoint
-from ldm.cli import sample_writer
-from ldm.inference import unprompted
+from ldm.cli import writing
+from ldm.inference import Pipeline
 from scripts.sample_diffusion import main, parser
 from tests.tiny import write_tiny
 from tests.unprompted import TOYS, toy, toy_config, write_toy
@@ -229,8 +229,8 @@ def test_settings_are_laid_over_the_config(toys, tmp_path, capsys):
         ("-r {}/nothing -v --plms", "--vanilla_sample and --plms are both given"),
         ("-r {}/nothing --plms -e 0.5", "--plms needs --ddim_eta 0"),
         ("-r {}/nothing --scale 3", "--scale 3 leads towards a class, and this model has none: leave --scale out"),
-        ("-r {}/nothing --classes 1", "draws from nothing but noise: leave --classes out"),
-        ("-r {}/classes", "draws from class labels: use --classes$"),
+        ("-r {}/nothing --classes 1", "is conditioned on nothing but noise: leave --classes out"),
+        ("-r {}/classes", "is conditioned on class labels: use --classes$"),
         ("-r {}/segmentation --classes 1", "a segmentation map: use --segmentation, not --classes"),
         ("-r {}/classes --classes 0-1001", "classes are 0 to 1000; there is no class 1001"),
         ("-r {}/layout --categories x.txt", "--categories has no effect without --layout"),
@@ -265,12 +265,15 @@ def test_options_that_are_refused(capsys, argv, message):
 def test_models_of_text_are_named(tmp_path, capsys):
     assert run("-r", write_tiny(tmp_path), "-n", 1) == 2
     error = capsys.readouterr().err
-    assert "draws from text, not from nothing but noise, class labels, a layout of boxes or a segmentation map" in error
+    assert (
+        "is conditioned on text, not on nothing but noise, class labels, a layout of boxes or a segmentation map"
+        in error
+    )
     assert "use scripts/txt2img.py" in error
 
 
 def test_ctrl_c_keeps_what_is_there(toys, tmp_path, monkeypatch, capsys):
-    real, calls = unprompted.decode, []
+    real, calls = Pipeline.decode, []
 
     def interrupted(model, latents):
         calls.append(1)
@@ -278,7 +281,7 @@ def test_ctrl_c_keeps_what_is_there(toys, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(model, latents)
 
-    monkeypatch.setattr(unprompted, "decode", interrupted)
+    monkeypatch.setattr(Pipeline, "decode", interrupted)
     assert run("-r", toys / "nothing", "-n", 50000, out=tmp_path) == 130
     folder = only_run(tmp_path)
     assert f"interrupted; 4 images written to {folder / 'img'}" in capsys.readouterr().err
@@ -296,12 +299,12 @@ def test_ctrl_c_while_the_array_is_written(toys, tmp_path, monkeypatch, capsys):
 
 
 def test_runs_of_one_second_have_folders_of_their_own(toys, tmp_path, monkeypatch):
-    class Frozen(sample_writer.datetime):
+    class Frozen(writing.datetime):
         @classmethod
         def now(cls):
             return cls(2024, 5, 6, 7, 8, 9)
 
-    monkeypatch.setattr(sample_writer, "datetime", Frozen)
+    monkeypatch.setattr(writing, "datetime", Frozen)
     for _ in range(2):
         assert run("-r", toys / "nothing", "-n", 1, out=tmp_path) == 0
     folders = sorted(path.name for path in (tmp_path / "samples/00000007").iterdir())

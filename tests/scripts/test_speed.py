@@ -1,4 +1,4 @@
-"""Options that trade quality for speed: every script that draws has them, and says so in the pictures."""
+"""Options that trade quality for speed: every sampling script has them, and writes them to the metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ldm import cli
-from ldm.inference import Shortcuts
+from ldm.inference import AccelerationOptions
 from scripts import txt2img
 
 SCRIPTS = (
@@ -23,16 +23,16 @@ SCRIPTS = (
 def test_every_script_has_them_off_by_default(name):
     options = import_module(f"scripts.{name}").parser()
     given = {action.dest: action.default for action in options._actions}
-    assert Shortcuts(given["cache_features"], given["merge_tokens"]) == Shortcuts()
+    assert AccelerationOptions(given["cache_features"], given["merge_tokens"]) == AccelerationOptions()
 
 
 def test_only_what_is_asked_for_counts():
     options = cli.ArgumentParser()
-    assert cli.shortcuts(options.parse_args([])) == {}  # a script without them
+    assert cli.acceleration_options(options.parse_args([])) == AccelerationOptions()  # a script without them
     cli.add_speed(options)
-    assert cli.shortcuts(options.parse_args([])) == {}
-    asked = cli.shortcuts(options.parse_args(["--cache_features", "3", "--merge-tokens", "0.5"]))
-    assert Shortcuts(**asked) == Shortcuts(3, 0.5)
+    assert cli.acceleration_options(options.parse_args([])) == AccelerationOptions()
+    args = options.parse_args(["--cache_features", "3", "--merge-tokens", "0.5", "--quantize", "int8"])
+    assert cli.acceleration_options(args) == AccelerationOptions(3, 0.5, "int8")
 
 
 @pytest.mark.parametrize(
@@ -52,18 +52,18 @@ def test_bad_values_are_refused_in_one_line(capsys, argv, message):
     assert end.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_the_model_takes_them_and_the_pictures_say_so(inference, monkeypatch):
-    models, load = [], inference.load_model
+def test_they_arrive_and_are_in_the_metadata(inference, monkeypatch):
+    found, sample = [], inference.txt2img
 
-    def load_model(*args, **kwargs):
-        models.append(load(*args, **kwargs))
-        return models[-1]
+    def txt2img_(pipe, prompts, options, **arguments):
+        found.append(options.acceleration)
+        return sample(pipe, prompts, options, **arguments)
 
-    monkeypatch.setattr(inference, "load_model", load_model)
+    monkeypatch.setattr(inference, "txt2img", txt2img_)
     flags = ["--n_iter", "1", "--n_samples", "1"]
     for more in (["--cache_features", "3", "--merge_tokens", "0.5"], []):
         assert cli.run(txt2img.main, [*flags, *more]) == 0
-    assert [model.shortcuts for model in models] == [Shortcuts(3, 0.5), Shortcuts()]
+    assert found == [AccelerationOptions(3, 0.5), AccelerationOptions()]
     folder = Path("outputs/txt2img-samples/samples")
     asked, plain = (json.loads(Image.open(folder / f"0000{i}.png").text["ldm"]) for i in range(2))
     assert (asked["cache_features"], asked["merge_tokens"]) == (3, 0.5)

@@ -1,4 +1,4 @@
-"""scripts/txt2img.py: flags to calls, pictures to files. The drawing itself is a stand-in (see conftest.py)."""
+"""scripts/txt2img.py: flags to calls, images to files. Sampling itself is a stand-in (see conftest.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from ldm.inference import PromptOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -18,15 +21,15 @@ def names(folder: Path) -> list[str]:
 
 
 def reds(folder: Path) -> list[int]:
-    """Which drawing each file of a folder holds: the stand-in counts them in the red channel."""
+    """The number of the image in each file of a folder: the stand-in counts them in the red channel."""
     return [Image.open(path).getpixel((0, 0))[0] for path in sorted(folder.iterdir())]
 
 
 def test_defaults_are_those_of_the_public_script(script, inference, capsys):
     assert script() == 0
-    assert [name for name, _ in inference.calls] == ["load_model", "seed_everything", "txt2img", "txt2img"]
+    assert [name for name, _ in inference.calls] == ["load_model", "txt2img", "txt2img"]
     assert inference.named("load_model") == [{"config": None, "ckpt": None, "device": "auto", "precision": "autocast"}]
-    assert inference.named("seed_everything") == [{"seed": 42}]
+    assert [noise.seed for noise in inference.noises] == [42, 42] and inference.noises[0] is inference.noises[1]
     first, second = inference.named("txt2img")
     assert (
         first
@@ -59,7 +62,7 @@ def test_every_flag_arrives(script, inference):
     assert inference.named("load_model") == [
         {"config": "c.yaml", "ckpt": "m.ckpt", "device": "cpu", "precision": "full"}
     ]
-    assert inference.named("seed_everything") == [{"seed": 7}]
+    assert [noise.seed for noise in inference.noises] == [7]
     assert inference.named("txt2img") == [
         {
             "prompts": ["cat", "cat"],
@@ -127,25 +130,24 @@ def test_lines_with_options_of_their_own(script, inference):
     assert third["scale"] == 1.0 and "negative_prompt" not in third
 
 
-def test_ways_to_read_prompts_arrive_and_are_written_down(script, inference):
+def test_prompt_options_arrive_and_are_written(script, inference):
     flags = ["--prompt", "a {red|(red:1.2)} cat", "--n_iter", 1, "--matrix", "--emphasis", "--long_prompt"]
     assert script(*flags, "--clip_skip", 2) == 0
     (call,) = inference.named("txt2img")
     assert call["prompts"] == ["a red cat", "a (red:1.2) cat"]
-    assert call["reading"] == inference.PromptOptions(emphasis=True, long_prompt=True, clip_skip=2)
+    assert call["prompt_options"] == PromptOptions(emphasis=True, long_prompt=True, clip_skip=2)
     text = Image.open("outputs/txt2img-samples/samples/00001.png").text
     assert text["parameters"].startswith("a (red:1.2) cat\n") and "Clip skip: 2, " in text["parameters"]
     assert json.loads(text["ldm"])["emphasis"] is True
 
 
-def test_fixed_code_is_drawn_once_and_cut_to_the_batch(script, inference):
+def test_fixed_code_is_sampled_once_and_cut_to_the_batch(script, inference):
     Path("p.txt").write_text("a\nb\nc\n")
     assert script("--from-file", "p.txt", "--n_samples", 2, "--fixed_code", "--H", 64) == 0
-    assert [name for name, _ in inference.calls][:3] == ["load_model", "seed_everything", "start_latent"]
-    assert inference.named("start_latent") == [{"batch": 2, "size": (64, 32)}]
     codes = [call["start_code"] for call in inference.named("txt2img")]
-    assert [code[:, 0, 0, 0].tolist() for code in codes] == [[0, 1], [0], [0, 1], [0]]
-    assert codes[0].shape == (2, 4, 8, 4)
+    expected = torch.randn(2, 4, 8, 4, generator=torch.Generator().manual_seed(42))
+    assert [len(code) for code in codes] == [2, 1, 2, 1]
+    assert all(torch.equal(code, expected[: len(code)]) for code in codes)
 
 
 def test_numbers_go_on_after_the_highest(script):
@@ -193,7 +195,7 @@ def test_metadata_names_models_with_the_public_file_name_by_their_folder(script)
     ("flags", "message"),
     [
         (["--plms", "--ddim_eta", "0.1"], "--plms needs --ddim_eta 0, not 0.1"),
-        (["--from-file", "none.txt"], "--from-file none.txt: there is no such file"),
+        (["--from-file", "none.txt"], "--from-file none.txt: no such file"),
         (["--prompt", "{a|b}" * 20, "--matrix"], "--matrix makes 1048576 prompts of"),
         (["--laion400m"], "--laion400m needs models/ldm/text2img-large/model.ckpt, which is not there"),
         (["--C", "8"], "--C 8 does not fit this model, which has 4"),
@@ -205,7 +207,7 @@ def test_mistakes_are_one_line(script, inference, capsys, flags, message):
     assert script(*flags) == 2
     output = capsys.readouterr()
     assert output.err.startswith(f"error: {message}") and output.err.count("\n") == 1
-    assert output.out == "" and inference.drawn == 0 and not Path("outputs").exists()
+    assert output.out == "" and inference.sampled == 0 and not Path("outputs").exists()
 
 
 def test_laion400m_sets_the_public_paths(script, inference, monkeypatch):
@@ -231,7 +233,7 @@ def test_failure_keeps_what_is_done(script, inference, capsys):
     assert script("--outdir", "out") == 1
     stopped, error = capsys.readouterr().err.splitlines()
     assert stopped == "warning: stopped early; 3 images written to out/samples"
-    assert error.startswith("error: not enough memory (it takes another 3 GiB). Try --n_samples 1, --tile 512")
+    assert error.startswith("error: out of memory (needs another 3 GiB). Try --n_samples 1, --tile 512")
     assert len(names(Path("out/samples"))) == 3
 
 
@@ -253,7 +255,7 @@ def test_help_imports_nothing_heavy_and_runs_anywhere(name, tmp_path):
     assert "--config" in done.stdout
 
 
-def test_a_failure_before_the_first_picture_leaves_no_folders(script, inference):
+def test_a_failure_before_the_first_image_leaves_no_folders(script, inference):
     inference.fail_at, inference.failure = 1, FileNotFoundError("there is no vocabulary")
     Path("mine").mkdir()
     assert script("--outdir", "mine/new/out") == 2

@@ -79,7 +79,7 @@ REFUSED = [
     ("super-resolution", ["--scale", "2", "--noise_level", "3"], "leave out noise_level, scale"),
     ("upscaler", ["--noise_level", "91"], "noise levels are 0 to 90, not 91"),
     ("upscaler", ["--tile", "12"], "tiles of 12 are too small: they need at least 16 a side"),
-    ("text", [], "draws from text, not from a small picture and text or a small picture: use scripts/txt2img.py"),
+    ("text", [], "is conditioned on text, not on a small image and text or a small image: use scripts/txt2img.py"),
 ]
 
 

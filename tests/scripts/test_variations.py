@@ -90,4 +90,4 @@ def test_mistakes_are_said_in_one_line(run, capsys, argv, init, message):
 
 def test_another_familys_model_is_refused(run, tmp_path, capsys):
     assert run(ckpt=write_tiny(tmp_path)) == 2
-    assert "draws from text, not from a picture to vary: use scripts/txt2img.py" in capsys.readouterr().err
+    assert "is conditioned on text, not on an image to vary: use scripts/txt2img.py" in capsys.readouterr().err

@@ -18,16 +18,16 @@ from tests.scripts.test_reconstruct import autoencoder
 from tests.tiny import RETRIEVAL, super_resolution_config, tiny_config, upscaler_config, write_model
 from tests.unprompted import toy_config
 
-# A config, what the model draws from, the scripts that take it; the first is the one to name.
+# A config, what the model is conditioned on, the scripts that take it; the first is the one to name.
 MODELS = {
     "text": (tiny_config(), "text", ["txt2img", "img2img", "inpaint"]),
     "depth": (depth_config(), "text and a depth map", ["img2img"]),
-    "inpainting": (inpainting(), "text and a picture with a mask", ["inpaint"]),
-    "filling": (filling_config(), "a picture with a mask", ["inpaint"]),
+    "inpainting": (inpainting(), "text and an image with a mask", ["inpaint"]),
+    "filling": (filling_config(), "an image with a mask", ["inpaint"]),
     "upscaler": (upscaler_config(), "a small picture and text", ["upscale"]),
     "super-resolution": (super_resolution_config(), "a small picture", ["upscale"]),
-    "unclip": (unclip_config(), "a picture to vary", ["variations"]),
-    "retrieval": (tiny_config(**RETRIEVAL), "embeddings of text and neighbours", ["knn2img"]),
+    "unclip": (unclip_config(), "an image to vary", ["variations"]),
+    "retrieval": (tiny_config(**RETRIEVAL), "embeddings of text and neighbors", ["knn2img"]),
     "nothing": (toy_config("nothing"), "nothing but noise", ["sample_diffusion"]),
     "segmentation": (toy_config("segmentation"), "a segmentation map", ["sample_diffusion"]),
 }
@@ -35,10 +35,10 @@ MASKED = ["--init-img", "photo.png", "--mask", "mask.png"]
 SCRIPTS = {
     "txt2img": ([], "text"),
     "img2img": (["--init-img", "photo.png"], "text or text and a depth map"),
-    "inpaint": (MASKED, "text, a picture with a mask or text and a picture with a mask"),
+    "inpaint": (MASKED, "text, an image with a mask or text and an image with a mask"),
     "upscale": (["--init-img", "photo.png"], "a small picture and text or a small picture"),
-    "variations": (["--init-img", "photo.png"], "a picture to vary"),
-    "knn2img": ([], "embeddings of text and neighbours"),
+    "variations": (["--init-img", "photo.png"], "an image to vary"),
+    "knn2img": ([], "embeddings of text and neighbors"),
     "sample_diffusion": ([], "nothing but noise, class labels, a layout of boxes or a segmentation map"),
 }
 
@@ -70,7 +70,7 @@ def test_both_are_named_and_the_way_out(folder, monkeypatch, capsys, script):
         ckpt = folder / name / "model.ckpt"
         assert run(script, ckpt, *flags) == 2
         said = capsys.readouterr().err
-        sentence = f"which draws from {draws_from}, not from {wanted}: use scripts/{takers[0]}.py for it"
+        sentence = f"which is conditioned on {draws_from}, not on {wanted}: use scripts/{takers[0]}.py for it"
         assert said.startswith(f"error: {ckpt} is ") and said.endswith(f"{sentence}\n") and said.count("\n") == 1
         assert not Path("new").exists()
 

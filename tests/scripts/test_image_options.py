@@ -1,4 +1,4 @@
-"""What txt2img and img2img offer for each picture: its seed, variations, seams; watching and stopping. A tiny model."""
+"""Options of txt2img and img2img per image: seeds, variations, tiling; progress and Ctrl-C. With a tiny model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.tiny import write_tiny
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """Runs a script's `main`: gives its pictures, as pixels and metadata, in order; the exit code must be 0."""
+    """Runs a script's `main`: gives its images, as pixels and metadata, in order; the exit code must be 0."""
     ckpt = write_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -47,7 +47,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("main", [txt2img.main, img2img.main])
-def test_a_picture_s_seed_draws_it_alone(script, main):
+def test_an_images_seed_reproduces_it_alone(script, main):
     flags = ["--seed_mode", "image", "--n_samples", 2, "--n_iter", 2]
     run = script(main, "run", *flags, "--seed", 5)
     assert [settings["seed"] for _, settings in run] == [5, 6, 7, 8]
@@ -58,7 +58,7 @@ def test_a_picture_s_seed_draws_it_alone(script, main):
     assert not any(same(pixels, other) for i, (other, _) in enumerate(run) if i != 2)
 
 
-def test_processes_that_share_a_run_need_not_skip(script, monkeypatch):
+def test_processes_need_not_skip_per_image_noise(script, monkeypatch):
     flags = ["--seed_mode", "image", "--n_samples", 2, "--n_iter", 3]
     alone = script(txt2img.main, "one", *flags)
 
@@ -70,7 +70,7 @@ def test_processes_that_share_a_run_need_not_skip(script, monkeypatch):
         def gather(self, values):
             return values
 
-    monkeypatch.setattr(inference, "skip_txt2img", None)  # not to be called
+    monkeypatch.setattr(inference.Pipeline, "advance", None)  # not to be called
     for rank in range(2):
         monkeypatch.setattr(txt2img, "process_group", lambda r=rank: contextlib.nullcontext(Shared(r, 2)))
         together = script(txt2img.main, "two", *flags)
@@ -87,12 +87,12 @@ def test_fixed_code_starts_every_batch_at_the_same_seeds(script):
 
 
 def test_variations(script):
-    def draw(outdir: str, strength: float, *flags: Any) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    def sample(outdir: str, strength: float, *flags: Any) -> list[tuple[np.ndarray, dict[str, Any]]]:
         more = ["--variation_seed", 9, "--variation_strength", strength, "--n_samples", 2, "--n_iter", 1, "--seed", 5]
         return script(txt2img.main, outdir, *more, *flags)
 
     each = ["--seed_mode", "image"]
-    near, far = draw("near", 0.1, *each), draw("far", 1, *each)
+    near, far = sample("near", 0.1, *each), sample("far", 1, *each)
     ((own, _),) = script(txt2img.main, "own", *each, "--n_samples", 1, "--n_iter", 1, "--seed", 5)
     ((other, _),) = script(txt2img.main, "other", *each, "--n_samples", 1, "--n_iter", 1, "--seed", 10)
     assert same(far[1][0], other)
@@ -100,16 +100,16 @@ def test_variations(script):
     assert 0 < max(distances[:2]) < distances[2] and not same(near[0][0], near[1][0])
     assert [(s["seed"], s["variation_seed"]) for _, s in near] == [(5, 9), (5, 10)]
     assert near[0][1]["variation_strength"] == 0.1
-    # around what the published way draws
+    # around the published images
     plain = script(txt2img.main, "plain", "--n_samples", 2, "--n_iter", 1, "--seed", 5)
-    assert all((a == b).all() for (a, _), (b, _) in zip(plain, draw("zero", 0)))
-    varied, gone = draw("batch", 0.1), draw("gone", 1)
+    assert all((a == b).all() for (a, _), (b, _) in zip(plain, sample("zero", 0)))
+    varied, gone = sample("batch", 0.1), sample("gone", 1)
     assert [settings["seed"] for _, settings in varied] == [5, 5] and varied[1][1]["index"] == 1
     for (a, _), (b, _), (c, _) in zip(plain, varied, gone):
         assert 0 < np.abs(a - b).mean() < np.abs(a - c).mean()
 
 
-def test_the_cpu_s_noise_is_what_a_cpu_draws_anyway(script):
+def test_noise_of_the_cpu_is_the_default_on_a_cpu(script):
     flags = ["--fixed_code", "--n_samples", 2, "--n_iter", 2]
     runs = [script(txt2img.main, name, *flags, "--noise_device", name) for name in ("model", "cpu")]
     assert all((a == b).all() for (a, _), (b, _) in zip(*runs))
@@ -133,11 +133,12 @@ def test_tiling_and_previews(script, main, capsys):
 def test_one_bar_for_a_run_of_unequal_batches(monkeypatch):
     monkeypatch.setattr("sys.stderr", io.StringIO())
     totals = []
-    with cli.Watch(Namespace(preview=None), None, batches=3) as watch:
-        for steps in (2, 4, 4):
-            for step in range(1, steps + 1):
-                watch(None, step, steps)
-                totals.append((watch._bar.n, watch._bar.total))
+    progress = cli.Progress(Namespace(preview=None), None, batches=3)
+    for steps in (2, 4, 4):
+        for step in range(1, steps + 1):
+            progress(None, step, steps)
+            totals.append((progress._bar.n, progress._bar.total))
+    progress.close()
     assert totals[:3] == [(1, 6), (2, 6), (3, 10)] and totals[-1] == (10, 10)
 
 
@@ -157,13 +158,13 @@ def test_ctrl_c_in_the_middle_of_a_batch_keeps_what_is_done(script, listening, m
         if len(calls) == 3:  # the first step of the second batch
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli.Watch, "__call__", press)
+    monkeypatch.setattr(cli.Progress, "__call__", press)
     done = script(txt2img.main, "run", "--n_samples", 2, "--n_iter", 3, code=130)
     assert len(done) == 2 and calls == [1, 2, 1]
     assert capsys.readouterr().err.endswith("interrupted; 2 images written to run/samples\n")
 
 
-def test_ctrl_c_waits_for_what_is_drawn(script, monkeypatch, capsys):
+def test_ctrl_c_waits_for_finished_images(script, monkeypatch, capsys):
     from ldm import images
 
     save = images.save_png

@@ -1,4 +1,4 @@
-"""Samplers, schedules and guidance in every way of drawing: what is asked for is what the sampler gets."""
+"""SamplingOptions in every task: the sampler gets what was asked for; defaults; skipped random numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm import inference
-from ldm.inference.loading import sampling_plan
+from ldm.inference import Conditioning, Pipeline, SamplingOptions
 from ldm.models.diffusion.guidance import CFG_PP_SCALE, Guidance
+from ldm.models.diffusion.noise import SeededNoise
 from ldm.models.diffusion.sampler import SAMPLERS, Sampler
 from ldm.models.diffusion.schedules import SCHEDULES
 from tests.inference.test_variations import unclip_config
@@ -37,7 +38,7 @@ def models(tmp_path_factory):
     return loaded | {name: toy(name) for name in ("classes", "nothing", "layout", "segmentation")}
 
 
-# What draws with guidance, and what without: the model and the call.
+# Tasks with guidance and without: the model and the call.
 GUIDED = {
     "txt2img": ("text", lambda m, **o: inference.txt2img(m, PROMPTS, **o)),
     "img2img": ("text", lambda m, **o: inference.img2img(m, PROMPTS, PHOTO, strength=1.0, **o)),
@@ -76,9 +77,9 @@ def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
-@pytest.mark.parametrize("way", GUIDED)
-def test_guidance_arrives(models, runs, way):
-    model, call = GUIDED[way]
+@pytest.mark.parametrize("task", GUIDED)
+def test_guidance_arrives(models, runs, task):
+    model, call = GUIDED[task]
     options = {"steps": 2, "seed": 1, "progress": False}
     terms = {"pag": 2.0, "rescale": 0.7}
     asked = {
@@ -101,9 +102,9 @@ def test_guidance_arrives(models, runs, way):
     assert all((drawn[name] != drawn["plain"]).any() for name in asked if name != "plain")
 
 
-@pytest.mark.parametrize("way", UNGUIDED)
-def test_without_a_scale_there_is_pag(models, runs, way):
-    name, call = UNGUIDED[way]
+@pytest.mark.parametrize("task", UNGUIDED)
+def test_without_a_scale_there_is_pag(models, runs, task):
+    name, call = UNGUIDED[task]
     options = {"steps": 2, "seed": 1, "progress": False}
     drawn = [pixels(call(models[name], **options, guidance=g)) for g in (None, {"terms": {"pag": 5.0}})]
     call(models[name], **options, sampler="dpmpp_2m", schedule="trailing")
@@ -113,11 +114,11 @@ def test_without_a_scale_there_is_pag(models, runs, way):
         call(models[name], **options, guidance={"terms": {"rescale": 0.7}})
     with pytest.raises(ValueError, match="scale"):
         call(models[name], **options, scale=3.0)
-    with pytest.raises(ValueError, match="leads away from an unconditional prediction, and there is none"):
+    with pytest.raises(ValueError, match="leads atask from an unconditional prediction, and there is none"):
         call(models[name], **options, guidance={"cfg_pp": True})
 
 
-def test_negative_prompts_one_a_picture(models):
+def test_one_negative_prompt_per_image(models):
     options = {"steps": 2, "scale": 5.0, "progress": False, "start_code": torch.ones(2, 4, 16, 16)}
     both = pixels(inference.txt2img(models["text"], PROMPTS, negative_prompt=["blue", "a circle"], **options))
     for i, text in enumerate(("blue", "a circle")):
@@ -127,17 +128,17 @@ def test_negative_prompts_one_a_picture(models):
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES, [900, 500, 100]])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_skipping_draws_the_same_random_numbers(models, sampler, schedule):
-    """Whatever the sampler, schedule and guidance; by hand, as what a network answers does not matter."""
+def test_advance_uses_the_same_random_numbers(models, sampler, schedule):
+    """Whatever the sampler, schedule and guidance: the network's outputs do not matter."""
     model, options = models["text"], {"steps": 3, "sampler": sampler, "schedule": schedule}
     cfg_pp = SAMPLERS[sampler].func.cfg_pp
     guidance = {"cfg_pp": True} if cfg_pp else {"terms": {"rescale": 0.7}, "interval": (0.1, 9.0)}
-    inference.seed_everything(5)
-    inference.txt2img(model, PROMPTS, **options, guidance=guidance, height=16, width=16, progress=False)
-    after = torch.rand(4)
-    inference.seed_everything(5)
-    inference.skip_txt2img(model, PROMPTS, **options, guidance=guidance, height=16, width=16)
-    assert torch.rand(4).equal(after)
+    options |= {"guidance": guidance, "height": 16, "width": 16}
+    used, skipped = SeededNoise(5), SeededNoise(5)
+    inference.txt2img(model, PROMPTS, **options, noise=used, progress=False)
+    pipe = Pipeline(model)
+    pipe.advance(Conditioning(None, shape=(2, 4, 8, 8)), pipe.resolve(**options), skipped)
+    assert torch.equal(used((4,), "cpu"), skipped((4,), "cpu"))
 
 
 def test_models_name_their_own_schedule(tmp_path, runs):
@@ -149,20 +150,36 @@ def test_models_name_their_own_schedule(tmp_path, runs):
         return inference.load_model(tmp_path / "own.yaml", ckpt, device="cpu")
 
     model = loaded(sampler="dpmpp_3m", schedule="trailing", steps=4)
-    assert sampling_plan(model, 7.5)[0] == {"steps": 4, "sampler": "dpmpp_3m", "eta": 0.0, "schedule": "trailing"}
-    assert sampling_plan(model, 7.5, schedule="karras")[0]["schedule"] == "karras"
+    resolved = Pipeline(model).resolve()
+    expected = SamplingOptions(steps=4, sampler="dpmpp_3m", eta=0.0, schedule="trailing", scale=7.5)
+    assert resolved == expected and Pipeline(model).resolve(resolved) == resolved
+    assert Pipeline(model).resolve(schedule="karras").schedule == "karras"
     inference.txt2img(model, ["a"], progress=False)
     inference.img2img(model, ["a"], PHOTO, strength=0.5, progress=False)
     assert runs[0][:2] == (SAMPLERS["dpmpp_3m"].func, [249.0, 499.0, 749.0, 999.0]) and runs[1][1] == [249.0, 499.0]
-    assert loaded(schedule=[999, 500.5, 1]).sampling == {"schedule": [999, 500.5, 1]}
+    assert loaded(schedule=[999, 500.5, 1]).info.sampling.schedule == [999, 500.5, 1]
     for mistake in ("caras", [], ["x"], 3):
         with pytest.raises(ValueError, match="a `schedule` of uniform, .* or timesteps in a list"):
             loaded(schedule=mistake)
 
 
-def test_plans():
-    assert sampling_plan(None, 7.5)[1] == Guidance(7.5)
-    assert sampling_plan(None, 7.5, guidance={"cfg_pp": True})[1] == Guidance(CFG_PP_SCALE, cfg_pp=True)
-    assert sampling_plan(None, 7.5, scale=0.3, guidance={"cfg_pp": True})[1].scale == 0.3
+def test_resolving():
+    resolve = SamplingOptions().resolve
+    assert resolve().guidance == Guidance(7.5) and resolve(default_scale=5.0).guidance == Guidance(5.0)
+    cfg_pp = SamplingOptions.of(guidance={"cfg_pp": True})
+    assert cfg_pp.resolve().guidance == Guidance(CFG_PP_SCALE, cfg_pp=True)
+    assert SamplingOptions.of(cfg_pp, scale=0.3).resolve().scale == 0.3
     with pytest.raises(ValueError, match="leave rescale out"):
-        sampling_plan(None, 1.0, guidance={"terms": {"rescale": 0.7}})
+        _ = SamplingOptions(scale=1.0, terms={"rescale": 0.7}).resolve().guidance
+    with pytest.raises(ValueError, match="resolve the options first"):
+        _ = SamplingOptions().guidance
+
+
+def test_options_by_name(models):
+    base = SamplingOptions(steps=2, scale=3.0)
+    assert SamplingOptions.of(base, steps=None, seed=4) == SamplingOptions(steps=2, scale=3.0, seed=4)
+    with pytest.raises(ValueError, match="unknown option 'step'; the options are seed, seed_mode, "):
+        inference.txt2img(models["text"], PROMPTS, step=3)
+    same = pixels(inference.txt2img(models["text"], PROMPTS, options=base, seed=4, progress=False))
+    keywords = pixels(inference.txt2img(models["text"], PROMPTS, steps=2, scale=3.0, seed=4, progress=False))
+    assert (same == keywords).all()

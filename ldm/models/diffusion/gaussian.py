@@ -1,3 +1,0 @@
-"""Moved."""
-
-from ldm.models.diffusion.batches import image_sides as square  # noqa: F401
