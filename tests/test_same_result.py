@@ -16,10 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.inference import BUNDLED_CKPT, decode, default_size, draw, load_model, text_condition
-from ldm.inference.pipeline import drawing
+from ldm.inference import BUNDLED_CKPT, Pipeline, SamplingOptions, load_model
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.noise import PerImageNoise
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.util import public_path
@@ -48,12 +46,10 @@ def latents(
     model: LatentDiffusion, rows: Sequence[int] = (0, 1, 2), sampler: str = "dpmpp_2m_sde", steps: int = 3
 ) -> Tensor:
     """Latents of some of the prompts, each with its seed, drawn together."""
-    with drawing(model):
-        guided = text_condition(model, [PROMPTS[row] for row in rows], "", Guidance(1.8))
-        noise = PerImageNoise([SEEDS[row] for row in rows])
-        side = default_size(model)
-        shape = (model.channels, *model.latent_size(side, side))
-        return draw(model, guided, shape, len(rows), steps=steps, sampler=sampler, noise=noise, progress=False).float()
+    pipe, options = Pipeline(model), SamplingOptions(steps=steps, sampler=sampler, scale=1.8)
+    with pipe.inference_mode(options):
+        cond = pipe.encode_prompts([PROMPTS[row] for row in rows], options)
+        return pipe.sample(cond, options, PerImageNoise([SEEDS[row] for row in rows]), progress=False).float()
 
 
 def digest(x: Tensor) -> str:
@@ -88,7 +84,7 @@ def test_a_call_repeated_is_the_same_to_the_bit(tiny, sampler):
 
 
 def test_pictures_repeated_are_the_same_to_the_bit(model):
-    one, other = (decode(model, latents(model)) for _ in range(2))
+    one, other = (Pipeline(model).decode(latents(model)) for _ in range(2))
     assert [image.tobytes() for image in one] == [image.tobytes() for image in other]
 
 
@@ -121,7 +117,7 @@ def test_the_rest_of_the_batch_changes_rounding_alone(request, which, rows):
 def test_bfloat16_draws_a_picture_near_that_of_float32(model):
     half = bundled("bf16")
     one, other = (
-        [np.asarray(image) / 255 for image in decode(m, latents(m, sampler="dpm_solver", steps=6))]
+        [np.asarray(image) / 255 for image in Pipeline(m).decode(latents(m, sampler="dpm_solver", steps=6))]
         for m in (model, half)
     )
     differences = [float(np.abs(a - b).mean()) for a, b in zip(one, other)]

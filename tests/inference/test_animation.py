@@ -28,7 +28,7 @@ def test_frames_are_spread_evenly_from_key_to_key():
     assert places(3, 5) == [0, 0.5, 1, 1.5, 2]
     assert places(3, 6, loop=True) == [0, 0.5, 1, 1.5, 2, 2.5]  # and 3 is 0 again
     assert frames_between(3, 6, loop=True)[-1] == Frame(2, 0, 0.5)
-    with pytest.raises(ValueError, match="there is no way from one prompt and seed alone"):
+    with pytest.raises(ValueError, match="one prompt and one seed leave nothing to interpolate"):
         frames_between(1, 5)
     with pytest.raises(ValueError, match="2 frames cannot show 3 keys"):
         frames_between(3, 2)
@@ -43,7 +43,7 @@ def test_prompts_and_seeds_pair():
 
 
 @pytest.mark.parametrize("contexts", ["linear", "slerp"])
-def test_keys_are_drawn_as_text_to_image_draws_them(model, contexts):
+def test_keys_are_the_images_of_txt2img(model, contexts):
     steps: list[int] = []
     frames = frames_between(2, 5)
     options = {**OPTIONS, "contexts": contexts, "batch_size": 2, "on_step": lambda x0, step, total: steps.append(step)}
@@ -59,5 +59,7 @@ def test_keys_are_drawn_as_text_to_image_draws_them(model, contexts):
 def test_contexts_mix():
     keys = torch.eye(3)[:, None]  # (3, 1, 3)
     frames = [Frame(0, 1, 0.5), Frame(2, 0, 0.25)]
-    assert torch.equal(animation.mixed(keys, frames, "linear")[:, 0], torch.tensor([[0.5, 0.5, 0], [0.25, 0, 0.75]]))
-    torch.testing.assert_close(animation.mixed(keys, frames, "slerp").norm(dim=2), torch.ones(2, 1))
+    assert torch.equal(
+        animation.interpolated(keys, frames, "linear")[:, 0], torch.tensor([[0.5, 0.5, 0], [0.25, 0, 0.75]])
+    )
+    torch.testing.assert_close(animation.interpolated(keys, frames, "slerp").norm(dim=2), torch.ones(2, 1))

@@ -22,7 +22,7 @@ def test_previews_are_like_the_pictures():
 
     def on_step(x0: torch.Tensor, step: int, total: int) -> None:
         previews(x0, step, total)
-        expected[step] = inference.decode(model, x0)
+        expected[step] = inference.Pipeline(model).decode(x0)
 
     options = {"steps": 10, "sampler": "ddim", "seed": [1, 2, 3, 4], "progress": False}
     pictures = inference.txt2img(model, PROMPTS, **options, on_step=on_step)

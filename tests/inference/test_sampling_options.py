@@ -114,7 +114,7 @@ def test_without_a_scale_there_is_pag(models, runs, task):
         call(models[name], **options, guidance={"terms": {"rescale": 0.7}})
     with pytest.raises(ValueError, match="scale"):
         call(models[name], **options, scale=3.0)
-    with pytest.raises(ValueError, match="leads atask from an unconditional prediction, and there is none"):
+    with pytest.raises(ValueError, match="needs an unconditional prediction"):
         call(models[name], **options, guidance={"cfg_pp": True})
 
 

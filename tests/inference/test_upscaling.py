@@ -186,9 +186,9 @@ def test_memory_is_that_of_tiles(super_resolution, monkeypatch):
 REFUSED = [
     ("upscaler", {"noise_level": 91}, "noise levels are 0 to 90, not 91"),
     ("upscaler", {"noise_level": -1}, "noise levels are 0 to 90, not -1"),
-    ("upscaler", {"prompts": ["a", "b"]}, "there are 1 pictures and 2 prompts"),
+    ("upscaler", {"prompts": ["a", "b"]}, "there are 1 images and 2 prompts"),
     ("upscaler", {"tile": 15}, "tiles of 15 are too small: they need at least 16"),
-    ("super-resolution", {"prompts": ["a"]}, "from a small picture alone, so leave out prompt$"),
+    ("super-resolution", {"prompts": ["a"]}, "on a small image alone: leave out prompt$"),
     ("super-resolution", {"noise_level": 0, "scale": 1.0}, "leave out noise_level, scale"),
     ("super-resolution", {"negative_prompt": "red"}, "leave out negative_prompt"),
 ]
@@ -202,7 +202,7 @@ def test_mistakes_are_named(models, name, options, message):
 
 def test_pictures_of_several_sizes(model):
     for images in ([], [picture(), picture(8, 8)]):
-        with pytest.raises(ValueError, match="pictures of one size"):
+        with pytest.raises(ValueError, match="images of one size"):
             inference.upscale(model, images)
 
 

@@ -112,7 +112,7 @@ def test_a_seed_decides_and_every_option_counts(model):
 def test_weights_that_do_not_fit_are_refused(model, weights):
     given = ", ".join(f"{weight:g}" for weight in weights)
     with pytest.raises(
-        ValueError, match=re.escape(f"2 pictures need 2 weights of at least 0, not all 0; they are {given}")
+        ValueError, match=re.escape(f"2 images need 2 weights of at least 0, not all 0; they are {given}")
     ):
         inference.image_embedding(model, [picture(0), picture(1)], weights)
 
@@ -120,7 +120,7 @@ def test_weights_that_do_not_fit_are_refused(model, weights):
 def test_what_cannot_be_varied_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="0 to 999, not 1000"):
         inference.variations(model, [picture(0)], PROMPTS, noise_level=1000, steps=1)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         inference.variations(model, [], PROMPTS)
     plain = inference.load_model(ckpt=write_tiny(tmp_path), device="cpu")
     with pytest.raises(ValueError, match=r"is conditioned on text, not on an image to vary: use scripts/txt2img\.py"):

@@ -393,8 +393,8 @@ class Sampler:
     def _conditional(self, cond: Condition, uncond: Condition) -> ConditionalModel:
         network = getattr(getattr(self.model, "model", None), "diffusion_model", None)
         middle_block = getattr(network, "middle_block", None)
-        kind, sequential = self.parameterization, self.sequential_guidance or getattr(self.model, "one_by_one", False)
-        return ConditionalModel(self.model.apply_model, cond, uncond, kind, middle_block, sequential)
+        kind = self.parameterization
+        return ConditionalModel(self.model.apply_model, cond, uncond, kind, middle_block, self.sequential_guidance)
 
     def _quantize(self, x0: Tensor) -> Tensor:
         quantized: Tensor = self.model.first_stage_model.quantize(x0)[0]
