@@ -288,7 +288,7 @@ MISUSES = [
     ({"prompts": []}, "list of at least one"),
     ({"prompts": ["a"], "sampler": "nonsense"}, "'nonsense' is not one of ddim, "),
     ({"prompts": ["a"], "steps": 0}, "from 1 to 1000"),
-    ({"prompts": ["a"], "sampler": "plms", "eta": 0.5}, "eta must be 0"),
+    ({"prompts": ["a"], "sampler": "plms", "eta": 0.5}, "eta: it must be 0"),
     (
         {"prompts": ["a"], "start_code": torch.zeros(2, 4, 16, 16)},
         r"start_code is \(2, 4, 16, 16\), .* \(1, 4, 16, 16\)",

@@ -59,7 +59,6 @@ def test_keys_are_the_images_of_txt2img(model, contexts):
 def test_contexts_mix():
     keys = torch.eye(3)[:, None]  # (3, 1, 3)
     frames = [Frame(0, 1, 0.5), Frame(2, 0, 0.25)]
-    assert torch.equal(
-        animation.interpolated(keys, frames, "linear")[:, 0], torch.tensor([[0.5, 0.5, 0], [0.25, 0, 0.75]])
-    )
+    expected = torch.tensor([[0.5, 0.5, 0], [0.25, 0, 0.75]])
+    assert torch.equal(animation.interpolated(keys, frames, "linear")[:, 0], expected)
     torch.testing.assert_close(animation.interpolated(keys, frames, "slerp").norm(dim=2), torch.ones(2, 1))

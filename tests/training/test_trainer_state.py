@@ -199,9 +199,18 @@ HOSTILE = {
         b"](" + text("x" * 10**6) + b"q\0" + (call("_codecs.encode", b"h\0") + b"") * 2000 + b"e",
         PLAIN + ".*more beside tensors",
     ),
-    "an array of objects": (array(pair([2]), call("numpy.dtype", text("O8"), b"\x89", b"\x88")), "something other than numbers"),
-    "an array of records": (array(pair([2]), call("numpy.dtype", text("V8"), b"\x89", b"\x88")), "something other than numbers"),
-    "an array of no numbers": (array(pair([2]), call("numpy.dtype", text("f3"), b"\x89", b"\x88")), "something other than numbers"),
+    "an array of objects": (
+        array(pair([2]), call("numpy.dtype", text("O8"), b"\x89", b"\x88")),
+        "something other than numbers",
+    ),
+    "an array of records": (
+        array(pair([2]), call("numpy.dtype", text("V8"), b"\x89", b"\x88")),
+        "something other than numbers",
+    ),
+    "an array of no numbers": (
+        array(pair([2]), call("numpy.dtype", text("f3"), b"\x89", b"\x88")),
+        "something other than numbers",
+    ),
     "an array of other bytes": (array(pair([2]), DTYPE.replace(text("<"), text(">"))), "another byte order"),
     "a huge array": (array(pair([2**40])), "array of shape"),
     "an array below nothing": (array(pair([-2, -1])), "impossible shape"),
