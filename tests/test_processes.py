@@ -156,7 +156,7 @@ def test_two_processes_write_what_one_writes_in_img2img(ckpt: Path, mode: str) -
         (ckpt.parent / f"two/samples/{number:05}.png").unlink()
     (ckpt.parent / "two/grid-0000.png").unlink()
     together = start([[*arguments(ckpt, "two"), *more, "--resume"]] * 2, "img2img")
-    outputs = [said(process) for process in together]
+    outputs = [output_of(process) for process in together]
     assert "holds 7 of 10 images" in outputs[0][0], outputs
     assert pictures(ckpt.parent / "two") == expected
 
