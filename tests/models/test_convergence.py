@@ -98,7 +98,7 @@ def error_going_on(name: str, steps: int, kind: str) -> float:
         x = exact(start(), first, step.alpha_bar) if i < 4 else x
         if name == "plms":
             t, t_next = (batch_of(t, x) for t in (step.t, step.t_prev))
-            x, _, eps = sampler.p_sample_plms(x, None, t, step.index, old_eps=memory, t_next=t_next)
+            x, _, eps = sampler.p_sample_plms(x, None, t, step.remaining, old_eps=memory, t_next=t_next)
             memory = [*memory[-2:], eps]
         else:
             x, _ = sampler.step(state, x, step)

@@ -33,6 +33,12 @@ class PublicSampler(Sampler):
     guidance = Guidance()
     noise: NoiseSource = staticmethod(global_noise)
     verbose = True
+    # registered by `make_schedule`
+    ddim_timesteps: Any
+    ddim_alphas: Any
+    ddim_alphas_prev: Any
+    ddim_sigmas: Any
+    ddim_sqrt_one_minus_alphas: Any
     _host_steps: tuple[Any, Schedule] | None = None
     _last: ConditionalModel | None = None
 
@@ -106,7 +112,7 @@ class PublicSampler(Sampler):
 
     # ---- parts of a run ----
 
-    def _sample(  # type: ignore[override]
+    def _sample(
         self,
         cond: Condition,
         shape: Sequence[int],

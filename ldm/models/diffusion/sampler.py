@@ -77,7 +77,8 @@ class SamplerState:
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
     """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps."""
-    return sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * eps
+    x: Tensor = sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * eps
+    return x
 
 
 def ddim_step(x: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float) -> Tensor:
@@ -327,7 +328,7 @@ class Sampler:
                 noise = state.randn_like(state.x0) if noise is None else noise
                 x = blend(state.mask, add_noise(state.x0, noise, step.alpha_bar), x)
             x, pred_x0 = self.step(state, x, step)
-            intermediates.record(x, pred_x0, i, step.index)
+            intermediates.record(x, pred_x0, i, step.remaining)
         return x
 
     # ---- image to image ----
@@ -417,4 +418,5 @@ def batch_of(t: float, x: Tensor) -> Tensor:
 
 def progress_bar(steps: Iterable[Any], total: int, verbose: bool, desc: str = "Sampling") -> Iterable[Any]:
     """`steps` with a progress bar, if `verbose`."""
-    return tqdm(steps, desc=desc, total=total, disable=not verbose, leave=None)
+    bar: Iterable[Any] = tqdm(steps, desc=desc, total=total, disable=not verbose, leave=None)
+    return bar

@@ -23,9 +23,9 @@ ScheduleChoice = str | Sequence[float]  # a name in `SCHEDULES`, or a list of ti
 
 
 class Step(NamedTuple):
-    """One step of a schedule, from timestep t down to t_prev; `index` more steps follow."""
+    """One step of a schedule, from timestep t down to t_prev; `remaining` more steps follow."""
 
-    index: int
+    remaining: int
     t: float
     t_prev: float  # 0 at the last step
     alpha_bar: float
@@ -59,7 +59,7 @@ class Schedule:
         timesteps_prev = np.append(0.0, self.timesteps[:-1])
         columns = (self.timesteps, timesteps_prev, self.alphas_cumprod, self.alphas_cumprod_prev, self.sigmas)
         rows = list(zip(*(column.tolist() for column in columns)))
-        return (Step(index, *rows[index]) for index in reversed(range(len(self))))
+        return (Step(i, *rows[i]) for i in reversed(range(len(self))))
 
 
 class NoiseLevels:

@@ -280,7 +280,8 @@ class DPM_Solver:
         total = phi_1 * m + phi_2 * d1
         if d2 is not None:
             total = total + (phi_2 / z - 0.5) * d2
-        return expand_dims(a, x.ndim) * x - expand_dims(c, x.ndim) * total
+        x_t: Tensor = expand_dims(a, x.ndim) * x - expand_dims(c, x.ndim) * total
+        return x_t
 
     def _between(self, s: Tensor, t: Tensor, r: Any) -> Tensor:
         """The time a fraction r of the step, in lambda, after s."""

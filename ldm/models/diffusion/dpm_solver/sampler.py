@@ -49,7 +49,7 @@ class DPMSolverSampler(Sampler):
             return x0, x0
         lambda_t = log_snr(step.alpha_bar)
         x_prev = add_noise(x0, eps, step.alpha_bar_prev)
-        if state.history and not (step.index == 0 and len(state.schedule) < FEW_STEPS):
+        if state.history and not (step.remaining == 0 and len(state.schedule) < FEW_STEPS):
             (lambda_last, x0_last), h = state.history[0], log_snr(step.alpha_bar_prev) - lambda_t
             slope = (x0 - x0_last) * (h / (lambda_t - lambda_last))
             x_prev = x_prev - math.sqrt(step.alpha_bar_prev) * math.expm1(-h) / 2 * slope

@@ -26,7 +26,7 @@ class DPMpp3MSampler(Sampler):
         x_prev = add_noise(x0, eps, step.alpha_bar_prev)
         lambda_t, history = log_snr(step.alpha_bar), state.history
         if len(state.schedule) < FEW_STEPS:  # a short run ends in lower orders
-            history = history[: step.index]
+            history = history[: step.remaining]
         if history and step.alpha_bar_prev < 1:
             h = log_snr(step.alpha_bar_prev) - lambda_t
             lambdas = [lambda_t, *(lambda_i for lambda_i, _ in history)]
@@ -91,7 +91,7 @@ class DPMpp2MSDESampler(Sampler):
         signal, sigma = math.sqrt(step.alpha_bar_prev), math.sqrt(1 - step.alpha_bar_prev)
         noise = state.scaled_noise(x, sigma * math.sqrt(-math.expm1(-2 * h)))
         x_prev = signal * x0 + sigma * math.exp(-h) * eps + noise
-        if state.history and not (step.index == 0 and len(state.schedule) < FEW_STEPS):
+        if state.history and not (step.remaining == 0 and len(state.schedule) < FEW_STEPS):
             lambda_last, x0_last = state.history[0]
             slope = (x0 - x0_last) * (h / (lambda_t - lambda_last))
             x_prev = x_prev - signal * math.expm1(-2 * h) / 2 * slope

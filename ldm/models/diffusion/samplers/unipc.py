@@ -42,7 +42,7 @@ class UniPCSampler(Sampler):
         points = (point, *points)[:ORDER]
         state.history = [_Taken(x, step.alpha_bar, points)]
         # a run ends in lower orders, which is more stable
-        return unipc_update(x, step.alpha_bar, step.alpha_bar_prev, points[: step.index + 1]), x0
+        return unipc_update(x, step.alpha_bar, step.alpha_bar_prev, points[: step.remaining + 1]), x0
 
 
 def unipc_update(
