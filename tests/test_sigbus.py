@@ -93,8 +93,8 @@ def test_a_checkpoint_that_is_cut_short_under_a_script(tmp_path, pictures):
     os.truncate(ckpt, 4096)
     error = process.communicate(timeout=300)[1].splitlines()
     assert process.returncode in (1, 2) and not any("Traceback" in line for line in error), error
-    said = [line for line in error if line.startswith("error: ")]
-    assert len(said) == 1 and str(ckpt) in said[0]
+    messages = [line for line in error if line.startswith("error: ")]
+    assert len(messages) == 1 and str(ckpt) in messages[0]
 
 
 def test_only_files_that_shrank_are_named(tmp_path, monkeypatch):

@@ -182,7 +182,10 @@ def killing_signal(error: BaseException, workers: Sequence[Any] = ()) -> str | N
         return found[1]
     if found is None and not isinstance(error, (ConnectionError, EOFError)):
         return None
-    wait([worker.sentinel for worker in workers], timeout=5)  # it may be about to end
+    ended = wait([worker.sentinel for worker in workers], timeout=5)  # it may be about to end
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()  # the sentinel is ready a moment before the exit code
     codes = [worker.exitcode for worker in workers if worker.exitcode]
     killed = [signal.strsignal(-code) or "" for code in codes if code < 0]
     return killed[0] if killed else "" if found or codes else None

@@ -1,4 +1,4 @@
-"""Loaders: what the public configs mean by them, and an order that anyone can find again."""
+"""Loaders: the options of public configs, and an order that depends on seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.util import instantiate_from_config
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Items that say their index and draw from every global random state."""
+    """Items with their index and numbers of every global random state."""
 
     def __init__(self, length: int = 11) -> None:
         self.length = length
@@ -22,14 +22,14 @@ class Numbers(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, i: int) -> dict:
-        return {"i": i, "draws": torch.tensor([random.random(), np.random.rand(), float(torch.rand(1))])}
+        return {"i": i, "numbers": torch.tensor([random.random(), np.random.rand(), float(torch.rand(1))])}
 
 
-class Drawn(Numbers):
-    """The same by the generator that it is given."""
+class WithGenerator(Numbers):
+    """The same from a given generator."""
 
     def get(self, i: int, rng: np.random.Generator) -> dict:
-        return {"i": i, "draws": rng.random(3), "name": f"number {i}"}
+        return {"i": i, "numbers": rng.random(3), "name": f"number {i}"}
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -66,13 +66,13 @@ def test_order_is_a_permutation_of_its_own_every_epoch():
 
 
 @pytest.mark.parametrize("length", [12, 11, 7])
-def test_shares_of_processes_make_the_batches_of_one(length):
-    whole = list(EpochBatches(length, 6, seed=5))
-    shares = [list(EpochBatches(length, 2, seed=5, rank=rank, world=3)) for rank in range(3)]
-    assert len({len(share) for share in shares}) == 1
-    for number, parts in enumerate(zip(*shares)):
+def test_batches_of_processes_make_those_of_one(length):
+    single = list(EpochBatches(length, 6, seed=5))
+    per_process = [list(EpochBatches(length, 2, seed=5, rank=rank, world=3)) for rank in range(3)]
+    assert len({len(batches) for batches in per_process}) == 1
+    for number, parts in enumerate(zip(*per_process)):
         together = [pair for row in zip(*parts) for pair in row]
-        assert together[: len(whole[number])] == whole[number]
+        assert together[: len(single[number])] == single[number]
 
 
 def test_a_start_in_the_middle():
@@ -87,18 +87,18 @@ def test_a_start_in_the_middle():
     assert len(list(again)) == 4
 
 
-@pytest.mark.parametrize("kind", ["Numbers", "Drawn"])
+@pytest.mark.parametrize("kind", ["Numbers", "WithGenerator"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_items_depend_on_seed_epoch_and_index_alone(kind, workers):
-    def drawn(seed: int, epoch: int, workers: int = 0) -> dict[int, list[float]]:
+    def numbers(seed: int, epoch: int, workers: int = 0) -> dict[int, list[float]]:
         data = module(train=config(kind), seed=seed, num_workers=workers)
         data.start_at(epoch, 0)
-        torch.rand(epoch), np.random.rand(epoch)  # whatever else draws
-        return {int(i): d.tolist() for b in data.train_dataloader() for i, d in zip(b["i"], b["draws"])}
+        torch.rand(epoch), np.random.rand(epoch)  # other uses of the global states
+        return {int(i): d.tolist() for b in data.train_dataloader() for i, d in zip(b["i"], b["numbers"])}
 
-    found = drawn(1, 2, workers)
-    assert found == drawn(1, 2) and len({tuple(value) for value in found.values()}) == 11
-    assert all(found[i] != drawn(1, 3)[i] != drawn(2, 3)[i] for i in found)
+    found = numbers(1, 2, workers)
+    assert found == numbers(1, 2) and len({tuple(value) for value in found.values()}) == 11
+    assert all(found[i] != numbers(1, 3)[i] != numbers(2, 3)[i] for i in found)
 
 
 def test_global_random_states_stay_as_they_are():
@@ -110,9 +110,9 @@ def test_global_random_states_stay_as_they_are():
 
 
 def test_validation_is_the_same_every_time_and_in_order():
-    data = module(validation=config("Drawn"), test=config(), shuffle_test_loader=True)
+    data = module(validation=config("WithGenerator"), test=config(), shuffle_test_loader=True)
     assert indices(data.val_dataloader()) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
-    first, second = ([b["draws"] for b in data.val_dataloader()] for _ in range(2))
+    first, second = ([b["numbers"] for b in data.val_dataloader()] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     mixed = indices(data.test_dataloader())
     assert mixed != indices(data.val_dataloader()) and mixed == indices(data.test_dataloader())
@@ -120,14 +120,14 @@ def test_validation_is_the_same_every_time_and_in_order():
         loader = getattr(data, f"{name}_dataloader")()
         before = list(loader)
         loader.batch_sampler.sampler.set_epoch(3)  # as Lightning does before every validation
-        assert all(torch.equal(a["draws"], b["draws"]) for a, b in zip(before, loader))
+        assert all(torch.equal(a["numbers"], b["numbers"]) for a, b in zip(before, loader))
     assert next(iter(data.val_dataloader()))["name"] == ["number 0", "number 1", "number 2"]
 
 
 def test_only_the_sets_of_the_config():
-    data = module(wrap=True, validation=config("Drawn"))
+    data = module(wrap=True, validation=config("WithGenerator"))
     assert isinstance(data.datasets["train"], WrappedDataset)
-    assert isinstance(data.datasets["validation"], Drawn)  # still draws anew in every epoch
+    assert isinstance(data.datasets["validation"], WithGenerator)  # still random in every epoch
     data = module(wrap=True)
     with pytest.raises(Exception, match="val_dataloader"):
         data.val_dataloader()

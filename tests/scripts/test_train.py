@@ -1,4 +1,4 @@
-"""The training script: folders, settings, signals, and what it says when something is wrong."""
+"""The training script: folders, settings, signals, and messages for mistakes."""
 
 from __future__ import annotations
 

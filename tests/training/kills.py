@@ -75,7 +75,7 @@ def life(work: Callable[[], Any], steps: int | None = None, delay: float = 0.0) 
 
 
 def check(run_folder: Path) -> int:
-    """Every file under a checkpoint's name is whole, to the last bit; gives the step of the last one, or 0."""
+    """Every file under a checkpoint's name is complete, to the last bit; returns the step of the last one, or 0."""
     checkpoints = run_folder / "checkpoints"
     for path in checkpoints.glob("*.ckpt"):
         assert zipfile.ZipFile(path).testzip() is None, f"{path} is damaged"
@@ -117,17 +117,17 @@ def killed(folder: Path, kills: int, rng: random.Random) -> Path:
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
-    """Kill a run, let it go on, and compare its weights with those of a run that nothing disturbed."""
+    """Kill a run, resume it, and compare its weights with those of an uninterrupted run."""
     trust("tests")
     torch.set_num_threads(1)  # a thread pool does not survive a fork
     parts = killed(folder, kills, random.Random(seed))
     end = ("--max_steps", 2 * (check(parts) + AFTER))  # Lightning counts the steps of both optimisers
-    assert life(lambda: run("--resume", parts, "-t", *end)) == 0, "the run did not go on"
+    assert life(lambda: run("--resume", parts, "-t", *end)) == 0, "the run did not resume"
     assert not list((parts / "checkpoints").glob(".*.partial"))
     check_kept(parts / "checkpoints")
-    assert life(lambda: start(folder / "whole", content(), *end)[0]) == 0
-    (whole,) = (folder / "whole/logs").iterdir()
-    assert_same_weights(weights(parts), weights(whole))
+    assert life(lambda: start(folder / "complete", content(), *end)[0]) == 0
+    (complete,) = (folder / "complete/logs").iterdir()
+    assert_same_weights(weights(parts), weights(complete))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ldm.util import instantiate_from_config
 from tests.tiny import tiny_config
 
 
-class Drawer(pl.LightningModule):
+class ImageModel(pl.LightningModule):
     """Logs its batch and noise; remembers the arguments of `log_images` and the model's mode."""
 
     def __init__(self, manual: bool = False, error: Exception | None = None) -> None:
@@ -27,8 +27,8 @@ class Drawer(pl.LightningModule):
         self.last = torch.nn.Dropout()
         self.automatic_optimization = not manual
         self.error = error
-        self.asked: list[dict] = []
-        self.draws: list[float] = []
+        self.calls: list[dict] = []
+        self.numbers: list[float] = []
 
     def configure_optimizers(self):
         count = 1 if self.automatic_optimization else 2
@@ -39,7 +39,7 @@ class Drawer(pl.LightningModule):
         assert self.layers[0].training and not self.layers[1].training and self.last.training
         torch.manual_seed(self.trainer.fit_loop.total_batch_idx)  # as the runner does
         loss = self.layers[0](torch.rand(1, 1)).sum()
-        self.draws.append(loss.item())
+        self.numbers.append(loss.item())
         if self.automatic_optimization:
             return loss
         self.manual_backward(loss)
@@ -47,14 +47,14 @@ class Drawer(pl.LightningModule):
             optimizer.step()
 
     def on_train_batch_end(self, *_):
-        self.draws.append(torch.rand(1).item())
+        self.numbers.append(torch.rand(1).item())
 
     def validation_step(self, batch, batch_idx):
         pass
 
     def log_images(self, batch, **kwargs):
         parts = (self, *self.layers, self.last)
-        self.asked.append(kwargs | {"quiet": not any(x.training for x in parts) and not torch.is_grad_enabled()})
+        self.calls.append(kwargs | {"quiet": not any(x.training for x in parts) and not torch.is_grad_enabled()})
         if self.error:
             raise self.error
         return {"inputs": batch, "noise": torch.randn(len(batch), 1, 8, 8)}
@@ -85,11 +85,11 @@ def names(folder: Path, split: str = "train", key: str = "inputs") -> list[str]:
 
 
 def test_every_so_many_batches_and_at_powers_of_two_with_public_names(tmp_path):
-    model = Drawer()
+    model = ImageModel()
     fit(tmp_path, model, ImageLogger(batch_frequency=5, max_images=4), batches=4, max_epochs=3)
     expected = ["gs-000001_e-000000_b-000001", "gs-000002_e-000000_b-000002", "gs-000004_e-000001_b-000000"]
     assert names(tmp_path) == [*expected, "gs-000005_e-000001_b-000001", "gs-000010_e-000002_b-000002"]
-    assert model.asked == [{"split": "train", "N": 4, "quiet": True}] * 5
+    assert model.calls == [{"split": "train", "N": 4, "quiet": True}] * 5
 
 
 @pytest.mark.parametrize(
@@ -103,27 +103,29 @@ def test_every_so_many_batches_and_at_powers_of_two_with_public_names(tmp_path):
     ],
 )
 def test_public_options_of_when(tmp_path, options, batches):
-    fit(tmp_path, Drawer(), ImageLogger(**{"batch_frequency": 3, **options}), batches=4, max_epochs=2)
+    fit(tmp_path, ImageModel(), ImageLogger(**{"batch_frequency": 3, **options}), batches=4, max_epochs=2)
     found = [int(name[-6:]) + (0 if "log_on_batch_idx" in options else 4 * int(name[17])) for name in names(tmp_path)]
     assert found == batches
 
 
 def test_two_optimisers_count_a_batch_once(tmp_path):
-    trainer = fit(tmp_path, Drawer(manual=True), ImageLogger(batch_frequency=3, increase_log_steps=False), batches=7)
+    trainer = fit(
+        tmp_path, ImageModel(manual=True), ImageLogger(batch_frequency=3, increase_log_steps=False), batches=7
+    )
     assert trainer.global_step == 14
     assert names(tmp_path) == ["gs-000003_e-000000_b-000003", "gs-000006_e-000000_b-000006"]
 
 
 def test_micro_batches_count_and_share_a_step(tmp_path):
-    fit(tmp_path, Drawer(), ImageLogger(batch_frequency=3, increase_log_steps=False), 7, accumulate_grad_batches=2)
+    fit(tmp_path, ImageModel(), ImageLogger(batch_frequency=3, increase_log_steps=False), 7, accumulate_grad_batches=2)
     assert names(tmp_path) == ["gs-000001_e-000000_b-000003", "gs-000003_e-000000_b-000006"]
 
 
-def test_training_is_not_disturbed_and_pictures_of_different_times_share_their_noise(tmp_path):
-    drawn, plain = Drawer(), Drawer()
-    fit(tmp_path, drawn, ImageLogger(batch_frequency=1))
+def test_training_is_unaffected_and_images_of_different_times_have_the_same_noise(tmp_path):
+    logged, plain = ImageModel(), ImageModel()
+    fit(tmp_path, logged, ImageLogger(batch_frequency=1))
     fit(tmp_path, plain, ImageLogger(disabled=True))
-    assert drawn.draws == plain.draws and len(drawn.asked) == 5
+    assert logged.numbers == plain.numbers and len(logged.calls) == 5
     noise = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images/train").glob("noise_*"))]
     assert len(noise) == 5 and all(np.array_equal(noise[0], other) for other in noise)
 
@@ -138,21 +140,21 @@ def test_a_grid_has_four_in_a_row_two_pixels_apart(tmp_path):
     assert np.array_equal(zero_to_one, grid)
 
 
-def test_validation_draws_its_first_batch_now_and_then(tmp_path):
-    model, callback = Drawer(), ImageLogger(batch_frequency=4, increase_log_steps=False)
+def test_validation_logs_its_first_batch_now_and_then(tmp_path):
+    model, callback = ImageModel(), ImageLogger(batch_frequency=4, increase_log_steps=False)
     options = {"max_epochs": 4, "limit_val_batches": 3, "num_sanity_val_steps": 2}
     trainer = fit(tmp_path, model, callback, batches=3, **options)
     assert names(tmp_path, "val") == ["gs-000002_e-000000_b-000000", "gs-000008_e-000002_b-000000"]
-    assert {asked["split"] for asked in model.asked} == {"train", "val"}
+    assert {call["split"] for call in model.calls} == {"train", "val"}
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     again = ImageLogger(batch_frequency=4, increase_log_steps=False)
-    fit(tmp_path, Drawer(), again, 3, **options | {"max_epochs": 5}, ckpt_path=tmp_path / "last.ckpt")
+    fit(tmp_path, ImageModel(), again, 3, **options | {"max_epochs": 5}, ckpt_path=tmp_path / "last.ckpt")
     assert names(tmp_path, "val")[2:] == ["gs-000014_e-000004_b-000000"]
 
 
 def test_a_second_run_in_the_same_place_replaces_nothing(tmp_path):
     for rescale in (True, False, True):
-        fit(tmp_path, Drawer(), ImageLogger(batch_frequency=2, rescale=rescale), batches=3)
+        fit(tmp_path, ImageModel(), ImageLogger(batch_frequency=2, rescale=rescale), batches=3)
     name = "gs-000002_e-000000_b-000002"
     assert names(tmp_path)[-3:] == [name, f"{name}_2", f"{name}_3"]
     first, second, third = (
@@ -163,9 +165,9 @@ def test_a_second_run_in_the_same_place_replaces_nothing(tmp_path):
 
 def test_a_failure_is_one_warning_and_no_half_written_file(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, logger="ldm"):
-        model = Drawer(error=RuntimeError("CUDA out of memory.\nmany details"))
+        model = ImageModel(error=RuntimeError("CUDA out of memory.\nmany details"))
         trainer = fit(tmp_path, model, ImageLogger(batch_frequency=1))
-    assert trainer.global_step == 6 and len(model.asked) == 5
+    assert trainer.global_step == 6 and len(model.calls) == 5
     reason = "Cannot log the images of step 1 (RuntimeError: CUDA out of memory.): training continues without"
     assert [record.message for record in caplog.records] == [reason]
 
@@ -174,7 +176,7 @@ def test_a_failure_is_one_warning_and_no_half_written_file(tmp_path, caplog, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    assert fit(tmp_path, Drawer(), ImageLogger(batch_frequency=1)).global_step == 6
+    assert fit(tmp_path, ImageModel(), ImageLogger(batch_frequency=1)).global_step == 6
     warnings = [record.message for record in caplog.records if record.name.startswith("ldm")]
     assert len(warnings) == 2 and "No space left on device" in warnings[1] and not names(tmp_path)
 
@@ -184,7 +186,7 @@ def test_pictures_go_to_tensorboard(tmp_path):
     from pytorch_lightning.loggers import TensorBoardLogger
 
     place = TensorBoardLogger(tmp_path, name="", version="tensorboard")
-    fit(tmp_path / "elsewhere", Drawer(), ImageLogger(batch_frequency=4, increase_log_steps=False), logger=place)
+    fit(tmp_path / "elsewhere", ImageModel(), ImageLogger(batch_frequency=4, increase_log_steps=False), logger=place)
     place.experiment.flush()
     events = board.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -197,7 +199,7 @@ def test_a_batch_frequency_of_none_is_refused():
         ImageLogger(batch_frequency=0)
 
 
-def test_a_latent_diffusion_model_draws_all_its_kinds(tmp_path):
+def test_a_latent_diffusion_model_logs_all_its_images(tmp_path):
     torch.manual_seed(0)
     model = instantiate_from_config(tiny_config(use_ema=True, image_size=8))
     model.learning_rate = 1e-4

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of training and saving: no file that looks complete is not, and the run goes on."""
+"""kill -9 at random moments of training and saving: no file that looks complete is not, and the run resumes."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_same_losses_also_after_resuming(tmp_path, strategy):
     base = write(tmp_path, content(2, use_ema))
     places = ("-t", "--max_steps", 4, "--devices", 2, "--strategy", strategy, "-l", tmp_path / "logs")
     output = script("--base", base, *places)
-    assert output.count("Learning rate 4.00e-03") == 1  # said by one process
+    assert output.count("Learning rate 4.00e-03") == 1  # logged by one process
     (two,) = (tmp_path / "logs").iterdir()  # and one folder
     script("--resume", two, "-t", "--max_steps", 5)
     assert losses(two) == pytest.approx(losses(one), abs=SAME) and len(losses(one)) == 5

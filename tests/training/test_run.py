@@ -106,6 +106,10 @@ def test_removed_logger(tmp_path, caplog, target):
 def test_a_killed_worker(tmp_path, capfd, name):
     dying = {"target": "tests.training.toys.KilledWorker", "params": {"length": 10, "name": name}}
     code, _ = start(tmp_path, config(two_players(), train=dying, num_workers=1), "--max_epochs", 2)
-    said = capfd.readouterr().err.strip().splitlines()[-1]
-    assert code == 1 and "a worker process that loads data was killed by signal" in said and "memory runs out" in said
-    assert ("/dev/shm is full, or a file of a cache was cut short" in said) == (name == "SIGBUS"), said
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert (
+        code == 1
+        and "a worker process that loads data was killed by signal" in message
+        and "memory runs out" in message
+    )
+    assert ("/dev/shm is full, or a file of a cache was cut short" in message) == (name == "SIGBUS"), message

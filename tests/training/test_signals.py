@@ -69,17 +69,17 @@ def test_nothing_is_saved_before_the_first_step(signals):
 
 @pytest.mark.parametrize("received", [None, signal.SIGTERM])
 def test_one_process_stops_all(signals, received):
-    """Another process was asked to stop, or this one was: the decision is common."""
-    asked = []
+    """Another process received a signal, or this one was: the decision is common."""
+    decisions = []
 
     def anyone(decision, all):
-        asked.append(decision)
+        decisions.append(decision)
         return True
 
     signals._received = received
     with pytest.raises(Stopped):
         signals.on_train_batch_start(trainer(world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=anyone)))
-    assert asked == [received is not None]
+    assert decisions == [received is not None]
 
 
 def test_a_checkpoint_elsewhere_is_named_itself(signals):

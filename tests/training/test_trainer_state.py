@@ -1,4 +1,4 @@
-"""Training checkpoints come back exactly; those that are hostile or damaged end in one sentence, and run nothing."""
+"""Training checkpoints come back exactly; those that are hostile or damaged raise one sentence, and run nothing."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def trained() -> dict:
         net(torch.randn(4, 3)).square().mean().backward()
         optimizer.step()
         schedule.step()
-    draws, generator = np.random.RandomState(3), np.random.default_rng(5)
-    draws.standard_normal(3)
-    drawn = {
+    legacy, generator = np.random.RandomState(3), np.random.default_rng(5)
+    legacy.standard_normal(3)
+    states = {
         "python": random.Random(1).getstate(),
-        "numpy": draws.get_state(),
+        "numpy": legacy.get_state(),
         "generator": generator.bit_generator.state,
         "torch": torch.get_rng_state(),
     }
@@ -60,7 +60,7 @@ def trained() -> dict:
         "state_dict": net.state_dict(),
         "optimizer_states": [optimizer.state_dict()],
         "lr_schedulers": [schedule.state_dict()],
-        "callbacks": {"Odd": odd, "DistributedRNG": drawn},
+        "callbacks": {"Odd": odd, "RNG": states},
         "loops": {"fit_loop": {"epoch_progress": {"total": {"ready": 1}}}},
         "place": {"epoch": 0, "batch": 3, "total": 3, "logged": 3, "batches": 10, "processes": 1},
         "epoch": 0,
@@ -100,13 +100,13 @@ def test_everything_comes_back(state, tmp_path, good):
     (tmp_path / "a.ckpt").write_bytes(good)
     found = read_training_state(tmp_path / "a.ckpt")
     assert same(state, found)
-    random.Random().setstate(found["callbacks"]["DistributedRNG"]["python"])
+    random.Random().setstate(found["callbacks"]["RNG"]["python"])
     again = np.random.RandomState()
-    again.set_state(found["callbacks"]["DistributedRNG"]["numpy"])
-    assert again.get_state()[2:] == state["callbacks"]["DistributedRNG"]["numpy"][2:]
+    again.set_state(found["callbacks"]["RNG"]["numpy"])
+    assert again.get_state()[2:] == state["callbacks"]["RNG"]["numpy"][2:]
 
 
-def test_what_is_shared_stays_shared(tmp_path):
+def test_shared_storage_stays_shared(tmp_path):
     base = torch.randn(6)
     listed = [base]
     shared = {"a": base, "b": base[2:4], "turned": base.view(2, 3).T, "one": listed, "two": listed}
@@ -115,7 +115,7 @@ def test_what_is_shared_stays_shared(tmp_path):
     assert same(shared, found) and found["a"].untyped_storage().data_ptr() == found["b"].untyped_storage().data_ptr()
 
 
-def test_views_that_are_not_read_back_are_saved_as_what_they_show(tmp_path):
+def test_lazy_views_are_saved_by_value(tmp_path):
     waves = torch.randn(2, 3, dtype=torch.complex64)
     views = {
         "expanded": torch.arange(2.0)[:, None].expand(2, 2**16),
@@ -132,7 +132,7 @@ class Colour(enum.IntEnum):
     RED = 1
 
 
-def test_what_is_not_read_back_is_named_once(tmp_path, caplog):
+def test_unreadable_objects_are_named_once(tmp_path, caplog):
     files = AtomicCheckpointIO()
     files.save_checkpoint(trained(), tmp_path / "a.ckpt")
     assert not caplog.text
@@ -140,8 +140,8 @@ def test_what_is_not_read_back_is_named_once(tmp_path, caplog):
     for _ in range(2):
         files.save_checkpoint(trained() | {"callbacks": odd}, tmp_path / "a.ckpt")
     (record,) = caplog.records
-    said = "a date in callbacks.Mine.when, a Colour in callbacks.Mine.list, a ndarray in callbacks.Mine.names"
-    assert said in record.getMessage()
+    message = "a date in callbacks.Mine.when, a Colour in callbacks.Mine.list, a ndarray in callbacks.Mine.names"
+    assert message in record.getMessage()
     with pytest.raises(CheckpointError):
         read_training_state(tmp_path / "a.ckpt")
 
@@ -269,17 +269,17 @@ size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
-        said = f"loads: {sorted(read_training_state(path))}"
+        message = f"loads: {sorted(read_training_state(path))}"
     except ValueError as error:
-        said = str(error)
+        message = str(error)
     except BaseException as error:
-        said = f"raised {type(error).__name__}: {error}"
-    print(json.dumps([path.name, said]), flush=True)
+        message = f"raised {type(error).__name__}: {error}"
+    print(json.dumps([path.name, message]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict[str, str]:
+def message(tmp_path_factory) -> dict[str, str]:
     """What reading each hostile file came to, in a process with little memory."""
     folder, here = tmp_path_factory.mktemp("hostile"), tmp_path_factory.mktemp("here")
     for index, (value, _) in enumerate(HOSTILE.values()):
@@ -296,9 +296,9 @@ def said(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.subprocess
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc and limits of memory")
 @pytest.mark.parametrize("key", HOSTILE)
-def test_hostile_states(said, key):
-    assert re.search(HOSTILE[key][1], said[key]), said[key]
-    assert said[key].isprintable() and len(said[key]) < 500
+def test_hostile_states(message, key):
+    assert re.search(HOSTILE[key][1], message[key]), message[key]
+    assert message[key].isprintable() and len(message[key]) < 500
 
 
 def test_hostile_files_differ_from_good_ones_in_one_thing(tmp_path):
@@ -333,7 +333,7 @@ def test_the_number_of_tensors_is_limited(tmp_path, monkeypatch, good):
     inside=st.booleans(),
 )
 def test_mutated_states(good, tmp_path, changes, inside):
-    """Of the pickle inside, with its checksum made right again, or of the whole file."""
+    """Of the pickle inside, with its checksum corrected, or of the complete file."""
     with zipfile.ZipFile(io.BytesIO(good)) as old:
         parts = {entry.filename: old.read(entry) for entry in old.infolist()}
     (pickled,) = (key for key in parts if key.endswith("data.pkl"))
@@ -356,7 +356,7 @@ def test_mutated_states(good, tmp_path, changes, inside):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory) -> Path:
+def finished_run(tmp_path_factory) -> Path:
     code, folder = start(tmp_path_factory.mktemp("run"), config(two_players(), length=6), "--max_steps", 6)
     assert code == 0
     return folder
@@ -380,26 +380,26 @@ STRANGE = [
 
 
 @pytest.mark.parametrize("key, value, expected", STRANGE)
-def test_incompatible_states_end_in_a_sentence(whole_run, tmp_path, capsys, key, value, expected):
-    state = read_training_state(whole_run / "checkpoints/last.ckpt")
-    before = weights(whole_run)
+def test_incompatible_states_end_in_a_sentence(finished_run, tmp_path, capsys, key, value, expected):
+    state = read_training_state(finished_run / "checkpoints/last.ckpt")
+    before = weights(finished_run)
     if value == {"Checkpoints": None}:
         value = dict.fromkeys(state["callbacks"], 3)
-    path = whole_run / "checkpoints/strange.ckpt"
+    path = finished_run / "checkpoints/strange.ckpt"
     torch.save(state | {key: value}, path)
     try:
         code = run("--resume", path, "-t", "--max_steps", 12)
     finally:
         path.unlink()
-        for kept in (whole_run / "checkpoints").glob("last-until-*.ckpt"):
-            os.replace(kept, whole_run / "checkpoints/last.ckpt")
+        for kept in (finished_run / "checkpoints").glob("last-until-*.ckpt"):
+            os.replace(kept, finished_run / "checkpoints/last.ckpt")
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert code in (1, 2) and complaint.startswith("error: ") and re.search(expected or "", complaint), complaint
-    assert_same_weights(weights(whole_run), before)
+    assert_same_weights(weights(finished_run), before)
 
 
 @pytest.mark.parametrize("hook", ["setup", "configure_optimizers", "on_train_start"])
-def test_mistakes_in_code_are_not_the_checkpoints(whole_run, monkeypatch, hook):
+def test_mistakes_in_code_are_not_the_checkpoints(finished_run, monkeypatch, hook):
     """On resuming, too, an error of a model's or a data set's own code ends with its traceback."""
 
     def mistaken(*_, **__):
@@ -407,4 +407,4 @@ def test_mistakes_in_code_are_not_the_checkpoints(whole_run, monkeypatch, hook):
 
     monkeypatch.setattr(TwoPlayers, hook, mistaken)
     with pytest.raises(KeyError, match="caption"):
-        run("--resume", whole_run, "-t", "--max_steps", 12)
+        run("--resume", finished_run, "-t", "--max_steps", 12)

@@ -1,4 +1,4 @@
-"""What the tests of training train: small models, pictures that are quick to make, a hand that presses Ctrl-C."""
+"""Small models, images that are quick to make, and callbacks that send signals or fail, for the tests of training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WARM_UP = {
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Coloured noise (16, 16, 3), moved by a draw of numpy's global state, with captions; NaN from one of them on."""
+    """Coloured noise (16, 16, 3), shifted by numpy's global state, with captions; NaN from item `nan_from` on."""
 
     def __init__(self, length: int = 10, nan_from: int | None = None) -> None:
         self.length, self.nan_from = length, nan_from
@@ -45,9 +45,9 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class TwoPlayers(pl.LightningModule):
-    """A stand-in for an autoencoder with a discriminator: two optimisers by hand, noise, a running average, norms.
+    """A stand-in for an autoencoder with a discriminator: two optimizers by hand, noise, an average, norms.
 
-    As those do, it accumulates `accumulate_grad_batches` gradients itself, also over the last batches of an epoch.
+    Like those, it accumulates `accumulate_grad_batches` gradients itself, also over the last batches of an epoch.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ def two_players() -> dict[str, Any]:
 
 
 def autoencoder() -> dict[str, Any]:
-    """A small AutoencoderKL of 16x16 pictures whose discriminator joins in after two steps."""
+    """A small AutoencoderKL of 16x16 pictures whose discriminator starts after two steps."""
     ddconfig = golden_configs("diffusion")["kl"] | {"resolution": 16}
     loss = {"disc_start": 2, "perceptual_weight": 0.0, "disc_weight": 0.5, "disc_num_layers": 1}
     params = {
@@ -153,7 +153,7 @@ def autoencoder() -> dict[str, Any]:
 
 
 def config(model: dict[str, Any], length: int = 10, validation: int = 0, **data: Any) -> dict[str, Any]:
-    """A whole config: `model` on `length` pictures in batches of two."""
+    """A complete config: `model` on `length` images in batches of two."""
     params = {"batch_size": 2, "num_workers": 0, "train": pictures(length)} | data
     if validation:
         params["validation"] = pictures(validation)
@@ -176,13 +176,13 @@ def write(folder: Path, content: dict[str, Any], name: str = "toy.yaml") -> Path
 
 
 def run(*argv: Any) -> int:
-    """The script, in this process: gives its exit code. Curves are not drawn, which would take longer than the run."""
+    """Run the script in this process; returns its exit code. Curves are not plotted, which would take longer."""
     with mock.patch("ldm.training.metrics.plot_run"):
         return cli.run(train.main, [str(arg) for arg in argv])
 
 
 def start(folder: Path, content: dict[str, Any], *argv: Any) -> tuple[int, Path]:
-    """A new run below `folder`: gives exit code and run folder."""
+    """Start a run below `folder`; returns exit code and run folder."""
     code = run("--base", write(folder, content), "-t", "-l", folder / "logs", *argv)
     (found,) = (folder / "logs").iterdir()
     return code, found
