@@ -66,7 +66,12 @@ def test_values_are_the_public_ones(name):
     assert first.startswith("# ") and first.endswith(".")
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix() for place in ("configs", "models") for path in (ROOT / place).rglob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_target_resolves(name):
     found = set(targets(config_of(name)))
     assert found and all(callable(get_obj_from_str(target)) for target in found - set(MARKERS))

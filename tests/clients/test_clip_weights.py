@@ -1,4 +1,4 @@
-"""Weights of open_clip and of transformers in our text towers, loaded by name. The sizes are small, the weights random."""
+"""Weights of open_clip and of transformers in our text towers, loaded by name, at small sizes."""
 
 from __future__ import annotations
 
