@@ -206,27 +206,23 @@ def test_networks_that_fit_into_memory(monkeypatch):
 
 
 BUILD = """
-import json, os, resource, sys
+import gc, json, resource, sys
 from omegaconf import OmegaConf
-from ldm.inference.loading import _built, read_config
-print(json.dumps("ready"), flush=True)
+from ldm import limits
+from ldm.inference.loading import _built
+limits.MAX_MODULES = int(sys.argv[1])
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**30
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
 for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**30
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
-        try:
-            _built(OmegaConf.create(json.loads(line)))
-            result = "built"
-        except ValueError as error:
-            result = f"refused: {error}"
-        except BaseException as error:
-            result = f"raised {type(error).__name__}: {error}"
-        print(json.dumps(result), flush=True)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        print(json.dumps("ended the process"), flush=True)
+    try:
+        _built(OmegaConf.create(json.loads(line)))
+        result = "built"
+    except ValueError as error:
+        result = f"refused: {error}"
+    except BaseException as error:
+        result = f"raised {type(error).__name__}: {error}"
+    gc.collect()
+    print(json.dumps(result), flush=True)
 """
 
 
@@ -261,13 +257,11 @@ def test_huge_numbers(path):
     cases = [(place, value) for place in numbers(base["model"], ("model",)) for value in (3 * 10**9, 10**12)]
     lines = "".join(json.dumps(changed(base, place, value)) + "\n" for place, value in cases)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD], cwd=ROOT, env=environment, input=lines, capture_output=True, text=True
-    )
-    results = [json.loads(line) for line in done.stdout.splitlines()][1:]
+    most = 5_000 if path == SOME[0] else limits.MAX_MODULES  # for speed: the network has fewer than 1,000
+    command = [sys.executable, "-c", BUILD, str(most)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=lines, capture_output=True, text=True, timeout=1800)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(results) == len(cases), done.stderr[-2000:]
-    wrong = {
-        f"{place}={value}": what for (place, value), what in zip(cases, results) if what.startswith(("raised", "ended"))
-    }
-    assert not wrong
+    raised = {f"{place}={value}": what for (place, value), what in zip(cases, results) if what.startswith("raised")}
+    assert not raised
     assert sum(what.startswith("refused") for what in results) > len(cases) / 10
