@@ -141,8 +141,8 @@ def read_categories(path: str | Path) -> dict[str, int]:
 
 def _box(entry: Any, names: dict[str, int] | None, path: str | Path) -> Box:
     label, box = (entry.get("class"), entry.get("box")) if isinstance(entry, dict) else (None, None)
-    numbers = isinstance(box, list) and all(type(side) in (int, float) and math.isfinite(side) for side in box)
-    if label is None or not numbers or len(box) != 4:
+    sides = box if isinstance(box, list) else []
+    if label is None or len(sides) != 4 or not all(type(n) in (int, float) and math.isfinite(n) for n in sides):
         shown = json.dumps(entry)[:200]
         raise ValueError(f"{path}: {shown} is no object of a layout, such as {_EXAMPLE[1:-1]}")
     if isinstance(label, str):
@@ -155,4 +155,4 @@ def _box(entry: Any, names: dict[str, int] | None, path: str | Path) -> Box:
         label = names[label]
     if not isinstance(label, int) or isinstance(label, bool):
         raise ValueError(f"{path}: the class {label!r} is neither an integer nor a name")
-    return Box(label, *map(float, box))
+    return Box(label, *map(float, sides))

@@ -31,8 +31,9 @@ def scaled_dot_product_attention(
         (..., N, d') in the dtype of `v`.
     """
     if q.dtype == torch.float16 and q.device.type not in FLOAT32_SCORES:
+        bias = mask if mask is None or mask.dtype == torch.bool else mask.float()
         with torch.autocast(q.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias, is_causal=causal)
         return out.to(v.dtype)
     if mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= SHORT:
         return _short_bfloat16(q, k, v, causal)

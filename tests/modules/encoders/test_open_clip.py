@@ -52,6 +52,15 @@ def test_prompts_become_features():
     assert trained.training and all(p.requires_grad for p in trained.parameters())
 
 
+@torch.no_grad()
+def test_half_precision_where_scores_need_float32(monkeypatch):
+    """As on MPS, where the causal mask must have the dtype of the widened queries."""
+    model = embedder(layer="penultimate")
+    wanted = model("a red circle")
+    monkeypatch.setattr("ldm.modules.sdpa.FLOAT32_SCORES", ())
+    assert (model.half()("a red circle").float() - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
 def test_tokens_are_those_of_open_clip():
     cases = json.loads((REFERENCE / "goldens" / "tokens.json").read_text())
     default = build_on_meta({"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"}).tokenizer
