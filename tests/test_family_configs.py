@@ -74,7 +74,8 @@ CONFIGS = sorted(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_target_resolves(name):
     found = set(targets(config_of(name)))
-    assert found and all(callable(get_obj_from_str(target)) for target in found - set(MARKERS))
+    assert found or name not in PUBLIC  # overlays of other configs may have none
+    assert all(callable(get_obj_from_str(target)) for target in found - set(MARKERS))
 
 
 @pytest.mark.parametrize("name", PUBLIC)
