@@ -100,7 +100,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
     module's `spare_weights` are zero where the file lacks them. Everything is checked before the model is touched.
 
     Args:
-        model: from `build_on_meta`, or any module. Its `checkpoint_path` and `mapped_file` become the checkpoint's.
+        model: from `build_on_meta`, or any module. Its `checkpoint_path` becomes the checkpoint's.
         checkpoint: from `read_checkpoint`.
         dtype: of weights and their EMA; buffers keep the dtype that the model declares.
 
@@ -146,8 +146,7 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
             setattr(model, part.rstrip("."), None)
     model.load_state_dict(tensors, strict=True, assign=True)
     _check_none_on_meta(model)
-    model.checkpoint_path = str(checkpoint.path)  # type: ignore[assignment]  # plain attributes, on any module
-    model.mapped_file = checkpoint.mapped  # type: ignore[assignment]  # for `check_unchanged`
+    model.checkpoint_path = str(checkpoint.path)  # type: ignore[assignment]  # a plain attribute, on any module
     model.to("cpu")  # moves nothing, but a Lightning module has noted the meta device as its own
 
     extras = [key for key in checkpoint.state if key not in taken and key not in own]
@@ -324,7 +323,7 @@ def check_unchanged(model: nn.Module) -> None:
     touching one kills the process without a message. Copy a file to a new name and rename it, instead of writing over
     it.
     """
-    before = getattr(model, "mapped_file", None)
+    before = getattr(getattr(model, "info", None), "mapped_file", None)
     if before is None or any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return
     try:

@@ -1,4 +1,4 @@
-"""Pictures of a drawing on its way: what the network expects to come out, in colours that a linear map guesses."""
+"""Previews while sampling: the predicted x0 in colors, by a linear map instead of the decoder."""
 
 from __future__ import annotations
 
@@ -19,54 +19,58 @@ if TYPE_CHECKING:
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-OnPreview = Callable[[list["Image.Image"], int, int], None]  # (pictures, step, of how many)
+OnPreview = Callable[[list["Image.Image"], int, int], None]  # (images, step, number of steps)
 
-_PICTURES, _SIDE = 16, 8  # what the map is fitted on: so many pictures of so many latent positions a side
+_COUNT, _SIDE = 16, 8  # the map is fitted on this many images of this many latents a side
 
 
 class Previews:
-    """Hands the predicted pictures of a batch to `on_preview`, every so many steps: an `on_step` of `txt2img`.
+    """Call `on_preview` with preview images every few steps: an `on_step` callback of `txt2img`.
 
-    Decoding them would take longer than a step. A linear map from a latent position's channels to a colour does
-    instead, fitted once to what the first stage makes of a few mosaics of colours.
+    Decoding would take longer than a step. A linear map from the channels of a latent to a color is used instead,
+    fitted once to the first stage's output for mosaics of random colors.
+
+    Args:
+        model: The model that samples.
+        every: Steps between previews.
+        on_preview: Called with (images, step, number of steps).
     """
 
     def __init__(self, model: LatentDiffusion, every: int, on_preview: OnPreview) -> None:
-        """ValueError for every < 1."""
         if every < 1:
-            raise ValueError(f"previews come every step or less often, not every {every} steps")
+            raise ValueError(f"previews need a number of steps of at least 1, not every {every} steps")
         self.model, self.every, self.on_preview = model, every, on_preview
 
     def __call__(self, x0: Tensor, step: int, total: int) -> None:
-        """x0 (B, C, h, w): what the network expects after `step` steps of `total`."""
+        """Preview the predicted x0 (B, C, h, w) after `step` steps of `total`."""
         if step % self.every == 0:
-            self.on_preview(self.pictures(x0), step, total)
+            self.on_preview(self.images(x0), step, total)
 
-    def pictures(self, x0: Tensor) -> list[Image.Image]:
-        """Latents (B, C, h, w) as pictures of the size that they would be decoded to."""
+    def images(self, x0: Tensor) -> list[Image.Image]:
+        """Images of latents (B, C, h, w), of the size that they would be decoded to."""
         weight = self._weight.to(x0.device)
-        colours = torch.einsum("bchw,ck->bkhw", x0.float(), weight[:-1]) + weight[-1][:, None, None]
+        colors = torch.einsum("bchw,ck->bkhw", x0.float(), weight[:-1]) + weight[-1][:, None, None]
         factor = self.model.first_stage_model.downsampling_factor
-        return tensor_to_images(F.interpolate(colours, scale_factor=factor, mode="nearest"))
+        return tensor_to_images(F.interpolate(colors, scale_factor=factor, mode="nearest"))
 
     @functools.cached_property
     def _weight(self) -> Tensor:
-        return fit_colours(self.model)
+        return fit_colors(self.model)
 
 
 @torch.no_grad()
-def fit_colours(model: LatentDiffusion) -> Tensor:
-    """The linear map (C + 1, 3), a constant last, that best tells from scaled latents what colour they decode to."""
+def fit_colors(model: LatentDiffusion) -> Tensor:
+    """The least-squares linear map (C + 1, 3), the constant last, from scaled latents to decoded colors."""
     stage = model.first_stage_model
-    generator = torch.Generator("cpu").manual_seed(0)  # not the run's random numbers
-    mosaic = torch.rand((_PICTURES, 3, _SIDE, _SIDE), generator=generator, device="cpu") * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves the run's random numbers alone
+    mosaic = torch.rand((_COUNT, 3, _SIDE, _SIDE), generator=generator, device="cpu") * 2 - 1
     pixels = F.interpolate(mosaic, scale_factor=stage.downsampling_factor, mode="nearest")
     posterior = model.encode_first_stage(pixels.to(model.device, first_stage_dtype(model)))
     latents = posterior.mode() if isinstance(posterior, DiagonalGaussianDistribution) else posterior
     z = (model.scale_factor * latents).to(latents.dtype)
     decoded = model.decode_first_stage(z).float().clamp(-1, 1)
-    colours = F.avg_pool2d(decoded, stage.downsampling_factor)
-    known, wanted = (x.float().cpu().movedim(1, -1).flatten(0, 2) for x in (z, colours))
+    colors = F.avg_pool2d(decoded, stage.downsampling_factor)
+    known, wanted = (x.float().cpu().movedim(1, -1).flatten(0, 2) for x in (z, colors))
     ones = torch.ones_like(known[:, :1])
     solution: Tensor = torch.linalg.lstsq(torch.cat([known, ones], dim=1), wanted, driver="gelsd").solution
     return solution

@@ -1,4 +1,4 @@
-"""What a first stage keeps of a picture: there and back again, and how far off that is."""
+"""Encode and decode an image with a first stage, and measure the error."""
 
 from __future__ import annotations
 
@@ -27,12 +27,20 @@ TILE = 1024
 def reconstruct(
     first_stage: FirstStage, image: Image.Image, *, tile: int = TILE, progress: bool = True
 ) -> tuple[Image.Image, float]:
-    """(the picture as `first_stage` gives it back, of the same size; its PSNR in dB over all pixels).
+    """Reconstruct an image with `first_stage`.
 
-    first_stage: from `load_first_stage`. A KL posterior gives its mean, so nothing is random. tile: the longest side
-    that goes through at once, 0 for any; larger pictures do in overlapping tiles.
+    Args:
+        first_stage: From `load_first_stage`. A KL posterior's mean is decoded, so nothing is random.
+        image: An image of any size.
+        tile: Longest side to process at once, 0 for any; larger images are processed in overlapping tiles.
+        progress: Show a progress bar.
 
-    Raises ValueError for tiles that are too small, ArithmeticError if the result is not finite.
+    Returns:
+        The reconstruction, of the same size, and its PSNR in dB over all pixels.
+
+    Raises:
+        ValueError: for tiles that are too small.
+        ArithmeticError: if the result is not finite.
     """
     check_unchanged(first_stage)
     like = next(first_stage.parameters(), torch.empty(0))  # an identity has none
@@ -43,14 +51,14 @@ def reconstruct(
         lambda part: round_trip(first_stage, part), padded(x, factor).to(like), tile, multiple=factor, progress=title
     )
     back = back[:, :, : image.height, : image.width].float().cpu()
-    check_finite(back, "the picture")
+    check_finite(back, "the image")
     check_unchanged(first_stage)
     (reconstruction,) = tensor_to_images(back)
     return reconstruction, psnr(back, x).item()
 
 
 def round_trip(first_stage: FirstStage, x: Tensor) -> Tensor:
-    """x (B, 3, H, W) in [-1, 1], encoded and decoded, by any first stage."""
-    answer = first_stage(x, sample_posterior=False) if isinstance(first_stage, AutoencoderKL) else first_stage(x)
-    back: Tensor = answer[0] if isinstance(answer, tuple) else answer  # an identity gives no codebook loss
+    """Encode and decode x (B, 3, H, W) in [-1, 1] with any first stage."""
+    output = first_stage(x, sample_posterior=False) if isinstance(first_stage, AutoencoderKL) else first_stage(x)
+    back: Tensor = output[0] if isinstance(output, tuple) else output  # an identity has no codebook loss
     return back

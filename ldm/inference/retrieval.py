@@ -1,6 +1,6 @@
-"""Retrieval-augmented diffusion (Blattmann et al. 2022, arXiv:2204.11824): pictures from CLIP embeddings.
+"""Retrieval-augmented diffusion (Blattmann et al. 2022, arXiv:2204.11824): images from CLIP embeddings.
 
-A model sees a prompt's embedding, or a picture's, and those of its nearest neighbours in a database of pictures.
+A model is conditioned on the embedding of a prompt or image and on those of its nearest neighbors in a database.
 """
 
 from __future__ import annotations
@@ -36,17 +36,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FOLDER = "data/rdm/retrieval_databases"  # holds a folder for each: openimages, artbench-surrealism, ...
-EMBEDDINGS = ("embeddings", "embedding")  # what they are called in an .npz file: here, and in the public databases
+PUBLIC_FOLDER = "data/rdm/retrieval_databases"  # one folder per database: openimages, artbench-surrealism, ...
+EMBEDDINGS = ("embeddings", "embedding")  # their names in .npz files: ours, and the public ones
 
 
 # ---- a database ----
 
 
 class EmbeddingDatabase:
-    """Embeddings of pictures, as arrays (N, D) of floats of one width, which may lie on the disk.
+    """Embeddings of images: float arrays (N, D) of one width, which may be memory-mapped.
 
-    names: of the pictures, N in all, or None. Raises ValueError for arrays of other shapes or types, or of nothing.
+    Args:
+        parts: The arrays.
+        names: Of the images, N in all, or None.
+
+    Raises:
+        ValueError: for arrays of other shapes or types, or without embeddings.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], names: Sequence[str] | np.ndarray | None = None) -> None:
@@ -68,21 +73,24 @@ class EmbeddingDatabase:
         return sum(map(len, self.parts))
 
     def name(self, i: int) -> str:
-        """What picture `i` is called, its number if it has no name."""
+        """The name of image `i`, or its number."""
         return f"no. {i}" if self._names is None else str(self._names[i])
 
     def embeddings(self, indices: Sequence[int]) -> Tensor:
-        """Those of some pictures, (n, D) float32 of length 1."""
+        """The embeddings of some images, (n, D) float32 of length 1."""
         starts = np.cumsum([0, *map(len, self.parts)])
         part = np.searchsorted(starts, indices, side="right") - 1
         rows = [self.parts[p][i - starts[p]] for p, i in zip(part, indices)]
         return F.normalize(torch.from_numpy(np.stack(rows).astype(np.float32)), dim=-1)
 
     def nearest(self, queries: Tensor, k: int, chunk: int = 65536) -> tuple[Tensor, Tensor]:
-        """The k most similar for each of the queries (B, D): cosines (B, k), falling, and indices (B, k).
+        """The k nearest neighbors of each query (B, D), by exhaustive search, `chunk` embeddings at a time.
 
-        Every embedding is looked at, `chunk` at a time. Raises ValueError for more than there are, for queries of
-        another width, and for embeddings that are not finite.
+        Returns:
+            Cosine similarities (B, k), falling, and indices (B, k).
+
+        Raises:
+            ValueError: for too many neighbors, queries of another width, and embeddings that are not finite.
         """
         if not 1 <= k <= len(self):
             raise ValueError(f"the database has {len(self)} embeddings: ask for 1 to {len(self)} neighbours, not {k}")
@@ -100,7 +108,7 @@ class EmbeddingDatabase:
                 found = queries @ keys.T / keys.norm(dim=-1).clamp_min(1e-12)  # (B, n)
                 if not torch.isfinite(found).all():
                     raise ValueError(
-                        f"embeddings {start} to {start + len(piece) - 1} hold NaN or infinity: make them anew"
+                        f"embeddings {start} to {start + len(piece) - 1} hold NaN or infinity: compute them again"
                     )
                 numbers = torch.arange(start, start + len(piece)).expand(len(queries), -1)
                 cosines, order = torch.cat([cosines, found], 1).topk(min(k, start + len(piece)), sorted=True)
@@ -111,12 +119,15 @@ class EmbeddingDatabase:
 
 
 def load_database(place: str) -> EmbeddingDatabase:
-    """The database in a file, in the files of a folder, or with a public name.
+    """Load a database.
 
-    place: an .npz file with `embeddings` (N, D), and `paths` (N,) if the pictures have names; an .npy file, which stays
-    on the disk; a folder of these; or a public name, which is a folder in data/rdm/retrieval_databases.
+    Args:
+        place: An .npz file with `embeddings` (N, D), and `paths` (N,) if the images have names; an .npy file, which is
+            memory-mapped; a folder of these; or a public name, which is a folder in data/rdm/retrieval_databases.
 
-    Raises FileNotFoundError, saying what belongs where, or ValueError for other contents.
+    Raises:
+        FileNotFoundError: with the places that were searched.
+        ValueError: for other contents.
     """
     files = _database_files(place)
     parts, names = zip(*map(_read_embeddings, files))
@@ -140,13 +151,13 @@ def _database_files(place: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"there is no database {place}, nor {PUBLIC_FOLDER}/{place} with .npz files: put a public one there, or "
-            "name an .npz file with `embeddings` (N, 768), such as scripts/embed_images.py makes of your pictures"
+            "name an .npz file with `embeddings` (N, 768), such as scripts/embed_images.py makes of your images"
         )
     return files
 
 
 def _read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The embeddings of a file, and its pictures' names if it holds them."""
+    """The embeddings of a file, and the names of its images if it holds them."""
     try:
         mapped = may_map(path)
         found = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)  # .npz files are read all the same
@@ -160,12 +171,12 @@ def _read_embeddings(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                 raise ValueError(f"it holds {', '.join(found.files) or 'nothing'}, but no {EMBEDDINGS[0]}")
             return found[name], found["paths"] if "paths" in found.files else None
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        why = "it holds no plain arrays" if "allow_pickle" in str(error) else error  # which numpy suggests to set
+        why = "it holds no plain arrays" if "allow_pickle" in str(error) else error  # a setting that numpy suggests
         raise ValueError(f"{path} is no file of embeddings: {why}") from error
 
 
 def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]) -> None:
-    """Write what `load_database` reads: embeddings (N, D) and the pictures' names. FileExistsError if `path` exists."""
+    """Write embeddings (N, D) and image names for `load_database`. FileExistsError if `path` exists."""
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name")
@@ -177,39 +188,44 @@ def save_database(path: str | Path, embeddings: np.ndarray, names: Sequence[str]
 def embed_folder(
     embedder: FrozenClipImageEmbedder, folder: str | Path, batch_size: int = 32
 ) -> tuple[np.ndarray, list[str]]:
-    """The pictures under a folder: embeddings (N, D) float16 of length 1, and their paths relative to the folder.
+    """Embed the images under a folder.
 
-    Pictures that cannot be read are named and left out; ValueError if that leaves none, or if there are none.
+    Returns:
+        Embeddings (N, D) float16 of length 1, and the images' paths relative to the folder. Images that cannot be read
+        are left out with a warning.
+
+    Raises:
+        ValueError: if there are no images, or none can be read.
     """
     names, _ = scan(Path(folder))
     embeddings: list[Tensor] = []
     kept: list[str] = []
-    with tqdm(total=len(names), desc=f"pictures of {Path(folder).name}", unit="") as bar:
+    with tqdm(total=len(names), desc=f"images of {Path(folder).name}", unit="") as bar:
         for some in (names[i : i + batch_size] for i in range(0, len(names), batch_size)):
-            pictures = []
+            images = []
             for name in some:
                 try:
-                    pictures.append(clip_image(Path(folder) / name, embedder.image_size))
+                    images.append(clip_image(Path(folder) / name, embedder.image_size))
                     kept.append(name)
                 except (ValueError, FileNotFoundError, PermissionError) as error:
                     logger.warning("%s; left out", error)
-            if pictures:
-                embeddings.append(embed_images(embedder, pictures).half().cpu())
+            if images:
+                embeddings.append(embed_images(embedder, images).half().cpu())
             bar.update(len(some))
     if not kept:
-        raise ValueError(f"none of the {len(names)} pictures in {folder} can be read")
+        raise ValueError(f"none of the {len(names)} images in {folder} can be read")
     return torch.cat(embeddings).numpy(), kept
 
 
 def clip_image(path: str | Path, size: int) -> Tensor:
-    """The picture in a file, (1, 3, size, size) in [-1, 1], as CLIP takes it. The errors are those of `load_image`."""
+    """Load an image for CLIP: (1, 3, size, size) in [-1, 1]. The errors are those of `load_image`."""
     return crop_to_square(load_image(path, shrink_to=2 * size), size)
 
 
 @torch.no_grad()
-def embed_images(embedder: FrozenClipImageEmbedder, pictures: Sequence[Tensor]) -> Tensor:
-    """Embeddings (B, D) of length 1 of B pictures from `clip_image`."""
-    return F.normalize(embedder(torch.cat(list(pictures))).float(), dim=-1)
+def embed_images(embedder: FrozenClipImageEmbedder, images: Sequence[Tensor]) -> Tensor:
+    """Embeddings (B, D) of length 1 of B images from `clip_image`."""
+    return F.normalize(embedder(torch.cat(list(images))).float(), dim=-1)
 
 
 # ---- sampling ----

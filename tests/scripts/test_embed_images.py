@@ -33,7 +33,7 @@ def test_a_folder_becomes_a_database(run, capsys):
     Path("pictures/broken.png").write_bytes(b"no picture")
     assert run("pictures", "mine.npz", "--batch_size", "2") == 0
     said = capsys.readouterr()
-    assert "mine.npz: 3 pictures." in said.out and "broken.png" in said.err
+    assert "mine.npz: 3 images." in said.out and "broken.png" in said.err
     with np.load("mine.npz") as file:
         assert file["embeddings"].dtype == np.float16 and file["paths"].tolist() == ["a.png", "c.webp", "sub/b.jpg"]
     database = load_database("mine.npz")
@@ -46,7 +46,7 @@ def test_a_folder_becomes_a_database(run, capsys):
     ("argv", "message"),
     [
         (["pictures", "mine.npy"], "name it mine.npz"),
-        (["pictures", "no/mine.npz"], "there is no folder no to write mine.npz to"),
+        (["pictures", "no/mine.npz"], "cannot write mine.npz: there is no folder no"),
         (["nowhere", "mine.npz"], "there is no folder nowhere"),
         (["clip", "mine.npz"], "no images in clip"),
         (["pictures", "mine.npz", "--clip", "no"], "CLIP's weights are not at no"),

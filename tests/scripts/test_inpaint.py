@@ -133,7 +133,7 @@ def test_one_picture_without_text(ckpts, folder):
 
 
 MISTAKES = [
-    ([], "name either a folder with --indir, or a picture with --init-img"),
+    ([], "name either a folder with --indir, or an image with --init-img"),
     (["--indir", "in", "--mask", "in/a_mask.png"], "name either a folder with --indir"),
     (["--init-img", "in/a.png"], "--init-img and --mask go together: name both"),
     (["--indir", "nowhere"], "there is no folder nowhere"),
@@ -147,7 +147,7 @@ MISTAKES = [
         ["--indir", "in", "--feather", "2", "--no-keep_unmasked"],
         "--no-keep_unmasked gives up: leave one of the two out",
     ),
-    (["--indir", "in", "--skip_save"], "--indir writes single pictures and no grid: leave --skip_save out"),
+    (["--indir", "in", "--skip_save"], "--indir writes single images and no grid: leave --skip_save out"),
     (["--indir", "in"], "there is no models/ldm/inpainting_big/last.ckpt: put it there, or name another"),
 ]
 
@@ -169,7 +169,7 @@ def test_a_missing_half_of_a_pair_is_named(ckpts, folder, capsys, name):
 def test_models_of_another_kind(ckpts, folder, capsys):
     one("--ckpt", ckpts["depth"], code=2)
     error = capsys.readouterr().err
-    assert "from text and a depth map, not from text, an image with a mask or text and an image with a mask" in error
+    assert "on text and a depth map, not on text, an image with a mask or text and an image with a mask" in error
     assert "use scripts/img2img.py for it" in error and not Path("out").exists()
     one("--ckpt", ckpts["textless"], "--prompt", "a red circle", code=2)
     assert "without a text or guidance: leave prompts and scale out" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def test_several_pictures_their_mean_and_files_that_are_there(tmp_path, capsys):
         assert run("photo.png", "{}.png", "--ckpt", ckpt, "--outdir", "out") == 0
     assert sorted(path.name for path in Path("out").iterdir()) == ["photo-1.png", "photo.png", "{}-1.png", "{}.png"]
     mean = (psnr_of(Path("out/photo.png")) + psnr_of(Path("out/{}.png"))) / 2
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mean of 2 pictures:"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mean of 2 images:"))
     assert float(line.split()[-2]) == pytest.approx(mean, abs=0.011)
 
 
@@ -96,7 +96,7 @@ def test_broken_pictures_do_not_stop_the_others(tmp_path, capsys):
     assert [path.name for path in Path("outputs/reconstructions").iterdir()] == ["photo.png"]
     error = capsys.readouterr().err
     assert "warning: broken.png is not an image" in error
-    assert error.endswith("error: 2 of 3 pictures could not be read: broken.png, missing.png\n")
+    assert error.endswith("error: 2 of 3 images could not be read: broken.png, missing.png\n")
 
 
 def test_nothing_is_loaded_for_no_pictures(capsys):
@@ -118,7 +118,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(inference, "reconstruct", interrupted)
     assert run("photo.png", "photo.png", "--ckpt", write_tiny(tmp_path), "--outdir", "out") == 130
-    assert "interrupted; 1 pictures written to out" in capsys.readouterr().err
+    assert "interrupted; 1 images written to out" in capsys.readouterr().err
     assert [path.name for path in Path("out").iterdir()] == ["photo.png"]
 
 

@@ -88,10 +88,8 @@ def test_a_seed_decides(toys, tmp_path):
     a, b, c = (images(only_run(tmp_path / name)) for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
     model = inference.load_model(ckpt=toys / "nothing/model.ckpt", device="cpu")
-    by_hand = [
-        *inference.noise2img(model, 2, steps=2, eta=1.0, seed=1),
-        *inference.noise2img(model, 1, steps=2, eta=1.0),
-    ]
+    inference.seed_everything(1)
+    by_hand = [image for count in (2, 1) for image in inference.noise2img(model, count, steps=2, eta=1.0)]
     assert np.array_equal(a, np.stack(by_hand))
 
 
@@ -129,7 +127,8 @@ def test_classes(toys, tmp_path):
     assert Image.open(folder / "grid-0000.png").size == (2 * 34 + 2, 3 * 34 + 2)  # a row a class
     model = inference.load_model(ckpt=toys / "classes/model.ckpt", device="cpu")
     options = {"scale": 3.0, "steps": 2, "eta": 1.0, "progress": False}
-    by_hand = [*inference.class2img(model, [7, 7], seed=42, **options), *inference.class2img(model, [3, 3], **options)]
+    inference.seed_everything(42)
+    by_hand = [image for labels in ([7, 7], [3, 3]) for image in inference.class2img(model, labels, **options)]
     assert np.array_equal(images(folder)[:4], np.stack(by_hand))
 
 
@@ -213,7 +212,7 @@ def test_settings_are_laid_over_the_config(toys, tmp_path, capsys):
         ("model.params.imagesize=16", "unexpected keyword argument 'imagesize'"),
         ("modle.params.x=1", "no section 'modle' to change, only model"),
         ("model.params.timesteps=abc", "the config describes no model (TypeError: '<' not supported between"),
-        ("model.params=3", "the params of ldm.models.diffusion.ddpm.LatentDiffusion must be settings by name, not 3"),
+        ("model.params=3", "the params of ldm.models.diffusion.ddpm.LatentDiffusion must be a mapping, not 3"),
     ):
         assert run("-r", toys / "nothing", "-n", 1, setting, out=tmp_path / "none") == 2
         assert message in capsys.readouterr().err
@@ -224,7 +223,7 @@ def test_settings_are_laid_over_the_config(toys, tmp_path, capsys):
     [
         ("", "name one model, with --resume PATH or --ckpt FILE"),
         ("-r {}/nothing --ckpt {}/nothing/model.ckpt", "name one model"),
-        ("-r {}/no-such", "--resume .*no-such: there is no such checkpoint or folder"),
+        ("-r {}/no-such", "--resume .*no-such: no such checkpoint or folder"),
         ("-r {}", "is a folder without model.ckpt, and no run folder"),
         ("-r {}/nothing -v --plms", "--vanilla_sample and --plms are both given"),
         ("-r {}/nothing --plms -e 0.5", "--plms needs --ddim_eta 0"),
@@ -313,8 +312,8 @@ def test_runs_of_one_second_have_folders_of_their_own(toys, tmp_path, monkeypatc
 
 def test_the_grid_has_an_end(tmp_path):
     args = cli.parse(parser(), ["--skip_npz"])
-    with cli.RunWriter(args, tmp_path, None, sampler="ddim", eta=1.0) as writer:
-        writer.save([Image.new("RGB", (4, 4))] * 130, [{}] * 130)
+    with cli.RunWriter(args, tmp_path, None, {"sampler": "ddim", "eta": 1.0}) as writer:
+        writer.write([Image.new("RGB", (4, 4))] * 130, [{}] * 130)
     assert Image.open(writer.folder / "grid-0000.png").size == (10 * 6 + 2, 10 * 6 + 2)
 
 

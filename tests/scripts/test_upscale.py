@@ -74,7 +74,7 @@ def test_half_precision(files, name):
 
 
 REFUSED = [
-    ("super-resolution", ["--prompt", "a circle"], "small picture alone, so leave out prompt"),
+    ("super-resolution", ["--prompt", "a circle"], "small image alone: leave out prompt"),
     ("super-resolution", ["--negative_prompt", "red"], "leave out negative_prompt"),
     ("super-resolution", ["--scale", "2", "--noise_level", "3"], "leave out noise_level, scale"),
     ("upscaler", ["--noise_level", "91"], "noise levels are 0 to 90, not 91"),

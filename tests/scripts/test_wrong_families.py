@@ -24,8 +24,8 @@ MODELS = {
     "depth": (depth_config(), "text and a depth map", ["img2img"]),
     "inpainting": (inpainting(), "text and an image with a mask", ["inpaint"]),
     "filling": (filling_config(), "an image with a mask", ["inpaint"]),
-    "upscaler": (upscaler_config(), "a small picture and text", ["upscale"]),
-    "super-resolution": (super_resolution_config(), "a small picture", ["upscale"]),
+    "upscaler": (upscaler_config(), "a small image and text", ["upscale"]),
+    "super-resolution": (super_resolution_config(), "a small image", ["upscale"]),
     "unclip": (unclip_config(), "an image to vary", ["variations"]),
     "retrieval": (tiny_config(**RETRIEVAL), "embeddings of text and neighbors", ["knn2img"]),
     "nothing": (toy_config("nothing"), "nothing but noise", ["sample_diffusion"]),
@@ -36,7 +36,7 @@ SCRIPTS = {
     "txt2img": ([], "text"),
     "img2img": (["--init-img", "photo.png"], "text or text and a depth map"),
     "inpaint": (MASKED, "text, an image with a mask or text and an image with a mask"),
-    "upscale": (["--init-img", "photo.png"], "a small picture and text or a small picture"),
+    "upscale": (["--init-img", "photo.png"], "a small image and text or a small image"),
     "variations": (["--init-img", "photo.png"], "an image to vary"),
     "knn2img": ([], "embeddings of text and neighbors"),
     "sample_diffusion": ([], "nothing but noise, class labels, a layout of boxes or a segmentation map"),
@@ -81,4 +81,6 @@ def test_an_autoencoder_alone(tmp_path, folder, monkeypatch, capsys, script):
     ckpt = write_model(tmp_path, autoencoder())
     assert run(script, ckpt, *SCRIPTS[script][0]) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(f"error: {ckpt} is an autoencoder alone, not a whole model: use scripts/reconstruct.py\n", said)
+    assert re.fullmatch(
+        f"error: {ckpt} is an autoencoder alone, not a complete model: use scripts/reconstruct.py\n", said
+    )
