@@ -133,20 +133,34 @@ class RestrictedUnpickler:
 
     def step(self, opcode: str, argument: Any) -> None:
         """Interpret one instruction. Raises BadPickle for one that `torch.save` does not use."""
-        if opcode in _PUSHES:
-            self.stack.append(argument)
-        elif opcode in _MAKES:
-            self.stack.append(_MAKES[opcode]())
-        elif opcode in _GETS:
-            self.stack.append(self.memo[argument])
-        elif opcode in _PUTS:
-            self.memo[argument] = self.stack[-1]
-        elif opcode in _STEPS:
-            _STEPS[opcode](self)
-        elif opcode == "GLOBAL":
-            self.stack.append(self._name(argument))
-        elif opcode != "PROTO":
+        run = _OPCODES.get(opcode)
+        if run is None:
             raise BadPickle(f"it uses the instruction {opcode}")
+        run(self, argument)
+
+    def _push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def _last(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise IndexError("too few values on the stack")
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
+
+    def _mark(self) -> None:
+        self.marked.append(self.stack)
+        self.stack = []
+
+    def _memoize(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def _stop(self) -> None:
+        self.result = self.stack.pop()
+
+    def _since_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marked.pop()
+        return items
 
     def _name(self, argument: str) -> Any:
         path = argument.replace(" ", ".")
@@ -157,37 +171,12 @@ class RestrictedUnpickler:
             self.unknown.add(ascii(path.removeprefix("builtins."))[1:-1][:80])
         return Name(path)
 
-    def _mark(self) -> None:
-        self.marked.append(self.stack)
-        self.stack = []
-
-    def _since_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.marked.pop()
-        return items
-
-    def _tuple(self) -> None:
-        items = self._since_mark()
-        self.stack.append(tuple(items))
-
-    def _tuple_of(self, count: int) -> None:
-        if len(self.stack) < count:
-            raise IndexError("tuple of missing values")
-        self.stack[-count:] = [tuple(self.stack[-count:])]
-
-    def _append(self) -> None:
-        item = self.stack.pop()
-        self._extend([item])
-
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(items)
         elif target is not IGNORED:
             raise BadPickle("it appends to something other than a list")
-
-    def _set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -216,10 +205,6 @@ class RestrictedUnpickler:
                 raise BadPickle("it has a huge number for a key")
             if part is not None and part is not IGNORED and not isinstance(part, (str, int, float, Name)):
                 raise BadPickle(f"it has a key of type {type(part).__name__}")
-
-    def _reduce(self) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(self._call(function, arguments))
 
     def _call(self, function: Any, arguments: Any) -> Any:
         """Return what a call stands for. Unknown names were recorded already, so their values do not matter."""
@@ -272,9 +257,6 @@ class RestrictedUnpickler:
             raise BadPickle("it describes a storage in two ways")
         self.stack.append(storage)
 
-    def _stop(self) -> None:
-        self.result = self.stack.pop()
-
 
 def tensor_ref(path: str, arguments: tuple[Any, ...]) -> Any:
     """Return the `TensorRef` that a call of one of `TENSOR_NAMES` stands for, or IGNORED if its storage is."""
@@ -296,31 +278,31 @@ def tensor_ref(path: str, arguments: tuple[Any, ...]) -> Any:
     return TensorRef(storage, dtype, offset, size, stride)
 
 
-_PUSHES = frozenset(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING"))
-_MAKES: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": lambda: IGNORED,
-}
-_GETS = frozenset(("BINGET", "LONG_BINGET"))
-_PUTS = frozenset(("BINPUT", "LONG_BINPUT"))
-_STEPS = {
-    "MARK": RestrictedUnpickler._mark,
-    "TUPLE": RestrictedUnpickler._tuple,
-    "TUPLE1": lambda unpickler: unpickler._tuple_of(1),
-    "TUPLE2": lambda unpickler: unpickler._tuple_of(2),
-    "TUPLE3": lambda unpickler: unpickler._tuple_of(3),
-    "APPEND": RestrictedUnpickler._append,
-    "APPENDS": lambda unpickler: unpickler._extend(unpickler._since_mark()),
-    "SETITEM": RestrictedUnpickler._set_item,
-    "SETITEMS": lambda unpickler: unpickler._set_items(unpickler._since_mark()),
-    "REDUCE": RestrictedUnpickler._reduce,
-    "NEWOBJ": RestrictedUnpickler._reduce,
-    "BUILD": lambda unpickler: unpickler._build(),
-    "BINPERSID": RestrictedUnpickler._storage,
-    "STOP": RestrictedUnpickler._stop,
+_PUSHES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING")
+_OPCODES: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
+    "PROTO": lambda unpickler, _: None,
+    **dict.fromkeys(_PUSHES, lambda unpickler, value: unpickler._push(value)),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda unpickler, key: unpickler._push(unpickler.memo[key])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda unpickler, key: unpickler._memoize(key)),
+    "NONE": lambda unpickler, _: unpickler._push(None),
+    "NEWTRUE": lambda unpickler, _: unpickler._push(True),
+    "NEWFALSE": lambda unpickler, _: unpickler._push(False),
+    "EMPTY_TUPLE": lambda unpickler, _: unpickler._push(()),
+    "EMPTY_LIST": lambda unpickler, _: unpickler._push([]),
+    "EMPTY_DICT": lambda unpickler, _: unpickler._push({}),
+    "EMPTY_SET": lambda unpickler, _: unpickler._push(IGNORED),
+    "GLOBAL": lambda unpickler, path: unpickler._push(unpickler._name(path)),
+    "MARK": lambda unpickler, _: unpickler._mark(),
+    "TUPLE": lambda unpickler, _: unpickler._push(tuple(unpickler._since_mark())),
+    "TUPLE1": lambda unpickler, _: unpickler._push(tuple(unpickler._last(1))),
+    "TUPLE2": lambda unpickler, _: unpickler._push(tuple(unpickler._last(2))),
+    "TUPLE3": lambda unpickler, _: unpickler._push(tuple(unpickler._last(3))),
+    "APPEND": lambda unpickler, _: unpickler._extend(unpickler._last(1)),
+    "APPENDS": lambda unpickler, _: unpickler._extend(unpickler._since_mark()),
+    "SETITEM": lambda unpickler, _: unpickler._set_items(unpickler._last(2)),
+    "SETITEMS": lambda unpickler, _: unpickler._set_items(unpickler._since_mark()),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda unpickler, _: unpickler._push(unpickler._call(*unpickler._last(2)))),
+    "BUILD": lambda unpickler, _: unpickler._build(),
+    "BINPERSID": lambda unpickler, _: unpickler._storage(),
+    "STOP": lambda unpickler, _: unpickler._stop(),
 }
