@@ -21,7 +21,7 @@ needs_proc = pytest.mark.skipif(measure.anonymous_memory() is None, reason="the 
 
 
 @needs_proc
-def test_a_peak_is_seen_though_it_is_over():
+def test_a_past_peak_of_memory_is_measured():
     # of the system's memory, since torch may be given some that this process has kept
     with PeakMemory(CPU) as peak, mmap.mmap(-1, 200_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
         pages[::4096] = b"x" * len(range(0, len(pages), 4096))
@@ -41,7 +41,7 @@ def test_mapped_files_do_not_count(tmp_path):
     assert peak.extra < 50e6
 
 
-def test_a_system_that_does_not_tell_gives_none(monkeypatch, tmp_path):
+def test_memory_is_none_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "STATUS", tmp_path / "none")
     with PeakMemory(CPU) as peak:
         pass
@@ -58,12 +58,12 @@ def test_a_job_runs_in_another_process(tmp_path):
     assert found["seconds"] > 0
 
 
-def test_a_job_that_fails_says_why():
+def test_a_failed_job_raises_its_error():
     with pytest.raises(RuntimeError, match="FileNotFoundError.*nowhere.ckpt"):
         run_in_process("suites.processes:load_ours", config=None, ckpt="nowhere.ckpt", device="cpu", precision="full")
 
 
-def test_last_words_are_the_error_though_a_package_prints_errors_its_own_way():
+def test_last_line_is_the_error_with_a_custom_excepthook():
     job = "import runpy; runpy.run_module('benchmarks.measure', run_name='__main__')"
     program = f"import sys; sys.excepthook = lambda *error: print('pretty', file=sys.stderr); {job}"
     command = [sys.executable, "-c", program, "compare:nothing", "{}"]

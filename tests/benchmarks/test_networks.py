@@ -21,7 +21,7 @@ def model():
 
 
 @torch.no_grad()
-def test_theirs_compute_the_same(model):
+def test_baselines_compute_the_same(model):
     unet = with_weights(model.model.diffusion_model, CPU)
     x, t, context = tensor("x", 2, 4, 8, 8), torch.tensor([981, 1]), tensor("context", 2, 7, 24)
     theirs = networks.prepare_baseline(networks.diffusers_unet(CONFIG, unet), "eager")
@@ -33,7 +33,7 @@ def test_theirs_compute_the_same(model):
 
 
 @torch.no_grad()
-def test_weights_keep_the_size_of_what_goes_through(model):
+def test_random_weights_preserve_the_scale(model):
     unet = with_weights(model.model.diffusion_model, CPU)
     out = unet(tensor("x", 2, 4, 16, 16), torch.tensor([500, 500]), context=tensor("context", 2, 7, 24))
     assert 0.1 < out.std() < 10 and torch.isfinite(out).all()
@@ -42,7 +42,7 @@ def test_weights_keep_the_size_of_what_goes_through(model):
     assert with_weights(model.model.diffusion_model, CPU, torch.float16).out[2].weight.dtype == torch.float16
 
 
-def test_a_long_weight_has_no_two_equal_channels(monkeypatch):
+def test_random_weights_have_distinct_channels(monkeypatch):
     monkeypatch.setattr(networks, "POOL", 101)
     pool = torch.randn(101)
     weight = networks._weight("weight", torch.empty(20, 16, device="meta"), pool)
@@ -71,7 +71,7 @@ def test_int8_leaves_the_weights_that_it_is_given(model):
         assert torch.equal(unet(x, t, context=context), before)
 
 
-def test_psnr_goes_by_the_range():
+def test_psnr_uses_the_range_as_peak():
     reference = torch.tensor([0.0, 2.0, 1.0, 1.0])
     assert psnr(reference + 0.02, reference) == pytest.approx(40, abs=1e-3)
     assert psnr(reference, reference) is None

@@ -28,7 +28,7 @@ def test_attention_counts_both_products():
     assert count_flops(lambda: nn.functional.scaled_dot_product_attention(q, k, k)) == 2 * (2 * 2 * 10 * 6 * 8)
 
 
-def test_v1_counts_what_is_known_of_it():
+def test_v1_flops_match_published_counts():
     settings, scan = Settings(), Scan("fp32", 1, 512)
     model = networks.on_meta(settings.model_config["model"])
     # 803.3 and 2514.5 GFLOP, also by others' counts: 338.8 GMAC without attention's 126.1, 1273.7 GMAC

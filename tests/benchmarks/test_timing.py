@@ -10,14 +10,14 @@ from benchmarks.measure import in_turns, ratio, timed
 from benchmarks.settings import Row
 
 
-def test_contenders_take_turns():
+def test_contenders_are_interleaved():
     order = []
     calls = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
     assert in_turns(calls, 2) == {"a": [1, 4], "b": [2, 5], "c": [3, 6]}
     assert "".join(order) == "abcabc"
 
 
-def test_a_call_takes_what_the_clock_says():
+def test_timed_uses_the_clock():
     clock = itertools.accumulate([5.0, 2.5]).__next__
     assert timed(lambda: None, clock) == 2.5
 
@@ -29,7 +29,7 @@ def test_a_ratio_is_the_median_of_the_turns():
         ratio([1, 2], [1])
 
 
-def test_a_row_has_median_spread_and_rates():
+def test_rows_derive_median_spread_and_rates():
     row = Row("unet", "call", "ours", "cpu", seconds=[4.0, 1.0, 2.0], items=8, unit="images", flops=100, peak=200)
     assert (row.median, row.spread) == (2.0, (1.0, 4.0))
     assert (row.rate, row.utilization) == (4.0, 0.25)

@@ -40,7 +40,7 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-# ------------------------------------------------------------------------------------------------------------- items
+# ---- items ----
 
 
 def test_items_by_the_protocol(tmp_path) -> None:
@@ -65,7 +65,7 @@ def test_a_loader_makes_batches_of_it(tmp_path) -> None:
     assert batch["caption"] == ["a photo of a cat", "a photo of a dog", "a photo of a dog"]
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path) -> None:
+def test_every_kind_of_image_becomes_rgb(tmp_path) -> None:
     draw(tmp_path / "a.jpg", quality=95)
     Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "b.jpg", quality=95)
     Image.new("RGBA", (20, 20), (*RED, 0)).save(tmp_path / "c.png")  # transparent: white
@@ -78,7 +78,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path) -> None:
         np.testing.assert_allclose((item["image"][4, 4] + 1) * 127.5, colour, atol=3)
 
 
-def test_pictures_are_turned_upright(tmp_path) -> None:
+def test_images_are_turned_upright(tmp_path) -> None:
     picture = Image.new("RGB", (20, 20))
     picture.paste(RED, (0, 0, 20, 10))  # the upper half; turned by 180 degrees the lower
     exif = Image.Exif()
@@ -98,7 +98,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path) -> None:
     assert np.abs(found - (np.asarray(whole, np.float32) / 127.5 - 1)).mean() < 0.02
 
 
-def test_no_picture_is_read_before_it_is_asked_for(tmp_path, monkeypatch) -> None:
+def test_no_image_is_read_before_it_is_asked_for(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("a picture was opened"))
     (tmp_path / "a.png").touch()
     (tmp_path / "b.JPEG").touch()
@@ -107,7 +107,7 @@ def test_no_picture_is_read_before_it_is_asked_for(tmp_path, monkeypatch) -> Non
     data.describe()
 
 
-def test_scanning_goes_below_but_not_in_circles(tmp_path) -> None:
+def test_scan_follows_subfolders_without_cycles(tmp_path) -> None:
     folder(tmp_path, "z.png x/y/b.webp x/a.png .hidden.png .git/c.png")
     (tmp_path / "x/loop").symlink_to(tmp_path)
     (tmp_path / "x/notes.txt").write_text("no picture")
@@ -115,7 +115,7 @@ def test_scanning_goes_below_but_not_in_circles(tmp_path) -> None:
     assert scan(tmp_path, recursive=False)[0] == ["z.png"]
 
 
-def test_parts_are_apart_and_together_everything(tmp_path) -> None:
+def test_parts_are_disjoint_and_complete(tmp_path) -> None:
     folder(tmp_path, " ".join(f"{i:02}.png" for i in range(20)))
     train, rest = (ImageFolder(tmp_path, 8, part=part) for part in ([0, 0.9], [0.9, 1]))
     assert (len(train), len(rest)) == (18, 2)
@@ -123,7 +123,7 @@ def test_parts_are_apart_and_together_everything(tmp_path) -> None:
     assert rest.names != ["18.png", "19.png"]  # mixed
 
 
-def test_small_pictures_are_left_out(tmp_path) -> None:
+def test_small_images_are_skipped(tmp_path) -> None:
     draw(tmp_path / "a.png", size=(40, 30))
     draw(tmp_path / "b.png", size=(40, 29))
     assert ImageFolder(tmp_path, 8, min_size=30).names == ["a.png"]
@@ -131,7 +131,7 @@ def test_small_pictures_are_left_out(tmp_path) -> None:
         ImageFolder(tmp_path, 8, min_size=31)
 
 
-def test_enlarging_is_said_once(tmp_path, caplog) -> None:
+def test_upscaling_is_logged_once(tmp_path, caplog) -> None:
     data = ImageFolder(folder(tmp_path), 64)
     for item in data:
         assert item["image"].shape == (64, 64, 3)
@@ -140,10 +140,10 @@ def test_enlarging_is_said_once(tmp_path, caplog) -> None:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------- captions
+# ---- captions ----
 
 
-def test_side_car_files(tmp_path) -> None:
+def test_sidecar_files(tmp_path) -> None:
     folder(tmp_path, "a.png sub/b.c.png d.png")
     (tmp_path / "a.txt").write_text("﻿one\n\n  two \r\nthree\n", encoding="utf-8")
     (tmp_path / "sub/b.c.txt").write_text("schöne Grüße", encoding="utf-8")
@@ -200,7 +200,7 @@ def test_class_folders(tmp_path) -> None:
     assert only_one.classes == ["ant", "red_fox"]  # labels do not depend on the part
 
 
-def test_a_default_stands_in_for_missing_captions(tmp_path) -> None:
+def test_default_caption_replaces_missing_ones(tmp_path) -> None:
     folder(tmp_path, "a.png b.png")
     (tmp_path / "b.txt").write_text("there")
     data = ImageFolder(tmp_path, 8, default_caption="a thing")
@@ -236,7 +236,7 @@ def test_missing_captions_are_counted_and_named(tmp_path) -> None:
         ImageFolder(tmp_path, 8, captions="metadata")
 
 
-# ------------------------------------------------------------------------------------------------------ broken files
+# ---- broken files ----
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def broken(tmp_path) -> Path:
     return tmp_path
 
 
-def test_broken_files_are_named_once_and_replaced_by_the_next(broken, caplog) -> None:
+def test_broken_files_are_logged_once_and_skipped(broken, caplog) -> None:
     data = ImageFolder(broken, 8)
     with caplog.at_level(logging.WARNING):
         assert [data[i]["caption"] for i in (1, 0, 2, 3, 4)] == ["e", "a", "e", "e", "e"]
@@ -266,12 +266,12 @@ def test_broken_files_are_named_once_and_replaced_by_the_next(broken, caplog) ->
     assert [data.resolve(i) for i in range(5)] == [0, 4, 4, 4, 4]
 
 
-def test_the_last_is_replaced_by_the_first(broken) -> None:
+def test_the_last_broken_image_is_replaced_by_the_first(broken) -> None:
     (broken / "e.png").write_text("broken too")
     assert ImageFolder(broken, 8)[4]["caption"] == "a"
 
 
-def test_workers_share_what_they_found(broken) -> None:
+def test_workers_share_broken_files(broken) -> None:
     data = ImageFolder(broken, 8)
     batches = list(DataLoader(data, batch_size=1, num_workers=2))
     assert [batch["caption"][0] for batch in batches] == ["a", "e", "e", "e", "e"]
@@ -293,7 +293,7 @@ def test_only_broken_files(tmp_path) -> None:
         ImageFolder(tmp_path, 8)[0]
 
 
-def test_a_failing_disk_is_no_broken_file(tmp_path, monkeypatch) -> None:
+def test_disk_errors_do_not_mark_files_as_broken(tmp_path, monkeypatch) -> None:
     data = ImageFolder(folder(tmp_path), 8)
 
     def fail(*_, **__):
@@ -305,10 +305,10 @@ def test_a_failing_disk_is_no_broken_file(tmp_path, monkeypatch) -> None:
     assert not data._broken.any()
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
+# ---- refusals ----
 
 
-def test_no_folder_no_pictures(tmp_path) -> None:
+def test_no_folder_no_images(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
         ImageFolder(tmp_path / "nowhere", 8)
     (tmp_path / "a.pdf").touch()
@@ -332,7 +332,7 @@ def test_refused_options(tmp_path, options, message) -> None:
         ImageFolder(folder(tmp_path), 8, **options)
 
 
-def test_the_description_follows_what_the_items_depend_on(tmp_path) -> None:
+def test_describe_changes_with_the_items(tmp_path) -> None:
     folder(tmp_path)
     before = ImageFolder(tmp_path, 8).describe()
     assert before == ImageFolder(tmp_path, 8).describe()

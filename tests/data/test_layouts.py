@@ -32,7 +32,7 @@ def test_other_vocabularies():
         LayoutTokens(length=93)
 
 
-def test_layouts_that_cannot_be():
+def test_invalid_layouts_are_refused():
     with pytest.raises(ValueError, match="at most 30 objects, not 31"):
         PUBLISHED.encode([Box(0, 0, 0, 1, 1)] * 31)
     for label in (-1, NONE):
@@ -78,7 +78,7 @@ def test_files(tmp_path):
         ("[" * 5000, "is not JSON"),
     ],
 )
-def test_files_that_hold_something_else(tmp_path, content, message):
+def test_files_with_other_content_are_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         read_layouts(written(tmp_path, content))
 

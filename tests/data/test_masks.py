@@ -18,7 +18,7 @@ class Grey:
         return {"image": np.full((24, 32, 3), rng.uniform(0.5, 1.0), np.float32), "caption": str(i)}
 
 
-def test_masks_are_whole_or_cover_a_part():
+def test_masks_cover_all_or_a_part():
     rng = np.random.default_rng(0)
     masks = [random_mask(48, 64, rng) for _ in range(1000)]
     assert {mask.shape for mask in masks} == {(48, 64, 1)} and {mask.dtype.name for mask in masks} == {"float32"}
@@ -28,7 +28,7 @@ def test_masks_are_whole_or_cover_a_part():
     assert 0.2 < np.median(shares[shares < 1]) < 0.6 and shares.min() > 0
 
 
-def test_items_hold_mask_and_masked_picture():
+def test_items_hold_mask_and_masked_image():
     data = MaskedImages(Grey())
     item = data.get(1, np.random.default_rng(5))
     assert len(data) == 3 and item["caption"] == "1"
@@ -37,14 +37,14 @@ def test_items_hold_mask_and_masked_picture():
     assert (item["masked_image"][~inside] == item["image"][~inside]).all()
 
 
-def test_masks_are_drawn_anew_in_every_epoch_and_alike_in_every_run():
+def test_masks_differ_by_epoch_and_are_reproducible():
     first, again = (SeededItems(MaskedImages(Grey()), seed=1) for _ in range(2))
     masks = [first[epoch, 0]["mask"] for epoch in range(8)]
     assert len({mask.tobytes() for mask in masks}) > 4
     assert all((again[epoch, 0]["mask"] == mask).all() for epoch, mask in enumerate(masks))
 
 
-def test_data_sets_that_draw_from_the_global_state_are_alike_in_every_run():
+def test_datasets_with_global_rng_are_reproducible():
     data = SeededItems(MaskedImages(Pictures(2), image_key="jpg"), seed=1)
     before = np.random.get_state()[1].copy()
     first, again, later = (data[epoch, 0]["masked_image"] for epoch in (0, 0, 1))
@@ -52,7 +52,7 @@ def test_data_sets_that_draw_from_the_global_state_are_alike_in_every_run():
     assert (np.random.get_state()[1] == before).all()
 
 
-def test_other_data_sets():
+def test_other_datasets():
     data = MaskedImages({"target": "tests.training.toys.Pictures", "params": {"length": 2}}, image_key="jpg")
     assert data[0]["masked_image"].shape == (16, 16, 3)
     with pytest.raises(ValueError, match="no 'image' to mask, only jpg, txt: set image_key"):

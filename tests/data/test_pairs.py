@@ -25,7 +25,7 @@ def test_pairs_are_found_by_name_whatever_their_types(tmp_path):
     assert found == [("a.PNG", "a_mask.webp"), ("b.jpg", "b_mask.png"), ("my_mask_art.bmp", "my_mask_art_mask.gif")]
 
 
-def test_what_is_missing_is_named(tmp_path, caplog):
+def test_missing_files_are_named(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
         find_pairs(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no masks: the mask of X.png is X_mask.png"):

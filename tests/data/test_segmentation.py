@@ -26,12 +26,12 @@ def test_files(tmp_path):
         assert ids.dtype == torch.long and ids.tolist() == IDS.tolist(), name
 
 
-def test_one_bit_a_pixel(tmp_path):
+def test_one_bit_per_pixel(tmp_path):
     Image.fromarray(IDS == 5).save(tmp_path / "bits.png")
     assert read_segmentation(tmp_path / "bits.png").tolist() == [[0, 0, 0], [1, 1, 0]]
 
 
-def test_files_that_are_no_map(tmp_path, monkeypatch):
+def test_other_files_are_not_segmentation_maps(tmp_path, monkeypatch):
     Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)).save(tmp_path / "photo.png")
     np.save(tmp_path / "floats.npy", IDS / 2)
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)

@@ -99,7 +99,7 @@ def test_objects_are_inside_apart_and_unlike_the_ground(objects: int) -> None:
             assert (first.x - second.x) * dx + (first.y - second.y) * dy > 10
 
 
-def test_captions_keep_to_the_vocabulary_and_can_be_read_back() -> None:
+def test_captions_use_the_vocabulary_and_can_be_parsed() -> None:
     data = ShapesDataset(200, object_weights=(1, 1, 1))
     for i in range(200):
         scene, text = data.scene(i), data[i]["caption"]
@@ -110,14 +110,14 @@ def test_captions_keep_to_the_vocabulary_and_can_be_read_back() -> None:
         assert relation in (None, scene.relation) and background in (None, scene.background)
 
 
-def test_the_share_of_complete_captions_is_as_asked() -> None:
+def test_fraction_of_complete_captions() -> None:
     data = ShapesDataset(200, object_weights=(0, 1), complete=1.0)
     assert all(data[i]["caption"] == describe(data.scene(i)) for i in range(20))
     data = ShapesDataset(200, object_weights=(0, 1), complete=0.0)
     assert sum(data[i]["caption"] == describe(data.scene(i)) for i in range(200)) < 20
 
 
-def test_attributes_are_what_the_caption_says() -> None:
+def test_attributes_match_the_caption() -> None:
     text = "a large red circle to the left of a blue square"
     assert attributes(text).tolist() == [2, 1, 1, 0, 3, 2, 1, 0]
     assert attributes("a ring on a tan background").tolist() == [0, 0, 8, 0, 0, 0, 0, 4]

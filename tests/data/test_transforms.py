@@ -32,7 +32,7 @@ def test_values_and_layout() -> None:
     np.testing.assert_allclose(array[0, 0], [-1, 1, 51 / 127.5 - 1], atol=1e-6)
 
 
-def test_a_fitting_picture_is_cut_and_not_resampled() -> None:
+def test_an_image_that_fits_is_cropped_and_not_resampled() -> None:
     assert (levels(SquareTransform(8)(columns(), rng()))[..., 0] == np.arange(2, 10)).all()
     starts = set()
     for seed in range(40):
@@ -42,11 +42,11 @@ def test_a_fitting_picture_is_cut_and_not_resampled() -> None:
     assert starts == {0, 1, 2, 3, 4}  # every place there is, and no other
 
 
-def test_tall_pictures_are_cut_from_above_and_below() -> None:
+def test_tall_images_are_cropped_at_top_and_bottom() -> None:
     assert (levels(SquareTransform(4)(columns(4, 10), rng()))[:, 0, 1] == np.arange(3, 7)).all()
 
 
-def test_none_squeezes_the_whole_picture() -> None:
+def test_crop_none_changes_the_aspect_ratio() -> None:
     whole = levels(SquareTransform(4, crop="none", interpolation="box")(columns(), rng()))
     assert (whole[0, :, 0] == [1, 4, 7, 10]).all()  # means of three columns each
 
@@ -65,7 +65,7 @@ def test_flip_is_a_mirror_with_the_given_probability() -> None:
     assert 160 < mirrored < 240
 
 
-def test_random_numbers_are_taken_alike_by_all_settings() -> None:
+def test_all_settings_use_the_same_random_numbers() -> None:
     after = set()
     for crop in ("random", "center", "none"):
         generator = rng()

@@ -10,7 +10,7 @@ from PIL import Image
 from ldm import images
 from tests.images import COLOURS, pixels
 
-# ---------------------------------------------------------------------------------------------------------------- sizes
+# ---- sizes ----
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_fit_to_multiple_refuses_tiny_sizes(size, height, width):
         images.fit_to_multiple(Image.new("RGB", size), 32, height, width)
 
 
-# -------------------------------------------------------------------------------------------------------------- tensors
+# ---- tensors ----
 
 
 def test_image_to_tensor():
@@ -75,10 +75,10 @@ def test_tensor_to_images_refuses_other_shapes(shape):
         images.tensor_to_images(torch.zeros(shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------- masks
+# ---- masks ----
 
 
-def test_a_mask_is_white_from_a_half_on_at_any_size():
+def test_masks_are_binarised_at_half():
     mask = torch.tensor([[0.0, 127 / 255, 128 / 255, 1.0]]).expand(1, 1, 4, 4)
     assert images.fit_mask(mask, 4, 4)[0, 0, 0].tolist() == [0, 0, 1, 1]
     for side in (2, 8, 6):
@@ -119,7 +119,7 @@ def test_blend_is_exact_where_the_weight_is_0_or_1():
     assert np.abs(rows[1] - (0.75 * pixels(under)[1] + 0.25 * pixels(over)[1])).max() <= 0.5
 
 
-# ----------------------------------------------------------------------------------------------------------------- grid
+# ---- grid ----
 
 
 def test_grid_layout():

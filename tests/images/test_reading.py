@@ -103,13 +103,13 @@ def test_load_gray_gives_brightness_from_0_to_1_with_the_precision_of_the_file(t
         images.load_gray(tmp_path / "none.png")
 
 
-def test_load_gray_refuses_what_is_not_finite(tmp_path):
+def test_load_gray_refuses_non_finite_values(tmp_path):
     Image.fromarray(np.array([[0.5, np.nan]], np.float32)).save(tmp_path / "depth.tif")
     with pytest.raises(ValueError, match="depth.tif holds NaN or infinity"):
         images.load_gray(tmp_path / "depth.tif")
 
 
-# ------------------------------------------------------------------------------------------------ pictures of all kinds
+# ---- pictures of all kinds ----
 
 
 RAMP = np.array([[0, 32896, 65535]], np.uint16)
@@ -124,7 +124,7 @@ DEEP = {
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_deep_pictures_are_scaled_not_cut_off(tmp_path, name):
+def test_deep_images_are_scaled_not_clipped(tmp_path, name):
     with skipped_if_pillow_cannot():
         DEEP[name].save(tmp_path / name)
     assert pixels(images.load_image(tmp_path / name))[0, :, 0].tolist() == [0, 128, 255]
@@ -155,7 +155,7 @@ def test_masks_of_any_mode(tmp_path, mode):
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
-def test_of_several_pictures_the_first_is_used_and_that_is_said_once(tmp_path, caplog, kind):
+def test_the_first_frame_is_used_and_logged_once(tmp_path, caplog, kind):
     path = tmp_path / f"moving.{kind}"
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "webp" else {}))
@@ -179,7 +179,7 @@ def test_formats_that_are_not_expected_are_refused(tmp_path):
             images.load_image(tmp_path / "a.png")
 
 
-def test_a_head_that_promises_too_much(tmp_path):
+def test_a_header_with_an_excessive_size_is_refused(tmp_path):
     """A file of a hundred bytes that says it is 60000x60000."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.bmp")
     data = bytearray((tmp_path / "a.bmp").read_bytes())

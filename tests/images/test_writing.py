@@ -36,7 +36,7 @@ def test_save_png(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.png", "00001.png"]
 
 
-def test_named_files_give_way(tmp_path):
+def test_named_files_get_a_suffix_if_they_exist(tmp_path):
     (tmp_path / "a{}.png").write_text("someone else's")
     names = [images.save_png_named(Image.new("RGB", (4, 4)), tmp_path, "a{}", {"k": "v"}).name for _ in range(2)]
     assert names == ["a{}-1.png", "a{}-2.png"]
@@ -63,7 +63,7 @@ def test_writers_at_once_never_overwrite(tmp_path, monkeypatch, hard_links):
     assert len(list(tmp_path.iterdir())) == 40
 
 
-def test_a_name_taken_meanwhile_is_skipped(tmp_path, monkeypatch):
+def test_a_name_that_exists_by_now_is_skipped(tmp_path, monkeypatch):
     (tmp_path / "00000.png").write_text("someone else's")
     monkeypatch.setattr(images.writing, "next_free_index", lambda *args: 0)  # as seen before the other process wrote
     assert images.save_png(Image.new("RGB", (4, 4)), tmp_path, "{:05}.png").name == "00001.png"

@@ -100,7 +100,7 @@ def test_names_and_shapes_of_the_published_size():
 
 
 @pytest.mark.parametrize("kind", ["midas", "checkpoint", "folder"])
-def test_weights_of_ones_own(theirs, ours, tmp_path, kind):
+def test_weights_from_a_file(theirs, ours, tmp_path, kind):
     """From MiDaS' file, from a depth-to-image checkpoint, from transformers' folder; also in a model built on meta."""
     weights = {**ours.model.state_dict(), "pretrained.model.head.weight": torch.ones(3, 48)}
     if kind == "folder":
@@ -130,7 +130,7 @@ SIZES = [((512, 512), (384, 384)), ((512, 768), (384, 576)), ((256, 320), (320, 
 
 
 @pytest.mark.parametrize("size, wanted", SIZES)
-def test_pictures_are_fitted(size, wanted):
+def test_images_are_fitted(size, wanted):
     assert fit(torch.zeros(1, 3, *size)).shape[2:] == wanted
 
 
@@ -144,7 +144,7 @@ def test_fitting_keeps_the_range_and_what_already_fits():
 
 @pytest.mark.parametrize("dtype, bar", [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
 @torch.no_grad()
-def test_oblong_pictures_and_half_precision(ours, dtype, bar):
+def test_oblong_images_and_half_precision(ours, dtype, bar):
     x = tensor("picture", 1, 3, 96, 64).clamp(-1, 1)
     depth = ours(x)
     rounded = ours.to(dtype)(x)

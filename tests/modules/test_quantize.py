@@ -68,7 +68,7 @@ def test_memory_does_not_grow_with_positions_times_entries():
 
 
 @pytest.mark.parametrize("legacy, codebook, commitment", [(True, 0.25, 1.0), (False, 1.0, 0.25)])
-def test_where_beta_stands(legacy, codebook, commitment):
+def test_legacy_weights_the_codebook_term(legacy, codebook, commitment):
     """Of the error e = 0.4 in one of two numbers the loss is (1 + beta) e^2 / 2; each side has its own gradient."""
     module, z = quantiser(beta=0.25, legacy=legacy), latent(2.4)
     _, loss, _ = module(z)

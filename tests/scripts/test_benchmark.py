@@ -113,7 +113,7 @@ def test_training_is_compared_with_a_plain_loop(run, narrow, tmp_path, model, op
     assert 0.1 < rows[1]["ratios"]["plain loop"] < 10
 
 
-def test_a_plain_step_trains_what_a_run_trains(narrow):
+def test_a_plain_step_trains_the_same_parameters(narrow):
     config, latents = train.model_and_latents("v1")
     model = filled(instantiate_from_config(config | {"params": config["params"] | {"use_ema": True}}))
     data = train.RandomLatents(2, **latents)
@@ -146,7 +146,7 @@ def test_checkouts_are_compared(run, tmp_path, capsys):
     assert "is not a checkout of this project" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_what_is_finished(run, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_finished_results(run, tmp_path, monkeypatch, capsys):
     def interrupted(suite, bench):
         yield Row(suite, "something", "ours", "cpu", "fp32", 1, 16, seconds=[1.0])
         raise KeyboardInterrupt
@@ -159,7 +159,7 @@ def test_ctrl_c_leaves_what_is_finished(run, tmp_path, monkeypatch, capsys):
     assert "interrupted; results so far are in" in capsys.readouterr().err
 
 
-def test_what_fails_leaves_the_field_to_others(run, tmp_path, monkeypatch, capsys):
+def test_failed_contenders_do_not_stop_others(run, tmp_path, monkeypatch, capsys):
     def full(network, mode, device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
@@ -174,7 +174,7 @@ def test_what_fails_leaves_the_field_to_others(run, tmp_path, monkeypatch, capsy
     assert "2 of 4 measurements failed" in capsys.readouterr().err
 
 
-def test_results_of_other_shapes_are_no_comparison():
+def test_results_of_other_shapes_are_refused():
     settings = benchmark.settings_of(benchmark.build_parser().parse_args(["--repeats", "1"]), torch.device("cpu"))
     found = [
         compare.Contender(Row("unet", "call", who, "cpu"), lambda shape=shape: lambda: torch.zeros(shape))
@@ -207,7 +207,7 @@ def test_scans_are_all_combinations():
     assert {scan.size for scan in settings.scans(only_size=512)} == {512}  # of what has but one
 
 
-def test_a_plot_has_a_line_for_everyone(tmp_path):
+def test_plots_have_one_line_per_contender(tmp_path):
     rows = [
         Row("vae", "decode", who, "cpu", "fp32", batch, size, seconds=[size * batch / 1e3], memory=memory)
         for who, memory in (("ours", 10**8), ("theirs", None))
@@ -228,7 +228,7 @@ def test_all_means_all_in_order():
     assert benchmark.chosen_suites(args) == list(benchmark.SUITES)
 
 
-def test_amounts_and_durations_read_well():
+def test_format_of_amounts_and_durations():
     assert (report.duration(0.01234), report.duration(98.57)) == ("12.3 ms", "98.57 s")
     assert (report.amount(2.5e9), report.amount(815e6)) == ("2.50 GB", "815 MB")
 

@@ -20,7 +20,7 @@ def run(*argv: object) -> int:
     return cli.run(evaluate.main, [str(word) for word in argv])
 
 
-def test_the_script_knows_what_there_is() -> None:
+def test_choices_match_the_evaluation() -> None:
     assert tuple(PROMPT_SETS) == evaluate.PROMPT_SETS and tuple(SETTINGS) == evaluate.SETTINGS
 
 
@@ -47,7 +47,7 @@ def test_the_same_command_gives_the_same_table_in_a_folder_of_its_own(tmp_path: 
     assert results["first stage"]["psnr"] > 25 and results["first stage"]["prompts"] == 3
 
 
-def test_shortcuts_are_taken_and_said(tmp_path: Path, capsys) -> None:
+def test_acceleration_options_are_used_and_reported(tmp_path: Path, capsys) -> None:
     command = ("--prompts", 2, "--kinds", "single", "--steps", 2, "--device", "cpu")
     assert run(*command, "--out", tmp_path / "plain") == 0
     assert "--cache_features" not in capsys.readouterr().out

@@ -69,7 +69,7 @@ def test_image_embeddings_are_those_of_transformers(folder):
 
 
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (300, 113), (20, 20), (56, 56)])
-def test_pictures_are_prepared_as_by_transformers(size):
+def test_images_are_prepared_as_by_transformers(size):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     theirs = CLIPImageProcessorPil(
@@ -97,7 +97,7 @@ def test_the_repositorys_own_place_comes_first(folder, tmp_path, monkeypatch):
     assert load_clip("ViT-L/14").config.projection_dim == 24
 
 
-def test_missing_weights_are_asked_for(tmp_path, monkeypatch):
+def test_missing_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     wanted = r"download config.json and model.safetensors of openai/clip-vit-large-patch14.*--clip FOLDER"
@@ -128,7 +128,7 @@ def test_towers_with_other_tokens_are_refused(tmp_path):
         FrozenCLIPTextEmbedder(str(write_clip(tmp_path, width=16, vocab_size=99)))
 
 
-def test_a_photo_keeps_its_middle(tmp_path):
+def test_photos_are_cropped_at_the_center(tmp_path):
     image = Image.new("RGB", (90, 30), "black")
     image.paste((255, 255, 255), (30, 0, 60, 30))
     image.save(tmp_path / "photo.png")

@@ -135,12 +135,12 @@ def test_contradictions_are_refused(options, message):
         small(**options)
 
 
-def test_what_is_no_prompt_is_refused():
+def test_non_string_prompts_are_refused():
     with pytest.raises(TypeError, match="prompt 1 of 2 must be a string, got NoneType"):
         small()(["a", None])
 
 
-def test_a_prompt_too_long_is_reported(caplog):
+def test_truncated_prompts_are_reported(caplog):
     with caplog.at_level(logging.WARNING):
         small()(["a red circle a red circle a"] * 2)
     assert len(caplog.records) == 1 and "'a'" in caplog.text

@@ -134,7 +134,7 @@ def test_towers_agree_with_transformers(quick):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [ClipImageEmbedder, FrozenOpenCLIPImageEmbedder])
-def test_pictures_of_any_size_become_embeddings(kind):
+def test_images_of_any_size_become_embeddings(kind):
     model = filled(kind(config=BOTH))
     images = tensor("images", 2, 3, 60, 33).clamp(-1, 1)
     z = model.encode(images)
@@ -166,7 +166,7 @@ def test_embeddings_dropped_in_training_alone():
     assert not model(images, no_dropout=True).eq(0).any() and not model.eval()(images).eq(0).any()
 
 
-def test_pictures_as_clip_sees_them():
+def test_clip_preprocessing():
     grey, black = torch.zeros(1, 3, 50, 70), -torch.ones(1, 3, 300, 200)
     for image, value in ((grey, 0.5), (black, 0.0)):
         seen = prepare(image, 28)

@@ -76,7 +76,7 @@ def plain(encoder, prompts):
         ("", []),
     ],
 )
-def test_what_is_weighted(text, parts):
+def test_parse_emphasis(text, parts):
     found = parse_emphasis(text)
     assert [inner for inner, _ in found] == [inner for inner, _ in parts]
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in parts])
@@ -97,7 +97,7 @@ def test_weights_by_hand(build):
 
 @pytest.mark.parametrize("build", ENCODERS)
 @pytest.mark.parametrize("reading", [EMPHASIS, LONG, PromptOptions(True, True)])
-def test_nothing_to_read_otherwise_changes_nothing(build, reading):
+def test_options_without_effect_change_nothing(build, reading):
     encoder = build()
     prompts = ["a red circle", "", "a square , a blue circle a red square a"]
     assert torch.equal(read(encoder, prompts, reading), plain(encoder, prompts))
@@ -138,7 +138,7 @@ def test_a_mean_that_cannot_be_restored_leaves_the_product():
     assert torch.equal(weigh(z, torch.tensor([[1.0, 2.0]])), torch.tensor([[[1.0, 1.0], [-1.0, -1.0]]]))
 
 
-def test_what_is_cut_off_is_named_in_its_own_words(caplog):
+def test_truncated_text_is_quoted_as_written(caplog):
     encoder = clip(6)
     found = read(encoder, ["a (red:1.2) circle , a (blue:2) square"])
     assert found.shape == (1, 6, 16)
@@ -149,7 +149,7 @@ def test_what_is_cut_off_is_named_in_its_own_words(caplog):
 
 
 @pytest.mark.parametrize("build", ENCODERS)
-def test_chunks_are_read_one_by_one_and_joined(build, caplog):
+def test_chunks_are_encoded_separately_and_concatenated(build, caplog):
     encoder = build(8)  # room for 6
     long = "a red circle a blue square a red square a square a circle a"
     parts = ["a red circle a blue square", "a red square a square a", "circle a"]
@@ -215,6 +215,6 @@ def test_layers_of_open_clip_count_from_the_published_one():
         (lambda: BERTEmbedder(16, 1, vocab_size=20, use_tokenizer=False), LONG, "BERTEmbedder does not encode text"),
     ],
 )
-def test_what_cannot_be_read_so(encoder, reading, message):
+def test_unsupported_options_are_refused(encoder, reading, message):
     with pytest.raises(ValueError, match=message):
         read(encoder(), ["a red circle"], reading)

@@ -126,7 +126,7 @@ def test_a_replaced_tokenizer_takes_effect(build):
     assert torch.equal(model("a red circle"), build()("a a circle")) and not torch.equal(model("a red"), before)
 
 
-def test_towers_of_transformers_can_be_put_in():
+def test_towers_of_transformers_can_replace_ours():
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(
         **CLIP, eos_token_id=3, bos_token_id=2, pad_token_id=0, hidden_act="quick_gelu"

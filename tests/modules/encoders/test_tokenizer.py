@@ -128,7 +128,7 @@ def test_long_prompts_are_cut_and_the_part_is_named(fresh, caplog):
     assert "'Hidden  Ünïcorn, here'" in caplog.text  # in the user's own spelling
 
 
-def test_a_cut_is_reported_once_a_prompt(fresh, caplog):
+def test_truncation_is_reported_once_per_prompt(fresh, caplog):
     with caplog.at_level(logging.WARNING):
         fresh(["one two three four"] * 3, 4)
         fresh(["one two three four", "one two three five"], 4)
@@ -147,12 +147,12 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(clip):
 
 
 @pytest.mark.parametrize("text", [None, 3, b"bytes", ["a", None], ["a", ["b"]]])
-def test_what_is_no_string_is_refused(clip, text):
+def test_non_strings_are_refused(clip, text):
     with pytest.raises(TypeError, match="string"):
         clip(text, 77)
 
 
-def test_no_prompt_and_no_room_are_refused(clip):
+def test_no_prompt_and_too_small_max_length_are_refused(clip):
     with pytest.raises(ValueError, match="no prompt"):
         clip([], 77)
     with pytest.raises(ValueError, match="got 1"):

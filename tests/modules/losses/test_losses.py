@@ -106,7 +106,7 @@ def test_lpips(built, inputs):
     assert not copy.deepcopy(lpips).train().training
 
 
-def test_lpips_weights_are_never_invented(files, tmp_path, monkeypatch):
+def test_lpips_needs_the_published_weights(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(
