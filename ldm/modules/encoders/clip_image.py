@@ -127,10 +127,6 @@ class FrozenOpenCLIPImageEmbedder(AbstractImageEmbedder):
         """Encode images (B, 3, H, W) in [-1, 1] to embeddings (B, embed_dim)."""
         return self._dropout(self.encode_with_vision_transformer(image), no_dropout)
 
-    def encode(self, text: Tensor) -> Tensor:
-        """Encode images by calling the module."""
-        return self(text)
-
     def encode_with_vision_transformer(self, img: Tensor) -> Tensor:
         """Preprocess and encode images, without dropout."""
         return self.model.encode_image(self.preprocess(img))

@@ -127,10 +127,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         """
         return self.encode_tokens(token_ids(self.tokenizer, text, self.max_length))
 
-    def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Encode prompts by calling the module."""
-        return self(text)
-
     def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
         """Encode token ids (B, L) to (B, L, D), or (B, 1, D) for the pooled layer.
 
@@ -201,10 +197,6 @@ class FrozenT5Embedder(AbstractEncoder):
         tokens = token_ids(self.tokenizer, text, self.max_length).to(self.device)
         return self.transformer(input_ids=tokens).last_hidden_state
 
-    def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Encode prompts by calling the module."""
-        return self(text)
-
 
 class FrozenCLIPT5Encoder(AbstractEncoder):
     """CLIP and T5 encodings of the same prompts; arguments as for `FrozenCLIPEmbedder` and `FrozenT5Embedder`."""
@@ -225,10 +217,6 @@ class FrozenCLIPT5Encoder(AbstractEncoder):
     def forward(self, text: str | Sequence[str]) -> list[Tensor]:
         """Encode B prompts to [(B, clip_max_length, D), (B, t5_max_length, D')]."""
         return [self.clip_encoder.encode(text), self.t5_encoder.encode(text)]
-
-    def encode(self, text: str | Sequence[str]) -> list[Tensor]:
-        """Encode prompts by calling the module."""
-        return self(text)
 
 
 class TransformerEmbedder(AbstractEncoder):
@@ -251,10 +239,6 @@ class TransformerEmbedder(AbstractEncoder):
     def forward(self, tokens: Tensor) -> Tensor:
         """Encode ids (B, L) to (B, L, n_embed)."""
         return self.transformer(tokens.to(self.device), return_embeddings=True)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Encode ids by calling the module."""
-        return self(x)
 
 
 class BERTTokenizer(AbstractEncoder):
@@ -343,10 +327,6 @@ class BERTEmbedder(AbstractEncoder):
         """Encode B texts, or token ids (B, L) without a tokenizer, to (B, L, n_embed); texts have L = max_seq_len."""
         tokens: Any = self.tknz_fn(text) if self.use_tknz_fn else text
         return self.encode_tokens(tokens)
-
-    def encode(self, text: str | Sequence[str] | Tensor) -> Tensor:
-        """Encode texts by calling the module."""
-        return self(text)
 
     def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
         """Encode ids (B, L) to (B, L, n_embed). ValueError for any clip_skip but 1: this is not a CLIP."""
@@ -438,7 +418,3 @@ class SpatialRescaler(AbstractEncoder):
         for _ in range(self.n_stages):
             x = self.interpolator(x, scale_factor=self.multiplier)
         return x if self.channel_mapper is None else self.channel_mapper(x)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Resize and project by calling the module."""
-        return self(x)

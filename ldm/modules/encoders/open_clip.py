@@ -256,10 +256,6 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder):
         """
         return self.encode_with_transformer(token_ids(self.tokenizer, text, self.max_length).to(self.device))
 
-    def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Encode prompts by calling the module."""
-        return self(text)
-
     def encode_tokens(self, tokens: Tensor, clip_skip: int = 1) -> Tensor:
         """Encode token ids (B, L) to (B, L, D).
 
