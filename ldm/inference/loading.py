@@ -25,8 +25,8 @@ from ldm.models.model_info import ModelInfo, SamplingDefaults
 from ldm.util import public_path, warn_about_other_distributions
 
 if TYPE_CHECKING:
+    from ldm.models.autoencoder import FirstStage
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.models.first_stage import FirstStage
 
 logger = logging.getLogger(__name__)
 

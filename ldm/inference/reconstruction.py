@@ -11,13 +11,12 @@ from ldm.checkpoint import check_unchanged
 from ldm.images import image_to_tensor, tensor_to_images
 from ldm.inference.pipeline import check_finite
 from ldm.inference.tiling import padded, tiled
-from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.first_stage import psnr
+from ldm.models.autoencoder import AutoencoderKL, psnr
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.models.first_stage import FirstStage
+    from ldm.models.autoencoder import FirstStage
 
 
 TILE = 1024

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ldm.attach import Override, chain
 
 if TYPE_CHECKING:
+    from ldm.models.autoencoder import FirstStage
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.models.first_stage import FirstStage
 
 
 def tiled(

@@ -1,3 +1,0 @@
-"""Moved."""
-
-from ldm.models.autoencoder import FirstStage, psnr  # noqa: F401
