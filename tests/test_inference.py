@@ -218,7 +218,7 @@ def test_every_step_count_has_a_schedule(model, sampler, steps):
 
 
 def t_range(solver) -> tuple[float, float]:
-    return float(solver.steps.timesteps.min()), float(solver.steps.timesteps.max())
+    return float(solver.sampling_schedule.timesteps.min()), float(solver.sampling_schedule.timesteps.max())
 
 
 @pytest.mark.parametrize("part", ["model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_out.bias"])

@@ -156,7 +156,7 @@ class Pipeline:
             count = int(cond.strength * options.steps)
             if count == 0:
                 return cond.init
-            total = len(sampler.steps.until(count))
+            total = len(sampler.sampling_schedule.until(count))
             noised = sampler.stochastic_encode(cond.init, count, noise=noise(cond.init.shape, cond.init.device))
             return sampler.decode(
                 noised,
@@ -184,7 +184,7 @@ class Pipeline:
             x_T=cond.start,
             mask=cond.mask,
             x0=cond.init,
-            img_callback=on_step and (lambda x0, i: on_step(x0, i + 1, len(sampler.steps))),
+            img_callback=on_step and (lambda x0, i: on_step(x0, i + 1, len(sampler.sampling_schedule))),
             verbose=progress,
         )
         return latents

@@ -64,7 +64,9 @@ def run(name: str, steps: int, model: Gaussian, **options: object) -> tuple[torc
     sampler = make_sampler(model, name)
     x, _ = sampler.sample(steps, 3, SHAPE, x_T=start(), verbose=False, **options)
     assert x.dtype == torch.float64
-    return x, exact(start(), sampler.steps.alphas_cumprod[-1], sampler.steps.alphas_cumprod_prev[0])
+    return x, exact(
+        start(), sampler.sampling_schedule.alphas_cumprod[-1], sampler.sampling_schedule.alphas_cumprod_prev[0]
+    )
 
 
 def error(name: str, steps: int, alphas_cumprod: np.ndarray, kind: str = "eps", **options: object) -> float:
@@ -91,10 +93,10 @@ def error_going_on(name: str, steps: int, kind: str) -> float:
     """
     sampler = make_sampler(Gaussian(EVEN, kind), name)
     sampler.make_schedule(steps, "even")
-    first = float(sampler.steps.alphas_cumprod[-1])
+    first = float(sampler.sampling_schedule.alphas_cumprod[-1])
     x, memory = start(), []
-    state = None if name == "plms" else sampler._state(sampler.steps, None, None, Guidance())
-    for i, step in zip(range(steps - 2), sampler.steps.steps()):
+    state = None if name == "plms" else sampler._state(sampler.sampling_schedule, None, None, Guidance())
+    for i, step in zip(range(steps - 2), sampler.sampling_schedule.steps()):
         x = exact(start(), first, step.alpha_bar) if i < 4 else x
         if name == "plms":
             t, t_next = (batch_of(t, x) for t in (step.t, step.t_prev))

@@ -175,7 +175,10 @@ def test_cfg_pp_is_plain_guidance_with_scales_of_its_own(name, scale):
     """A step of CFG++ at lambda is one of plain guidance at lambda sigma / (sigma - sigma'), in DDIM without noise."""
     solver = make_sampler(Gaussians(), name)
     solver.make_schedule(12, verbose=False)
-    sigma, after = (np.sqrt((1 - a) / a) for a in (solver.steps.alphas_cumprod, solver.steps.alphas_cumprod_prev))
+    sigma, after = (
+        np.sqrt((1 - a) / a)
+        for a in (solver.sampling_schedule.alphas_cumprod, solver.sampling_schedule.alphas_cumprod_prev)
+    )
     scales = (scale * sigma / (sigma - after))[::-1].tolist()
     torch.testing.assert_close(drawn(name, Guidance(scale, cfg_pp=True)), drawn(name, Guidance(scales)))
 
@@ -304,7 +307,9 @@ def test_pag_with_and_without_a_condition(text_model):
                 eps = plain + 2.0 * (plain - model.apply_model(x, t, cond))
             if cond is not None:
                 eps = eps + 3.0 * (plain - model.apply_model(x, t, uncond))
-        a, a_prev = (float(y[0]) for y in (solver.steps.alphas_cumprod, solver.steps.alphas_cumprod_prev))
+        a, a_prev = (
+            float(y[0]) for y in (solver.sampling_schedule.alphas_cumprod, solver.sampling_schedule.alphas_cumprod_prev)
+        )
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         assert_agrees(ours, math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps, 1e-4)
 

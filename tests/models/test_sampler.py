@@ -76,7 +76,7 @@ def test_masks_keep_what_they_must(name, schedule):
     assert error[..., 8:].mean() > 2.0
     assert error[..., :8].mean() < (0.3 if name in LEGACY else 0.05)
     assert error[..., :8].max() < (1.0 if name in LEGACY else 0.2)
-    if sampler.steps.alphas_cumprod_prev[0] == 1 and name not in LEGACY:
+    if sampler.sampling_schedule.alphas_cumprod_prev[0] == 1 and name not in LEGACY:
         torch.testing.assert_close(x[..., :8], x0[..., :8])
     with pytest.raises(ValueError, match="mask needs x0"):
         sampler.sample(2, 2, SHAPE, mask=mask, verbose=False)
@@ -122,7 +122,7 @@ def test_inversion_returns(schedule, kind):
     """Up the schedule and down again, to discretisation error, whatever the model predicts."""
     sampler = DDIMSampler(Gaussian(V1, kind))
     sampler.make_schedule(100, schedule, verbose=False)
-    steps = len(sampler.steps)
+    steps = len(sampler.sampling_schedule)
     x0 = MEAN + STD * torch.randn(1, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     encoded, _ = sampler.encode(x0, None, steps, schedule_timesteps=True, verbose=False)
     back = sampler.decode(encoded, None, steps, verbose=False)
@@ -180,7 +180,7 @@ def test_image_to_image_lands_on_the_data(name, t):
     solver.make_schedule(50, verbose=False)
     x0 = torch.full((64, *SHAPE), 1.0)
     x = solver.decode(solver.stochastic_encode(x0, t), None, t, verbose=False)
-    a = float(solver.steps.alphas_cumprod[min(t, 49) if name in LEGACY else t - 1])
+    a = float(solver.sampling_schedule.alphas_cumprod[min(t, 49) if name in LEGACY else t - 1])
     # the exact flow of standard normal data leaves x as it is, and noise on the way its mean square
     if name in NOISY:
         assert x.square().mean() == pytest.approx(1, abs=0.15)
@@ -202,16 +202,16 @@ def test_image_to_image_starts_where_decode_does(name, schedule):
     solver = make_sampler(IdealForNoise(), name)
     solver.make_schedule(7, schedule, verbose=False)
     x0 = torch.ones(1, 1, 1, 1)
-    for t in range(1, len(solver.steps) + 1):
+    for t in range(1, len(solver.sampling_schedule) + 1):
         seen.clear()
         solver.decode(x0, None, t, guidance=Recorded(), verbose=False)
         signal = float(solver.stochastic_encode(x0, t, noise=torch.zeros(1)))
-        levels = [*solver.steps.alphas_cumprod, solver.steps.alphas_cumprod[-1]]
+        levels = [*solver.sampling_schedule.alphas_cumprod, solver.sampling_schedule.alphas_cumprod[-1]]
         assert seen[0] == levels[t - 1]
         assert signal**2 == pytest.approx(levels[t] if name in LEGACY else levels[t - 1], rel=1e-5)
     if name not in LEGACY:
         assert float(solver.stochastic_encode(x0, 0, noise=torch.zeros(1))) ** 2 == pytest.approx(
-            solver.steps.alphas_cumprod_prev[0]
+            solver.sampling_schedule.alphas_cumprod_prev[0]
         )
 
 
@@ -284,7 +284,7 @@ def test_schedules_need_no_float64_on_the_device(name):
     model.alphas_cumprod = WithoutFloat64(model.alphas_cumprod)
     solver = make_sampler(model, name)
     solver.make_schedule(10, verbose=False)
-    assert len(solver.steps) == 10
+    assert len(solver.sampling_schedule) == 10
 
 
 def test_the_network_is_asked_at_the_given_timestep(model, c):

@@ -26,7 +26,7 @@ def moments_off(name: str, eta: float, steps: int, kind: str) -> tuple[float, fl
     """How far mean and variance of a sampler's end, from an exact start, are from the exact ones."""
     sampler = make_sampler(Gaussian(EVEN, kind), name)
     sampler.make_schedule(steps, "even", ddim_eta=eta)
-    mean, variance = marginal(sampler.steps.alphas_cumprod[-1])
+    mean, variance = marginal(sampler.sampling_schedule.alphas_cumprod[-1])
     x = torch.full((steps + 2, 1, 1, 1), mean, dtype=torch.float64)
     x[1] += variance**0.5  # row 0 is the mean's own run, row 1 that of the start, row 2 + i that of draw i
     draws = iter(range(steps))
@@ -38,7 +38,7 @@ def moments_off(name: str, eta: float, steps: int, kind: str) -> tuple[float, fl
 
     options = {"x_T": x, "noise": noise, "eta": eta, "schedule": "even", "verbose": False}
     end = sampler.sample(steps, len(x), (1, 1, 1), **options)[0].flatten()
-    mean, variance = marginal(sampler.steps.alphas_cumprod_prev[0])
+    mean, variance = marginal(sampler.sampling_schedule.alphas_cumprod_prev[0])
     return float(end[0] - mean), float((end[1:] - end[0]).square().sum() - variance)
 
 
@@ -57,7 +57,7 @@ def test_samples_have_the_moments_of_the_data(name, eta):
     count, generator = 20_000, torch.Generator().manual_seed(3)
     sampler = make_sampler(Gaussian(EVEN), name)
     sampler.make_schedule(500, "even", ddim_eta=eta)
-    mean, variance = marginal(sampler.steps.alphas_cumprod[-1])
+    mean, variance = marginal(sampler.sampling_schedule.alphas_cumprod[-1])
     x = mean + variance**0.5 * torch.randn(1, 1, 1, count, dtype=torch.float64, generator=generator)
 
     def noise(shape, device):
@@ -65,7 +65,7 @@ def test_samples_have_the_moments_of_the_data(name, eta):
 
     options = {"x_T": x, "noise": noise, "eta": eta, "schedule": "even", "verbose": False}
     end = sampler.sample(500, 1, (1, 1, count), **options)[0]
-    mean, variance = marginal(sampler.steps.alphas_cumprod_prev[0])
+    mean, variance = marginal(sampler.sampling_schedule.alphas_cumprod_prev[0])
     assert abs(float(end.mean()) - mean) < 5 * (variance / count) ** 0.5
     assert abs(float(end.var()) / variance - 1) < 5 * (2 / count) ** 0.5
     standard = (end - end.mean()) / end.std()

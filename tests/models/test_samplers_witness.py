@@ -56,7 +56,7 @@ def ours(name: str, kind: str, steps: int, **options: Any) -> tuple[list[torch.T
     sampler = make_sampler(Curved(kind), name)
     noise = seeded(torch.float32 if name == "dpmpp_2m_sde" else torch.float64)
     _, kept = sampler.sample(steps, 2, SHAPE, x_T=start(), log_every_t=1, verbose=False, noise=noise, **options)
-    return kept["x_inter"][1:], sampler.steps
+    return kept["x_inter"][1:], sampler.sampling_schedule
 
 
 def assert_same_path(path: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> None:

@@ -67,7 +67,7 @@ class DDIMSampler(PublicSampler):
         ucg_schedule: Sequence[float] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Denoise latents of `shape` (B, C, H, W); timesteps: only the last so many. The rest is as in `sample`."""
-        x = self.noise(shape, self.model.device) if x_T is None else x_T
+        x = self._noise(shape, self.model.device) if x_T is None else x_T
         intermediates = Intermediates(x, callback, img_callback, log_every_t)
         for i, index, t in self._iterate(self._timesteps(ddim_use_original_steps, timesteps), x):
             x = self._blend(x, t, index, ddim_use_original_steps, mask, x0)

@@ -83,7 +83,7 @@ class PLMSSampler(PublicSampler):
         ucg_schedule: Sequence[float] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Denoise latents of `shape` (B, C, H, W); timesteps: only the last so many. The rest is as in `sample`."""
-        x = self.noise(shape, self.model.device) if x_T is None else x_T
+        x = self._noise(shape, self.model.device) if x_T is None else x_T
         intermediates = Intermediates(x, callback, img_callback, log_every_t)
         old_eps: list[Tensor] = []
         ascending = self._timesteps(ddim_use_original_steps, timesteps)

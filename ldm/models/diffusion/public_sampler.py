@@ -28,11 +28,10 @@ class PublicSampler(Sampler):
 
     default_schedule = "uniform"
     legacy_public = True
-    ignores_unknown_arguments = True
     # of the run in progress, beyond the public arguments; `guidance` without its scale
-    guidance = Guidance()
-    noise: NoiseSource = staticmethod(global_noise)
-    verbose = True
+    _guidance = Guidance()
+    _noise: NoiseSource = staticmethod(global_noise)
+    _verbose = True
     # registered by `make_schedule`
     ddim_timesteps: Any
     ddim_alphas: Any
@@ -96,7 +95,7 @@ class PublicSampler(Sampler):
         self._host_steps = self.ddim_alphas, Schedule(timesteps, alphas, alphas_prev, sigmas)
 
     @property
-    def steps(self) -> Schedule:  # type: ignore[override]  # an attribute of other samplers
+    def sampling_schedule(self) -> Schedule:  # type: ignore[override]  # an attribute of other samplers
         """The schedule on the host, read from the buffers again where they have been replaced."""
         alphas = self.ddim_alphas
         if self._host_steps is None or self._host_steps[0] is not alphas:
@@ -108,7 +107,7 @@ class PublicSampler(Sampler):
     def _schedule(self, use_original_steps: bool) -> Schedule:
         if not use_original_steps and not hasattr(self, "ddim_alphas"):
             raise ValueError("there is no schedule yet: call make_schedule or sample first")
-        return self._original_steps if use_original_steps else self.steps
+        return self._original_steps if use_original_steps else self.sampling_schedule
 
     # ---- parts of a run ----
 
@@ -124,7 +123,7 @@ class PublicSampler(Sampler):
         verbose: bool,
         **options: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        scales = guidance.over(len(self.steps)).scales
+        scales = guidance.over(len(self.sampling_schedule)).scales
         if len(scales) > 1:
             options["ucg_schedule"] = scales
         with self._run(guidance, noise, verbose):
@@ -146,12 +145,12 @@ class PublicSampler(Sampler):
     def _run(self, guidance: Guidance, noise: NoiseSource, verbose: bool) -> Iterator[None]:
         """Keep what the public arguments have no place for while a run lasts."""
         self._check_guidance(guidance)
-        before = self.guidance, self.noise, self.verbose
-        self.guidance, self.noise, self.verbose = guidance, noise, verbose
+        before = self._guidance, self._noise, self._verbose
+        self._guidance, self._noise, self._verbose = guidance, noise, verbose
         try:
             yield
         finally:
-            self.guidance, self.noise, self.verbose = before
+            self._guidance, self._noise, self._verbose = before
 
     def _timesteps(self, use_original_steps: bool, count: int | None = None) -> Sequence[float]:
         """The last `count` timesteps of the run, in ascending order."""
@@ -163,7 +162,7 @@ class PublicSampler(Sampler):
     def _iterate(self, timesteps: Sequence[float], x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """(i, index, t (B,)) of each step from the last timestep to the first."""
         total = len(timesteps)
-        for i in progress_bar(range(total), total, self.verbose):
+        for i in progress_bar(range(total), total, self._verbose):
             index = total - i - 1
             yield i, index, batch_of(timesteps[index], x)
 
@@ -175,8 +174,8 @@ class PublicSampler(Sampler):
             return x
         if t.is_floating_point() or not hasattr(self.model, "q_sample"):
             alpha_bar = float(self._schedule(original).alphas_cumprod[index])
-            return blend(mask, add_noise(x0, self.noise(x0.shape, x0.device).to(x0.dtype), alpha_bar), x)
-        given = {} if self.noise is global_noise else {"noise": self.noise(x0.shape, x0.device).to(x0.dtype)}
+            return blend(mask, add_noise(x0, self._noise(x0.shape, x0.device).to(x0.dtype), alpha_bar), x)
+        given = {} if self._noise is global_noise else {"noise": self._noise(x0.shape, x0.device).to(x0.dtype)}
         return blend(mask, self.model.q_sample(x0, t, **given), x)
 
     def _guided(
@@ -193,7 +192,7 @@ class PublicSampler(Sampler):
         """The guided and corrected output of the model for x at timesteps t."""
         if self._last is None or self._last.cond is not c or self._last.uncond is not uncond:
             self._last = self._conditional(c, uncond)
-        output, without = self.guidance(ModelOutputs(self._last, x, t, alpha_bar), scale)
+        output, without = self._guidance(ModelOutputs(self._last, x, t, alpha_bar), scale)
         correct = self._corrector(score_corrector, c, corrector_kwargs)
         return GuidedOutput(correct(output, x, t) if correct else output, without)
 
@@ -217,10 +216,10 @@ class PublicSampler(Sampler):
         noise_like: Callable[..., Tensor],
     ) -> Tensor:
         """What a step to x (B, ...) adds; drawn even where sigma is 0, as in the public code."""
-        if self.noise is global_noise:
+        if self._noise is global_noise:
             noise = noise_like(x.shape, x.device, repeat_noise)
         else:
-            noise = self.noise((1, *x.shape[1:]) if repeat_noise else x.shape, x.device).expand(x.shape)
+            noise = self._noise((1, *x.shape[1:]) if repeat_noise else x.shape, x.device).expand(x.shape)
         noise = sigma * temperature * noise.to(x.dtype)
         return F.dropout(noise, p=noise_dropout) if noise_dropout > 0.0 else noise
 

@@ -20,14 +20,7 @@ from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import Condition, ConditionalModel, Guidance, ModelOutputs, condition_batch_size
 from ldm.models.diffusion.noise import NoiseSource, global_noise
-from ldm.models.diffusion.schedules import (
-    NoiseLevels,
-    Schedule,
-    ScheduleChoice,
-    Step,
-    make_schedule,
-    original_schedule,
-)
+from ldm.models.diffusion.schedules import NoiseLevels, Schedule, ScheduleChoice, Step, make_schedule, original_schedule
 from ldm.modules.diffusionmodules.schedule import eps_and_x0, sqrt
 
 logger = logging.getLogger(__name__)
@@ -121,8 +114,7 @@ class Sampler:
     supports_eta = False  # whether the amount of noise can be chosen
     default_schedule: ScheduleChoice = "even"
     cfg_pp = False  # whether a step renoises with the eps of `predict`, as CFG++ needs
-    legacy_public = False  # whether masks and img2img follow the public DDIM and PLMS samplers
-    ignores_unknown_arguments = False  # as `sample` of the three public samplers does
+    legacy_public = False  # one of the public samplers, whose `sample` ignores unknown arguments
     sequential_guidance = False  # evaluate the two conditions one after the other, which takes less memory
     ddim_eta = 0.0
 
@@ -140,7 +132,7 @@ class Sampler:
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Prepare a schedule of `ddim_num_steps` steps, `self.steps`.
+        """Prepare a schedule of `ddim_num_steps` steps, `self.sampling_schedule`.
 
         Args:
             ddim_discretize: a name in `schedules.SCHEDULES` or a list of timesteps; None for the sampler's default.
@@ -149,7 +141,7 @@ class Sampler:
         self._check_eta(ddim_eta)
         choice = self.default_schedule if ddim_discretize is None else ddim_discretize
         self._reset_levels()
-        self.steps = make_schedule(choice, ddim_num_steps, self.levels.alphas_cumprod, ddim_eta)
+        self.sampling_schedule = make_schedule(choice, ddim_num_steps, self.levels.alphas_cumprod, ddim_eta)
         self.ddim_eta = ddim_eta
 
     def _check_eta(self, eta: float) -> None:
@@ -173,9 +165,9 @@ class Sampler:
     def _schedule(self, use_original_steps: bool) -> Schedule:
         if use_original_steps:
             return self._original_steps
-        if not hasattr(self, "steps"):
+        if not hasattr(self, "sampling_schedule"):
             raise ValueError("there is no schedule yet: call make_schedule or sample first")
-        return self.steps
+        return self.sampling_schedule
 
     # ---- the update rule ----
 
@@ -259,7 +251,7 @@ class Sampler:
         Returns:
             Latents (batch_size, C, H, W), and {"x_inter": [...], "pred_x0": [...]}.
         """
-        if kwargs and not self.ignores_unknown_arguments:
+        if kwargs and not self.legacy_public:
             raise TypeError(f"{type(self).__name__}.sample() got an unexpected keyword argument {next(iter(kwargs))!r}")
         size = condition_batch_size(conditioning)
         if size is not None and size != batch_size:
@@ -269,8 +261,8 @@ class Sampler:
         self._check_mask(mask, x0)
         chosen = {} if schedule is None else {"ddim_discretize": schedule}
         self.make_schedule(ddim_num_steps=S, **chosen, ddim_eta=eta, verbose=verbose)
-        if ucg_schedule is not None and len(ucg_schedule) != len(self.steps):
-            raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(self.steps)} steps")
+        if ucg_schedule is not None and len(ucg_schedule) != len(self.sampling_schedule):
+            raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(self.sampling_schedule)} steps")
         if guidance is None:
             guidance = Guidance(unconditional_guidance_scale if ucg_schedule is None else ucg_schedule)
         return self._sample(
@@ -311,8 +303,8 @@ class Sampler:
         verbose: bool,
         **options: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """`sample` along `self.steps`; `options`: other fields of `SamplerState`."""
-        state = self._state(self.steps, cond, uncond, guidance, noise=noise, **options)
+        """`sample` along `self.sampling_schedule`; `options`: other fields of `SamplerState`."""
+        state = self._state(self.sampling_schedule, cond, uncond, guidance, noise=noise, **options)
         state.quantize = self._quantize if quantize_denoised else None
         state.score_corrector = self._corrector(score_corrector, cond, corrector_kwargs)
         x = noise(shape, self.model.device) if x_T is None else x_T

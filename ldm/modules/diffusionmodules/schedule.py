@@ -19,11 +19,7 @@ MIN_ALPHA_BAR = 1e-20  # stands for 0 where a division by alpha_bar must stay fi
 
 
 def make_beta_schedule(
-    schedule: str,
-    n_timestep: int,
-    linear_start: float = 1e-4,
-    linear_end: float = 2e-2,
-    cosine_s: float = 8e-3,
+    schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
 ) -> np.ndarray:
     """Betas (n_timestep,) in float64 of a schedule by its public name.
 

@@ -20,7 +20,7 @@ class DPMSolverSampler(Sampler):
     """Second-order multi-step solver of the probability-flow ODE in terms of x0; deterministic."""
 
     cfg_pp = True
-    ignores_unknown_arguments = True
+    legacy_public = True
 
     def __init__(self, model: Any, device: Any = None, **kwargs: Any) -> None:
         super().__init__(model)
