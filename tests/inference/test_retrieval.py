@@ -172,7 +172,7 @@ def test_a_folders_pictures(tmp_path, caplog):
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
     for name in names:
         (folder / name).unlink()
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
+    with pytest.raises(ValueError, match="none of the 1 images"):
         inference.embed_folder(embedder, folder)
 
 
