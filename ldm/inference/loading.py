@@ -222,7 +222,7 @@ def _default_checkpoint() -> Path:
     bundled = public_path(BUNDLED_CKPT)
     if bundled is None:
         raise FileNotFoundError(f"there is neither {DEFAULT_CKPT} nor the bundled {BUNDLED_CKPT}: name a checkpoint")
-    logger.info("No --ckpt and no %s: using the small bundled model, which draws shapes at 64x64", DEFAULT_CKPT)
+    logger.info("No --ckpt and no %s: using the small bundled model, which generates shapes at 64x64", DEFAULT_CKPT)
     return bundled
 
 

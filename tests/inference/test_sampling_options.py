@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm import inference
-from ldm.inference import Conditioning, Pipeline, SamplingOptions
+from ldm.inference import Conditioning, Pipeline, SamplingOptions, pipeline
 from ldm.models.diffusion.guidance import CFG_PP_SCALE, Guidance
 from ldm.models.diffusion.noise import SeededNoise
-from ldm.models.diffusion.sampler import SAMPLERS, Sampler
+from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
 from ldm.models.diffusion.schedules import SCHEDULES
 from tests.inference.test_variations import unclip_config
 from tests.tiny import RETRIEVAL, super_resolution_config, tiny_config, upscaler_config, write_model, write_tiny
@@ -64,12 +64,26 @@ def runs(monkeypatch):
     """(kind of sampler, timesteps, guidance) of every run."""
     seen = []
 
-    def _run(self, schedule, cond, uncond, guidance, **options):
-        seen.append((type(self), schedule.timesteps.tolist(), guidance))
-        return inner(self, schedule, cond, uncond, guidance, **options)
+    def recording(model, name, **options):
+        sampler = make_sampler(model, name, **options)
+        sample, decode = sampler.sample, sampler.decode
 
-    inner = Sampler._run
-    monkeypatch.setattr(Sampler, "_run", _run)
+        def record(steps, guidance):
+            seen.append((type(sampler), [float(t) for t in steps.timesteps], guidance))
+
+        def recorded_sample(**given):
+            result = sample(**given)
+            record(sampler.steps, given["guidance"])
+            return result
+
+        def recorded_decode(noised, cond, count, **given):
+            record(sampler.steps.until(count), given["guidance"])
+            return decode(noised, cond, count, **given)
+
+        sampler.sample, sampler.decode = recorded_sample, recorded_decode
+        return sampler
+
+    monkeypatch.setattr(pipeline, "make_sampler", recording)
     return seen
 
 

@@ -50,7 +50,9 @@ def folder(tmp_path_factory) -> Path:
         (folder / name).mkdir()
         write_model(folder / name, config)
     Image.new("RGB", (32, 32), "red").save(folder / "photo.png")
-    Image.new("L", (32, 32), 255).save(folder / "mask.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    mask.save(folder / "mask.png")
     return folder
 
 
