@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.acceleration.onednn import PackedWeight, is_dense
+from ldm.acceleration.onednn import LINEAR, PackedWeight, is_dense
 from ldm.attach import Handle, Override
 from ldm.modules.attention import CrossAttention
 
@@ -81,6 +81,8 @@ class _CachedProjection(Override):
         tensors = (input, *self.module.parameters())
         return (
             below is None  # a foreign forward may compute something else every time
+            and type(self.module) is nn.Linear
+            and LINEAR.intact()
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not any(tensor.is_inference() for tensor in tensors)  # which may change unseen

@@ -56,6 +56,17 @@ class TimestepBlock(nn.Module):
         """Apply the module to x (B, C, ...) given the embedding (B, emb_channels)."""
 
 
+class Timestep(nn.Module):
+    """Sinusoidal embedding of timesteps."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, dim)
+        return timestep_embedding(t, self.dim)
+
+
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """Layers in a row; each is given the embedding or the context if it takes one."""
 
@@ -311,7 +322,7 @@ class _TimestepNetwork(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the blocks' inputs: that of their weights, unless it has been set."""
-        return self._dtype or next(self.input_blocks.parameters()).dtype
+        return self._dtype or _dtype_of(self.input_blocks)
 
     @dtype.setter
     def dtype(self, dtype: torch.dtype) -> None:
@@ -332,7 +343,12 @@ class _TimestepNetwork(nn.Module):
     def _embed_timesteps(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps (B,): (B, 4 model_channels)."""
         emb = timestep_embedding(timesteps, self.model_channels)
-        return self.time_embed(emb.to(next(self.time_embed.parameters()).dtype))
+        return self.time_embed(emb.to(_dtype_of(self.time_embed)))
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's weights; float32 where they are no parameters, as in dynamically quantized layers."""
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
 
 class UNetModel(_TimestepNetwork):
@@ -557,7 +573,7 @@ class UNetModel(_TimestepNetwork):
 
     def _predict(self, h: Tensor) -> Tensor:
         out = self.id_predictor if self.predict_codebook_ids else self.out
-        return out(h.to(next(out.parameters()).dtype))
+        return out(h.to(_dtype_of(out)))
 
     @staticmethod
     def fit(h: Tensor, skip: Tensor) -> Tensor:

@@ -75,6 +75,10 @@ class AbstractLowScaleModel(nn.Module):
         """A condition (B, ...) as the network is to see it, and its noise level (B,), 0 for none."""
         raise NotImplementedError
 
+    def decode(self, x: Tensor) -> Tensor:
+        """Return a condition as it is."""
+        return x
+
 
 class SimpleImageConcat(AbstractLowScaleModel):
     """A condition as it is."""
