@@ -155,9 +155,9 @@ class PublicSampler(Sampler):
     def _timesteps(self, use_original_steps: bool, count: int | None = None) -> Sequence[float]:
         """The last `count` timesteps of the run, in ascending order."""
         if use_original_steps:
-            return np.arange(self.ddpm_num_timesteps)[:count].tolist()
+            return list(range(self.ddpm_num_timesteps))[:count]
         self._schedule(False)
-        return np.asarray(self.ddim_timesteps)[:count].tolist()
+        return list(np.asarray(self.ddim_timesteps)[:count].tolist())
 
     def _iterate(self, timesteps: Sequence[float], x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """(i, index, t (B,)) of each step from the last timestep to the first."""
@@ -241,4 +241,5 @@ class PublicSampler(Sampler):
 
 def ddim_update(pred_x0: Tensor, eps: Tensor, a_prev: Level, sigma: Level, noise: Tensor) -> Tensor:
     """x_{t-1} from x_0 and eps (Song et al. 2021, eq. 12); noise: of standard deviation sigma."""
-    return sqrt(a_prev) * pred_x0 + sqrt(1 - a_prev - sigma**2) * eps + noise
+    x_prev: Tensor = sqrt(a_prev) * pred_x0 + sqrt(1 - a_prev - sigma**2) * eps + noise
+    return x_prev
