@@ -150,10 +150,13 @@ class Pipeline:
             progress: Show a progress bar.
         """
         offloaded = any(isinstance(handle, OffloadHook) for handle in getattr(self.model, "acceleration", ()))
-        sampler = make_sampler(self.denoiser, options.sampler or "", sequential_guidance=offloaded)
+        steps, name = options.steps, options.sampler
+        if steps is None or name is None:
+            raise ValueError("the steps and the sampler are not known yet: resolve the options first")
+        sampler = make_sampler(self.denoiser, name, sequential_guidance=offloaded)
         if cond.init is not None and (cond.mask is None or cond.strength < 1):
-            sampler.make_schedule(options.steps, options.schedule, ddim_eta=options.eta, verbose=False)
-            count = int(cond.strength * options.steps)
+            sampler.make_schedule(steps, options.schedule, ddim_eta=options.eta, verbose=False)
+            count = int(cond.strength * steps)
             if count == 0:
                 return cond.init
             total = len(sampler.sampling_schedule.until(count))
@@ -172,7 +175,7 @@ class Pipeline:
             )
         shape = cond.shape or (self.latent_shape(cond.batch_size, options) if cond.init is None else cond.init.shape)
         latents, _ = sampler.sample(
-            S=options.steps,
+            S=steps,
             batch_size=shape[0],
             shape=shape[1:],
             conditioning=cond.cond,

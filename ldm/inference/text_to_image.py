@@ -53,7 +53,7 @@ def txt2img(
         ValueError: for options that do not exist, do not go together, or do not suit the model.
         ArithmeticError: if latents or images are not finite.
     """
-    given = {"noise": noise, "start_code": start_code, "on_step": on_step, "progress": progress}
+    given: dict[str, Any] = {"noise": noise, "start_code": start_code, "on_step": on_step, "progress": progress}
     return Pipeline(model)(prompts, options, **given, **overrides)
 
 

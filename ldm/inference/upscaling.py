@@ -145,7 +145,8 @@ class TiledModel:
 
         def predict(part: Tensor) -> Tensor:
             tile_cond = {**cond, "c_concat": [part[:, channels:]]}
-            return self._model.apply_model(part[:, :channels], t, tile_cond)
+            prediction: Tensor = self._model.apply_model(part[:, :channels], t, tile_cond)
+            return prediction
 
         return tiled(predict, torch.cat([x, *cond["c_concat"]], dim=1), self._tile, multiple=MULTIPLE)
 
