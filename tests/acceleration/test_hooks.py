@@ -66,7 +66,7 @@ def everywhere(monkeypatch):
 
 
 def scaled(output: Any) -> Any:
-    return output * 1.5 if isinstance(output, Tensor) else output
+    return output * 1.5 if isinstance(output, Tensor) and output.is_floating_point() else output
 
 
 def forward_hook(part: nn.Module, parent: nn.Module, name: str) -> Callable[[], object]:
@@ -74,7 +74,7 @@ def forward_hook(part: nn.Module, parent: nn.Module, name: str) -> Callable[[], 
 
 
 def forward_pre_hook(part: nn.Module, parent: nn.Module, name: str) -> Callable[[], object]:
-    return part.register_forward_pre_hook(lambda module, args: (scaled(args[0]), *args[1:])).remove
+    return part.register_forward_pre_hook(lambda module, args: tuple(map(scaled, args))).remove
 
 
 def instance_forward(part: nn.Module, parent: nn.Module, name: str) -> Callable[[], object]:
