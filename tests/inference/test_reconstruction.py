@@ -89,7 +89,7 @@ def test_tiles_too_small(tmp_path):
 
 
 def test_a_picture_that_is_not_finite():
-    with pytest.raises(ArithmeticError, match="the picture came out as NaN"):
+    with pytest.raises(ArithmeticError, match="the image came out as NaN"):
         stage = Dimmed()
         stage.by = math.nan
         reconstruct(stage, picture(16, 16))

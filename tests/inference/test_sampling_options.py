@@ -73,11 +73,11 @@ def runs(monkeypatch):
 
         def recorded_sample(**given):
             result = sample(**given)
-            record(sampler.steps, given["guidance"])
+            record(sampler.sampling_schedule, given["guidance"])
             return result
 
         def recorded_decode(noised, cond, count, **given):
-            record(sampler.steps.until(count), given["guidance"])
+            record(sampler.sampling_schedule.until(count), given["guidance"])
             return decode(noised, cond, count, **given)
 
         sampler.sample, sampler.decode = recorded_sample, recorded_decode
