@@ -46,7 +46,7 @@ class Override:
     state: tuple[str, ...] = ()
 
     def __init__(self, module: nn.Module, attribute: str = "forward") -> None:
-        self._module = weakref.ref(module)  # no cycle: a model is freed as soon as it is dropped
+        self._module: Callable[[], Any] = weakref.ref(module)  # no cycle: a model is freed as soon as it is dropped
         self.attribute = attribute
         self.previous: Callable[..., Any] | None = None  # None: the method of the class
         self._thread: int | None = threading.get_ident()
@@ -60,7 +60,7 @@ class Override:
         return not self.own_thread or self._thread == threading.get_ident()
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:  # an nn.Module
         """The module that this is attached to."""
         module = self._module()
         if module is None:

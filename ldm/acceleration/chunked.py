@@ -8,6 +8,7 @@ what lies between can stay in the processor's cache. Results are those of comple
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class ChunkedOutput(Override):
 
 
 def convolve(
-    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: tuple[Tensor, nn.Module | None] | None = None
+    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: tuple[Tensor, Any] | None = None
 ) -> Tensor:
     """Compute conv(SiLU(norm(x))) + shortcut(y) of untouched layers, in chunks where x is large.
 
@@ -101,7 +102,7 @@ def _convolve_chunks(
     norm: nn.GroupNorm,
     conv: nn.Conv2d,
     kernel: PackedConv2d,
-    residual: tuple[Tensor, nn.Module | None] | None,
+    residual: tuple[Tensor, Any] | None,
 ) -> Tensor:
     height, width = x.shape[2:]
     x = x.contiguous(memory_format=torch.channels_last)

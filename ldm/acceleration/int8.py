@@ -134,9 +134,9 @@ def _has_quantize_per_tensor() -> bool:
     return True
 
 
-def _is_foreign(previous: object, kind: type[Override]) -> bool:
+def _is_foreign(previous: Any, kind: type[Override]) -> bool:
     """Whether something other than the exact kernel lies below an int8 override, and must not be bypassed."""
-    return previous is not None and (type(previous) is not kind or previous.previous is not None)  # type: ignore
+    return previous is not None and (type(previous) is not kind or previous.previous is not None)
 
 
 class Int8Linear(Packed):
@@ -147,12 +147,12 @@ class Int8Linear(Packed):
     def __call__(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         """Multiply in int8, or by what lies below."""
         layer = self._module()
-        weight = layer._parameters.get("weight")  # type: ignore[union-attr]
+        weight: Any = layer._parameters.get("weight")
         if (
             type(layer) is not nn.Linear
             or input.numel() < FEW * layer.in_features
             or not usable(input, weight)
-            or not is_dense(weight)  # type: ignore[arg-type]
+            or not is_dense(weight)
             or not LINEAR.intact()
             or _is_foreign(self.previous, PackedLinear)
         ):
@@ -170,7 +170,7 @@ class Int8GEGLU(FusedGEGLU):
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
         """Compute the gated halves in int8, or by what lies below."""
-        proj = self._module()._modules.get("proj")  # type: ignore[union-attr]
+        proj = self._module()._modules.get("proj")
         top = None if proj is None else proj.__dict__.get("forward")
         if (
             type(top) is not Int8Linear

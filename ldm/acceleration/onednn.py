@@ -44,15 +44,15 @@ def has_kernels() -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in KERNELS)
 
 
-def usable(x: Tensor, weight: Tensor | None) -> bool:
+def usable(x: Tensor, weight: Any) -> bool:
     """Return whether a packed kernel may compute x (B, ...) times `weight`: float32 on a CPU, without gradients."""
     return (
         type(x) in _PLAIN_TENSORS
         and type(weight) in _PLAIN_TENSORS
         and x.dtype is torch.float32
-        and weight.dtype is torch.float32  # type: ignore[union-attr]  # no None, by its type
+        and weight.dtype is torch.float32
         and x.is_cpu
-        and weight.is_cpu  # type: ignore[union-attr]
+        and weight.is_cpu
         and not torch.is_grad_enabled()
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
@@ -201,7 +201,7 @@ class PackedLinear(Packed):
     def __call__(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         """Multiply by the packed weight, or take the plain path."""
         layer = self._module()
-        weight = layer._parameters.get("weight")  # type: ignore[union-attr]
+        weight: Any = layer._parameters.get("weight")
         if (
             self.previous is not None
             or type(layer) is not nn.Linear
@@ -229,7 +229,7 @@ class PackedConv2d(Packed):
             return self.original(input)
         return like(self.convolve(conv, input, conv.padding), input)
 
-    def convolve(self, conv: nn.Conv2d, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    def convolve(self, conv: Any, x: Tensor, padding: tuple[int, ...]) -> Tensor:
         """Convolve x (B, C, H, W) where `can_convolve` allows it; the result is in channels-last order."""
         weight, options = conv._parameters["weight"], (conv.stride, conv.dilation, conv.groups)
         packed = self.packed
@@ -242,7 +242,7 @@ class PackedConv2d(Packed):
         return torch.ops.mkldnn._convolution_pointwise(x, packed.value, bias, padding, *options, *PLAIN)
 
 
-def can_convolve(conv: nn.Module | None, x: Tensor) -> bool:
+def can_convolve(conv: Any, x: Tensor) -> bool:
     """Return whether a packed kernel may compute conv(x)."""
     return (
         type(conv) is nn.Conv2d
@@ -250,7 +250,7 @@ def can_convolve(conv: nn.Module | None, x: Tensor) -> bool:
         and x.ndim == 4
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and is_dense(weight)  # type: ignore[arg-type]  # no None, as usable
+        and is_dense(weight)
         and CONV2D.intact()
     )
 
@@ -260,7 +260,7 @@ def like(out: Tensor, x: Tensor) -> Tensor:
     return out if x.stride(1) == 1 else out.contiguous()
 
 
-def packed_conv(conv: nn.Module | None, x: Tensor, settings: tuple[Any, ...] | None = None) -> PackedConv2d | None:
+def packed_conv(conv: Any, x: Tensor, settings: tuple[Any, ...] | None = None) -> PackedConv2d | None:
     """The kernel that a fused layer may use in place of conv(x) with these settings; None if it has to call `conv`."""
     kernel = None if conv is None else conv.__dict__.get("forward")
     if type(kernel) is not PackedConv2d or kernel.previous is not None or has_hooks(conv) or not can_convolve(conv, x):
@@ -277,7 +277,7 @@ class FusedGEGLU(Packed):
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
         """Compute the gated halves, or take the plain path."""
-        proj = self._module()._modules.get("proj")  # type: ignore[union-attr]
+        proj = self._module()._modules.get("proj")
         top = None if proj is None else proj.__dict__.get("forward")
         if type(top) is not PackedLinear or top.previous is not None or not self.allowed(x, proj):
             return self.original(x)
@@ -291,17 +291,17 @@ class FusedGEGLU(Packed):
         product = torch.ops.mkldnn._linear_pointwise
         return product(x, value, b, *PLAIN).mul_(product(x, gate, c, *GELU))
 
-    def allowed(self, x: Tensor, proj: nn.Module) -> bool:
+    def allowed(self, x: Tensor, proj: Any) -> bool:
         """Return whether a fused kernel may compute the layer of x, without calling `proj`."""
-        weight = proj._parameters.get("weight")
+        weight: Any = proj._parameters.get("weight")
         return (
             type(self._module()) is GEGLU
             and type(proj) is nn.Linear
             and not has_hooks(proj)
             and usable(x, weight)
             and x.ndim >= 2
-            and weight.shape[0] % 2 == 0  # type: ignore[union-attr]  # no None, as usable
-            and is_dense(weight)  # type: ignore[arg-type]
+            and weight.shape[0] % 2 == 0
+            and is_dense(weight)
             and self.originals.intact()
         )
 

@@ -32,7 +32,7 @@ def merge_tokens(network: nn.Module, ratio: float) -> Handle:
         raise ValueError(f"the ratio of tokens to merge must be from 0 to {MAX_RATIO}, not {ratio}")
     overrides: list[Override] = []
     for transformer in outermost_transformers(network):
-        blocks = [block for block in transformer.transformer_blocks if not block.disable_self_attn]
+        blocks: list[Any] = [block for block in transformer.transformer_blocks if not block.disable_self_attn]
         size = _MapSize(transformer)
         overrides += [size, *(_MergedAttention(block.attn1, size, ratio) for block in blocks)] if blocks else []
     if not overrides:
@@ -40,7 +40,7 @@ def merge_tokens(network: nn.Module, ratio: float) -> Handle:
     return Handle("token merging", [override.attach() for override in overrides])
 
 
-def outermost_transformers(network: nn.Module) -> list[SpatialTransformer]:
+def outermost_transformers(network: Any) -> list[SpatialTransformer]:
     """Return the transformers at the largest of the sizes that have any; none for what is no UNet."""
     if not all(hasattr(network, name) for name in ("input_blocks", "output_blocks")):
         return []

@@ -111,7 +111,7 @@ class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
     def forward(
         self, x: Tensor, noise_level: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, ...) noised, and the level (B,) int64; what is not given, level or noise, is drawn in this order."""
+        """x (B, ...) noised, and the level (B,) int64; what is not given, level or noise, is random, in this order."""
         if noise_level is None:
             noise_level = torch.randint(0, self.max_noise_level, (x.shape[0],), device=x.device)
         return self.q_sample(x, noise_level, noise), noise_level
