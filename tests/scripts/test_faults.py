@@ -64,7 +64,7 @@ def test_a_full_disk_keeps_what_was_drawn(ckpt, tmp_path, monkeypatch, capsys, r
     error = capsys.readouterr().err.splitlines()[-1]
     place = tmp_path / "out/samples"
     assert error == (
-        f"error: cannot write to {place} (No space left on device), where 2 images of this run are: make room there, "
+        f"error: cannot write to {place} (No space left on device), where 2 images of this run are: free some space, "
         "or choose another --outdir"
     )
     assert contents(place) == ["00000.png", "00001.png"]
@@ -105,7 +105,7 @@ def test_a_grid_without_pictures_that_were_taken_away(ckpt, tmp_path, monkeypatc
 
     monkeypatch.setattr(cli.SampleWriter, "_finish", taken_away)
     assert cli.run(txt2img.main, draw) == 0
-    assert "00001.png: the grid is made without it" in capsys.readouterr().err
+    assert "00001.png: left out of the grid" in capsys.readouterr().err
     assert Image.open(tmp_path / "out/grid-0000.png").size[1] == 2 * 34 + 2
 
 
