@@ -123,6 +123,15 @@ def test_unet(file, name):
     assert_agrees(model(x, t, context=context), out, BAR)
 
 
+@pytest.mark.parametrize("size", [(11, 13), (9, 16), (1, 3)])
+def test_sizes_that_do_not_halve_evenly(ours, theirs, inputs, size):
+    """The originals take only multiples; diffusers, like us, upsamples to the size of the skip before it convolves."""
+    x, t, context = tensor("x odd", 2, 4, *size), torch.tensor([5, 700]), inputs.cond
+    with torch.no_grad():
+        expected = theirs.unet(x, t, context).sample
+        assert_agrees(ours.model.diffusion_model(x, t, context=context), expected, BAR)
+
+
 @torch.no_grad()
 def test_first_stage(ours, theirs):
     image, z = tensor("image", 1, 3, 64, 96).clamp(-1, 1), tensor("z", 1, 4, 8, 12)

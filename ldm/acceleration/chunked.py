@@ -72,9 +72,7 @@ class ChunkedOutput(Override):
         return convolve(h, network.norm_out, network.conv_out)
 
 
-def convolve(
-    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: tuple[Tensor, Any] | None = None
-) -> Tensor:
+def convolve(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: tuple[Tensor, Any] | None = None) -> Tensor:
     """Compute conv(SiLU(norm(x))) + shortcut(y) of untouched layers, in chunks where x is large.
 
     Args:

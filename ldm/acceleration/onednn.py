@@ -350,8 +350,10 @@ class FusedUpsample(Packed):
         kind: Originals((kind, "forward"), (F, "interpolate")) for kind in (first_stage.Upsample, openaimodel.Upsample)
     }
 
-    def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', 2H, 2W)
+    def __call__(self, x: Tensor, *size: Any) -> Tensor:  # (B, C, H, W) -> (B, C', 2H, 2W)
         """Upsample and convolve at once, or take the plain path."""
+        if size:
+            return self.original(x, *size)
         layer = self._module()
         conv = layer._modules.get("conv")
         originals = self.originals.get(type(layer))

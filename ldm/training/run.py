@@ -225,7 +225,10 @@ def _checkpoints(settings: Settings, model: pl.LightningModule, folder: Path) ->
     sections = {"lightning.modelcheckpoint": (defaults, settings.lightning.get("modelcheckpoint"))}
     callbacks = settings.lightning.get("callbacks") or {}
     if TRAINSTEP in callbacks:
-        steps: dict[str, Any] = {"dirpath": folder / "checkpoints" / "trainstep_checkpoints", "filename": "{epoch:06}-{step:09}"}
+        steps: dict[str, Any] = {
+            "dirpath": folder / "checkpoints" / "trainstep_checkpoints",
+            "filename": "{epoch:06}-{step:09}",
+        }
         steps |= {"save_top_k": -1, "every_n_train_steps": 10000, "save_weights_only": True, "save_last": False}
         sections[f"lightning.callbacks.{TRAINSTEP}"] = (steps, callbacks[TRAINSTEP])
     result = []

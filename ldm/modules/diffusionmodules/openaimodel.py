@@ -71,14 +71,19 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """Layers in a row; each is given the embedding or the context if it takes one."""
 
     def forward(  # type: ignore[override]  # nn.Sequential's takes x alone
-        self, x: Tensor, emb: Tensor, context: Tensor | None = None
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: Sequence[int] | None = None
     ) -> Tensor:
-        """Map x (B, C, H, W), given emb (B, emb_channels) and context (B, M, D), to (B, C', H', W')."""
+        """Map x (B, C, H, W), given emb (B, emb_channels) and context (B, M, D), to (B, C', H', W').
+
+        size: what to upsample to, where that is not twice the size.
+        """
         for layer in self:
             if isinstance(layer, TimestepBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
+            elif size is not None and isinstance(layer, Upsample):
+                x = layer(x, size)
             else:
                 x = layer(x)
         return x
@@ -98,9 +103,13 @@ class Upsample(nn.Module):
         if use_conv:
             self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', 2H, 2W)
-        factors = (1.0, 2.0, 2.0) if self.dims == 3 else 2.0
-        x = F.interpolate(x, scale_factor=factors, mode="nearest")
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:  # (B, C, H, W) -> (B, C', 2H, 2W)
+        """Upsample to `size`, by default twice the size."""
+        if size is None:
+            factors = (1.0, 2.0, 2.0) if self.dims == 3 else 2.0
+            x = F.interpolate(x, scale_factor=factors, mode="nearest")
+        else:
+            x = F.interpolate(x, size=size, mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 
@@ -553,7 +562,10 @@ class UNetModel(_TimestepNetwork):
         h = self.middle_block(h, emb, context)
         for module in self.output_blocks:
             h = torch.cat([self.fit(h, hs[-1]), hs.pop()], dim=1)
-            h = module(h, emb, context)
+            if hs and _is_uneven(module, h, hs[-1]):
+                h = module(h, emb, context, hs[-1].shape[2:])
+            else:
+                h = module(h, emb, context)
         return self._predict(h).to(x.dtype)
 
     def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
@@ -577,8 +589,15 @@ class UNetModel(_TimestepNetwork):
 
     @staticmethod
     def fit(h: Tensor, skip: Tensor) -> Tensor:
-        """Fit a map to the size of a skip whose sides did not halve evenly."""
+        """Fit a map to the size of a skip whose sides did not halve evenly, where a residual block upsampled it."""
         return h if h.shape[2:] == skip.shape[2:] else F.interpolate(h, size=skip.shape[2:], mode="nearest")
+
+
+def _is_uneven(module: nn.Module, h: Tensor, skip: Tensor) -> bool:
+    """Whether `module` is to upsample a map to less than twice its size, that of `skip`; the originals cannot."""
+    if not isinstance(module, TimestepEmbedSequential) or not any(isinstance(layer, Upsample) for layer in module):
+        return False
+    return any(side != 2 * length for side, length in zip(skip.shape[2:][-2:], h.shape[2:][-2:]))
 
 
 class EncoderUNetModel(_TimestepNetwork):
