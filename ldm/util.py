@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import logging
@@ -292,3 +293,25 @@ def parallel_data_prefetch(
     with workers:
         results = [job.result() for job in [workers.submit(func, part, **extra) for part, extra in zip(parts, extras)]]
     return np.concatenate(results) if target_data_type == "ndarray" else [entry for part in results for entry in part]
+
+
+FOREIGN_NAMES = {  # names of options in other projects
+    "num_inference_steps": "steps",
+    "guidance_scale": "scale",
+    "cfg_scale": "scale",
+    "cfg": "scale",
+    "sampler_name": "sampler",
+    "scheduler": "sampler",
+    "num_images_per_prompt": "n_samples",
+    "generator": "seed",
+    "W": "width",
+    "H": "height",
+}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str | None:
+    """The option that an unknown `name` probably means: its equivalent or a similar one in `known`."""
+    known = list(known)
+    if FOREIGN_NAMES.get(name) in known:
+        return FOREIGN_NAMES[name]
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)

@@ -150,13 +150,13 @@ def test_models_name_their_own_sampling(ckpt, tmp_path):
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("dpm_solver", 0.0)])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_advance_uses_the_same_random_numbers(model, sampler, eta, fixed):
+def test_skip_noise_uses_the_same_random_numbers(model, sampler, eta, fixed):
     options = {"steps": 4, "sampler": sampler, "eta": eta, "height": 16, "width": 48}
     start = torch.zeros(2, 4, 8, 24) if fixed else None
     used, skipped = SeededNoise(5), SeededNoise(5)
     txt2img(model, PROMPTS, **options, noise=used, start_code=start, progress=False)
     pipe = inference.Pipeline(model)
-    pipe.advance(inference.Conditioning(None, shape=(2, 4, 8, 24), start=start), pipe.resolve(**options), skipped)
+    pipe.skip_noise(inference.Conditioning(None, shape=(2, 4, 8, 24), start=start), pipe.resolve(**options), skipped)
     assert torch.equal(used((4,), "cpu"), skipped((4,), "cpu"))
 
 

@@ -3,7 +3,7 @@
 Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
-from ldm.cli.image_run import ImageRun, Progress, RunBatch, model_name
+from ldm.cli.image_run import ImageRun, Progress, SamplingJob, model_name
 from ldm.cli.manifest import descriptions
 from ldm.cli.models import (
     add_conditions,
@@ -56,9 +56,9 @@ __all__ = [
     "Interrupted",
     "NamedWriter",
     "Progress",
-    "RunBatch",
     "RunWriter",
     "SampleWriter",
+    "SamplingJob",
     "acceleration_options",
     "add_amount",
     "add_clip",

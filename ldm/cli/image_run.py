@@ -28,7 +28,7 @@ PREVIEW = "preview.png"
 
 
 @dataclass(frozen=True)
-class RunBatch:
+class SamplingJob:
     """A batch to sample: its prompts, options, noise, and the metadata of each image."""
 
     prompts: list[str]
@@ -83,10 +83,10 @@ class ImageRun(SampleWriter):
         self.progress.close()
         super().__exit__(kind, error, trace)
 
-    def __iter__(self) -> Iterator[RunBatch]:
+    def __iter__(self) -> Iterator[SamplingJob]:
         return self.batches()
 
-    def batches(self, init: Tensor | None = None, strength: float = 1.0, **determines: Any) -> Iterator[RunBatch]:
+    def batches(self, init: Tensor | None = None, strength: float = 1.0, **determines: Any) -> Iterator[SamplingJob]:
         """The batches to sample.
 
         Args:
@@ -107,10 +107,10 @@ class ImageRun(SampleWriter):
                 if not options.per_image:
                     self._use_noise(count, options, noise, None if init is None else init[:count], strength)
             else:
-                yield RunBatch(batch.prompts, options, noise, image_settings(self.options, first, batch))
+                yield SamplingJob(batch.prompts, options, noise, image_settings(self.options, first, batch))
             first += count
 
-    def save(self, batch: RunBatch, images: Sequence[Image.Image]) -> None:
+    def save(self, batch: SamplingJob, images: Sequence[Image.Image]) -> None:
         """Write the images of a batch."""
         self.write(images, batch.prompts, batch.settings)
 
@@ -139,7 +139,7 @@ class ImageRun(SampleWriter):
         from ldm.inference import Conditioning
 
         shape = self.pipe.latent_shape(count, options) if init is None else None
-        self.pipe.advance(Conditioning(None, shape=shape, init=init, strength=strength), options, noise)
+        self.pipe.skip_noise(Conditioning(None, shape=shape, init=init, strength=strength), options, noise)
 
 
 class StartNoise:

@@ -12,14 +12,12 @@ from torch import Tensor
 from ldm.models.diffusion.batches import CLASS_KEYS, TEXT_KEYS
 from ldm.models.diffusion.guidance import Condition, condition_batch_size
 from ldm.modules.encoders.modules import BERTEmbedder, SpatialRescaler
-from ldm.modules.encoders.prompting import PromptOptions, encode_prompts
+from ldm.modules.encoders.prompting import DEFAULT_PROMPT_OPTIONS, PromptOptions, encode_prompts
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_PROMPT_OPTIONS = PromptOptions()
 
 
 class Task(NamedTuple):
@@ -123,7 +121,7 @@ class Conditioning:
     def with_parts(
         self, c_concat: Tensor | None = None, c_adm: Tensor | None = None, uncond_adm: Tensor | None = None
     ) -> Conditioning:
-        """Put further inputs of a hybrid network beside the context; all but `uncond_adm` serve both conditions."""
+        """Add c_concat and c_adm. They apply to cond and uncond alike, unless uncond_adm is given."""
         without = c_adm if uncond_adm is None else uncond_adm
         uncond = None if self.uncond is None else _hybrid(self.uncond, c_concat, without)
         return replace(self, cond=_hybrid(self.cond, c_concat, c_adm), uncond=uncond)

@@ -15,7 +15,14 @@ from torch import Tensor
 from ldm.images import blend, check_mask, feathered, fit_mask, image_to_tensor
 from ldm.inference.conditioning import MASK, TEXT, TEXT_AND_MASK, Conditioning, require, task_of
 from ldm.inference.options import SamplingOptions
-from ldm.inference.pipeline import OnStep, Pipeline, check_strength, first_stage_dtype, fit
+from ldm.inference.pipeline import (
+    SIZE_MULTIPLE,
+    OnStep,
+    Pipeline,
+    check_strength,
+    first_stage_dtype,
+    resize_to_multiple,
+)
 from ldm.inference.tiling import padded
 from ldm.models.diffusion.noise import NoiseSource
 
@@ -73,13 +80,13 @@ def inpaint(
     noise = noise or options.noise(len(prompts))
 
     resized = with_text or given.height is not None or given.width is not None
-    working = fit(model, image, given.height, given.width) if resized else image
+    working = resize_to_multiple(model, image, given.height, given.width) if resized else image
     hole = fit_mask(mask, working.height, working.width)
     if not hole.any():
         logger.warning("the mask has no white in it, so there is nothing to fill")
     pixels, covered = image_to_tensor(working), hole
     if not with_text:
-        multiple = math.lcm(32, model.first_stage_model.downsampling_factor)  # as `fit` resizes
+        multiple = math.lcm(SIZE_MULTIPLE, model.first_stage_model.downsampling_factor)
         pixels, covered = padded(pixels, multiple), padded(hole, multiple)
     with pipe.inference_mode(options):
         cond = _condition(pipe, pixels, covered, prompts, options, noise)

@@ -287,7 +287,7 @@ def _classify(output: Tensor, noise: Tensor) -> str:
 
 def _warn_about(predicted: str, configured: str, path: Path, config: str | Path) -> None:
     logger.warning(
-        "%s looks like a model of %s, or like one that is not trained, but %s says parameterization: %s; "
+        "%s seems to use %s-prediction (or is untrained), but %s says parameterization: %s; "
         "if the images are noise or flat colors, change that in a config of your own",
         *(path, predicted, config, configured),
     )

@@ -19,6 +19,7 @@ from ldm.models.diffusion.noise import (
 )
 from ldm.models.model_info import ModelInfo, SamplingDefaults
 from ldm.modules.encoders.prompting import PromptOptions
+from ldm.util import suggestion
 
 SEED_MODES = ("batch", "image")
 NOISE_DEVICES = ("model", "cpu")
@@ -130,7 +131,7 @@ class SamplingOptions(SeedOptions):
         eta: Noise of each DDIM step (0: none, 1: as much as DDPM). Above 0 selects DDIM.
         scale: Guidance scale, 1 for no guidance; several are interpolated over the steps.
         terms: Strengths of further guidance terms, such as {"rescale": 0.7}.
-        interval: (low, high): apply guidance only while low <= sigma <= high.
+        interval: (low, high): apply guidance only while low < sigma <= high.
         cfg_pp: Use CFG++.
         negative_prompt: What images should not show: one for all, or one per prompt.
         emphasis, long_prompt, clip_skip: See `PromptOptions`.
@@ -160,18 +161,21 @@ class SamplingOptions(SeedOptions):
     def of(cls, options: SamplingOptions | None = None, **overrides: Any) -> SamplingOptions:
         """`options` with `overrides`, fields by name; None is no override.
 
-        `guidance`, a mapping with `terms`, `interval` and `cfg_pp`, and `prompt_options` stand for their fields.
+        `guidance`, a `Guidance` or a mapping with `terms`, `interval`, `cfg_pp` and `scale`, and `prompt_options` stand
+        for their fields; fields given by themselves win.
 
         Raises:
-            ValueError: for names that are not fields.
+            ValueError: for names that are not fields, and for a `guidance` of another type.
         """
-        overrides |= overrides.pop("guidance", None) or {}
-        if (prompt_options := overrides.pop("prompt_options", None)) is not None:
-            overrides |= vars(prompt_options)
+        guidance, prompt_options = overrides.pop("guidance", None), overrides.pop("prompt_options", None)
         known = [option.name for option in fields(cls)]
         if unknown := [name for name in overrides if name not in known]:
-            raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(known)}")
-        given = {name: value for name, value in overrides.items() if value is not None}
+            meant = suggestion(unknown[0], known)
+            hint = f", did you mean {meant!r}?" if meant else ";"
+            raise ValueError(f"unknown option {unknown[0]!r}{hint} the options are {', '.join(known)}")
+        given = {} if guidance is None else _guidance_fields(guidance)
+        given |= {} if prompt_options is None else vars(prompt_options)
+        given |= {name: value for name, value in overrides.items() if value is not None}
         if "terms" in given:
             given["terms"] = dict(given["terms"])
         return replace(options or cls(), **given)
@@ -216,6 +220,15 @@ class SamplingOptions(SeedOptions):
         optional = {"schedule": self.schedule, "guidance": terms, "guidance_interval": interval, "cfg_pp": self.cfg_pp}
         optional |= changed(self.prompt_options) | {"tiling": self.tiling} | changed(self.acceleration)
         return settings | {name: value for name, value in optional.items() if value}
+
+
+def _guidance_fields(guidance: Any) -> dict[str, Any]:
+    names = [option.name for option in fields(Guidance)]
+    if isinstance(guidance, Guidance):
+        return {name: value for name in names if (value := getattr(guidance, name)) is not None}
+    if not isinstance(guidance, Mapping) or not set(guidance) <= set(names):
+        raise ValueError(f"guidance must be a Guidance or a mapping with some of {', '.join(names)}, not {guidance!r}")
+    return {name: value for name, value in guidance.items() if value is not None}
 
 
 def changed(options: Any) -> dict[str, Any]:

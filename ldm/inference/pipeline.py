@@ -24,6 +24,7 @@ from ldm.inference.options import DEFAULT_STEPS, SamplingOptions
 from ldm.inference.tiling import seamless
 from ldm.models.diffusion.batches import image_sides
 from ldm.models.diffusion.noise import NoiseSource, global_noise
+from ldm.models.diffusion.sampler import MODEL_ATTRIBUTES, Sampler
 from ldm.models.diffusion.samplers import make_sampler
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
+
+SIZE_MULTIPLE = 32  # img2img floors the sides of images to multiples of this, as the public script does
 
 OnStep = Callable[[Tensor, int, int], None]  # (predicted x0, step from 1, number of steps)
 
@@ -52,7 +55,7 @@ class Pipeline:
 
     def __init__(self, model: LatentDiffusion) -> None:
         self.model = model
-        self.denoiser: Any = model  # what the sampler calls
+        self.sampling_model: Any = model  # what the sampler calls; upscaling puts a tiled model here
         with _LOCKS_LOCK:
             self.lock = _LOCKS.setdefault(model, threading.RLock())
 
@@ -102,8 +105,7 @@ class Pipeline:
 
     @contextlib.contextmanager
     def inference_mode(self, options: SamplingOptions) -> Iterator[None]:
-        """Hold the model's lock, and prepare it to sample one batch: without gradients, in its precision, with its
-        averaged weights, and with the acceleration of `options`."""
+        """Lock the model and set it up for one batch: no gradients, autocast, EMA weights, acceleration, tiling."""
         model, info = self.model, getattr(self.model, "info", None)
         network, dtype = model.model.diffusion_model, info.autocast_dtype if info else None
         with contextlib.ExitStack() as stack:
@@ -153,26 +155,22 @@ class Pipeline:
         steps, name = options.steps, options.sampler
         if steps is None or name is None:
             raise ValueError("the steps and the sampler are not known yet: resolve the options first")
-        sampler = make_sampler(self.denoiser, name, sequential_guidance=offloaded)
+        sampler = make_sampler(self.sampling_model, name, sequential_guidance=offloaded)
         if cond.init is not None and (cond.mask is None or cond.strength < 1):
-            sampler.make_schedule(steps, options.schedule, ddim_eta=options.eta, verbose=False)
-            count = int(cond.strength * steps)
-            if count == 0:
-                return cond.init
-            total = len(sampler.sampling_schedule.until(count))
-            noised = sampler.stochastic_encode(cond.init, count, noise=noise(cond.init.shape, cond.init.device))
-            return sampler.decode(
-                noised,
-                cond.cond,
-                count,
-                unconditional_conditioning=cond.uncond,
-                guidance=options.guidance,
-                noise=noise,
-                mask=cond.mask,
-                x0=None if cond.mask is None else cond.init,
-                img_callback=on_step and (lambda x0, i: on_step(x0, i + 1, total)),
-                verbose=progress,
-            )
+            return self._from_init(sampler, steps, cond, options, noise, on_step, progress)
+        return self._from_noise(sampler, steps, cond, options, noise, on_step, progress)
+
+    def _from_noise(
+        self,
+        sampler: Sampler,
+        steps: int,
+        cond: Conditioning,
+        options: SamplingOptions,
+        noise: NoiseSource,
+        on_step: OnStep | None,
+        progress: bool,
+    ) -> Tensor:
+        """Sample from noise, over the complete schedule."""
         shape = cond.shape or (self.latent_shape(cond.batch_size, options) if cond.init is None else cond.init.shape)
         latents, _ = sampler.sample(
             S=steps,
@@ -192,14 +190,45 @@ class Pipeline:
         )
         return latents
 
-    def advance(self, cond: Conditioning, options: SamplingOptions, noise: NoiseSource) -> None:
-        """Take from `noise` what `sample` would take, without calling the network.
+    @staticmethod
+    def _from_init(
+        sampler: Sampler,
+        steps: int,
+        cond: Conditioning,
+        options: SamplingOptions,
+        noise: NoiseSource,
+        on_step: OnStep | None,
+        progress: bool,
+    ) -> Tensor:
+        """Add noise of `cond.strength` to `cond.init`, and sample from there (SDEdit, Meng et al. 2022)."""
+        assert cond.init is not None
+        sampler.make_schedule(steps, options.schedule, ddim_eta=options.eta, verbose=False)
+        count = int(cond.strength * steps)
+        if count == 0:
+            return cond.init
+        total = len(sampler.sampling_schedule.until(count))
+        noised = sampler.stochastic_encode(cond.init, count, noise=noise(cond.init.shape, cond.init.device))
+        return sampler.decode(
+            noised,
+            cond.cond,
+            count,
+            unconditional_conditioning=cond.uncond,
+            guidance=options.guidance,
+            noise=noise,
+            mask=cond.mask,
+            x0=None if cond.mask is None else cond.init,
+            img_callback=on_step and (lambda x0, i: on_step(x0, i + 1, total)),
+            verbose=progress,
+        )
 
-        Processes that divide a run's batches among them pass over each other's batches so. What a sampler takes depends
-        neither on the network's outputs nor on guidance.
+    def skip_noise(self, cond: Conditioning, options: SamplingOptions, noise: NoiseSource) -> None:
+        """Advance the random generator as `sample` would, with a network that returns zeros.
+
+        Random numbers depend neither on the network's outputs nor on guidance, so processes that divide a run's batches
+        among them skip each other's batches this way.
         """
         idle = Pipeline(self.model)
-        idle.denoiser = _ZeroNetwork(self.model)
+        idle.sampling_model = _ZeroNetwork(self.model)
         unguided = replace(options, scale=1.0, terms={}, interval=None, cfg_pp=False)
         idle.sample(cond, unguided, noise, progress=False)
 
@@ -208,7 +237,7 @@ class Pipeline:
         check_finite(latents, "the latents")
         images: list[Image.Image] = []
         for latent in torch.split(latents.to(first_stage_dtype(self.model)), 1):
-            pixels = self.denoiser.decode_first_stage(latent).float()  # (1, 3, H, W)
+            pixels = self.sampling_model.decode_first_stage(latent).float()  # (1, 3, H, W)
             check_finite(pixels, "the image")
             images += tensor_to_images(pixels)
         return images
@@ -218,7 +247,7 @@ class Pipeline:
         self, image: Image.Image, batch: int, options: SamplingOptions, noise: NoiseSource = global_noise
     ) -> Tensor:
         """Latents (batch, C, h, w) of one image fitted to the options' size, each its own posterior sample."""
-        image = fit(self.model, image, options.height, options.width)
+        image = resize_to_multiple(self.model, image, options.height, options.width)
         logger.info("Image size: %dx%d", image.width, image.height)
         with self.lock, seamless(self.model, options.tiling):
             return self.encode_pixels(image_to_tensor(image), batch, noise)
@@ -239,7 +268,7 @@ class _ZeroNetwork:
     """The attributes of a model that samplers read, with a network that returns zeros."""
 
     def __init__(self, model: LatentDiffusion) -> None:
-        for name in ("alphas_cumprod", "num_timesteps", "parameterization", "device"):
+        for name in MODEL_ATTRIBUTES:
             setattr(self, name, getattr(model, name))
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -267,8 +296,10 @@ def resolve_size(model: LatentDiffusion, height: int | None = None, width: int |
     return size
 
 
-def fit(model: LatentDiffusion, image: Image.Image, height: int | None = None, width: int | None = None) -> Image.Image:
-    """Resize `image` to the given size, or to its own, floored to a multiple of 32.
+def resize_to_multiple(
+    model: LatentDiffusion, image: Image.Image, height: int | None = None, width: int | None = None
+) -> Image.Image:
+    """Resize `image` to the given size, or to its own floored to a multiple of `SIZE_MULTIPLE`.
 
     Models trained at one scale (`one_scale: true` in the config, as the bundled one) have images resized to that.
     """
@@ -281,7 +312,7 @@ def fit(model: LatentDiffusion, image: Image.Image, height: int | None = None, w
     height, width = round(image.height * ratio), round(image.width * ratio)
     if ratio != 1.0 and max(height, width) > 8 * default_size(model):
         raise ValueError(f"an image of {image.width}x{image.height} would become {width}x{height}: crop it first")
-    return fit_to_multiple(image, math.lcm(32, factor), height, width)  # 32 as in the public script
+    return fit_to_multiple(image, math.lcm(SIZE_MULTIPLE, factor), height, width)
 
 
 # ---- helpers ----
@@ -304,7 +335,8 @@ def check_finite(x: Tensor, what: str) -> None:
     """Raise ArithmeticError, with what to try, unless all of `x` is finite."""
     if not torch.isfinite(x).all():
         raise ArithmeticError(
-            f"{what} came out as NaN or infinite, and would be black: try --precision full, or another checkpoint"
+            f"{what} came out as NaN or infinite, and would be black: try full precision (precision='full', or "
+            "--precision full), or another checkpoint"
         )
 
 

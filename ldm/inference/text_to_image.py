@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.images import image_to_tensor
 from ldm.inference.conditioning import TEXT, TEXT_AND_DEPTH, require, task_of
 from ldm.inference.options import SamplingOptions
-from ldm.inference.pipeline import OnStep, Pipeline, check_strength, fit
+from ldm.inference.pipeline import OnStep, Pipeline, check_strength, resize_to_multiple
 from ldm.models.diffusion.noise import NoiseSource, global_noise
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def depth_map(
     require(model, TEXT_AND_DEPTH)
     with_depth = cast("LatentDepth2ImageDiffusion", model)
     if size is None:
-        fitted = fit(model, image)
+        fitted = resize_to_multiple(model, image)
         size = model.latent_size(fitted.height, fitted.width)
     with Pipeline(model).lock:
         if depth is None:

@@ -17,6 +17,7 @@ from ldm.inference.tiling import padded, tiled
 from ldm.models.diffusion.batches import image_sides
 from ldm.models.diffusion.guidance import Condition
 from ldm.models.diffusion.noise import NoiseSource
+from ldm.models.diffusion.sampler import MODEL_ATTRIBUTES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,7 +71,7 @@ def upscale(
     pipe = Pipeline(model)
     options = pipe.resolve(given, default_scale=9.0 if with_text else 1.0)
     noise = noise or options.noise(len(images))
-    pipe.denoiser = TiledModel(model, 2 * max(image_sides(model.image_size)) if tile is None else tile, progress)
+    pipe.sampling_model = TiledModel(model, 2 * max(image_sides(model.image_size)) if tile is None else tile, progress)
     x = padded(torch.cat([image_to_tensor(image) for image in images]), MULTIPLE).to(model.device)  # (B, 3, h, w)
     with pipe.lock:
         with pipe.inference_mode(options):
@@ -128,7 +129,7 @@ class TiledModel:
     """
 
     def __init__(self, model: LatentDiffusion, tile: int, progress: bool = True) -> None:
-        for name in ("alphas_cumprod", "num_timesteps", "parameterization", "device", "first_stage_model"):
+        for name in (*MODEL_ATTRIBUTES, "first_stage_model"):
             setattr(self, name, getattr(model, name))
         self._model = model
         self._tile = tile

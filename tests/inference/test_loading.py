@@ -34,13 +34,13 @@ def test_a_model_of_v_under_a_config_of_noise_is_said(tmp_path, caplog):
     OmegaConf.save(config, tmp_path / "eps.yaml")
     caplog.set_level(logging.WARNING)
     load_model(tmp_path / "eps.yaml", BUNDLED + "model.ckpt")
-    assert "looks like a model of v" in caplog.text and "eps.yaml says parameterization: eps" in caplog.text
+    assert "seems to use v-prediction" in caplog.text and "eps.yaml says parameterization: eps" in caplog.text
 
 
 def test_a_model_of_noise_under_a_config_of_v_is_said(tmp_path, caplog, oracle):
     path = write_tiny(tmp_path, parameterization="v")
     load_model(ckpt=path)
-    assert "looks like a model of eps" in caplog.text and "parameterization: v" in caplog.text
+    assert "seems to use eps-prediction" in caplog.text and "parameterization: v" in caplog.text
 
 
 def test_a_right_config_is_not_talked_about(tmp_path, caplog, oracle):
@@ -59,9 +59,9 @@ def test_of_the_configs_of_a_family_the_network_chooses(tmp_path, monkeypatch, c
     family = families.Family("a family of two", tuple(places), {"unet": True})
     monkeypatch.setattr(families, "FAMILIES", (family,))
     model = load_model(ckpt=path)
-    assert model.parameterization == "eps" and "looks like a model" not in caplog.text
+    assert model.parameterization == "eps" and "seems to use" not in caplog.text
     assert load_model(str(tmp_path / "v.yaml"), path).parameterization == "v"  # the user's word counts
-    assert "looks like a model of eps" in caplog.text
+    assert "seems to use eps-prediction" in caplog.text
 
 
 def test_of_a_family_with_one_config_the_first_step_tells(tmp_path, monkeypatch, caplog, oracle):
@@ -75,7 +75,7 @@ def test_of_a_family_with_one_config_the_first_step_tells(tmp_path, monkeypatch,
     x, text = torch.randn(1, model.channels, 16, 16), model.get_learned_conditioning(["red"])
     for _ in range(2):
         model.apply_model(x, torch.full((1,), model.num_timesteps - 1), text)
-    assert caplog.text.count("looks like a model of eps") == 1 and "only.yaml says parameterization: v" in caplog.text
+    assert caplog.text.count("seems to use eps-prediction") == 1 and "only.yaml says parameterization: v" in caplog.text
     caplog.clear()
     load_model(ckpt=path).apply_model(x, torch.full((1,), model.num_timesteps // 2), text)  # too late to tell
     assert "looks like" not in caplog.text

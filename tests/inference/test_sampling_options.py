@@ -142,7 +142,7 @@ def test_one_negative_prompt_per_image(models):
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES, [900, 500, 100]])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_advance_uses_the_same_random_numbers(models, sampler, schedule):
+def test_skip_noise_uses_the_same_random_numbers(models, sampler, schedule):
     """Whatever the sampler, schedule and guidance: the network's outputs do not matter."""
     model, options = models["text"], {"steps": 3, "sampler": sampler, "schedule": schedule}
     cfg_pp = SAMPLERS[sampler].func.cfg_pp
@@ -151,7 +151,7 @@ def test_advance_uses_the_same_random_numbers(models, sampler, schedule):
     used, skipped = SeededNoise(5), SeededNoise(5)
     inference.txt2img(model, PROMPTS, **options, noise=used, progress=False)
     pipe = Pipeline(model)
-    pipe.advance(Conditioning(None, shape=(2, 4, 8, 8)), pipe.resolve(**options), skipped)
+    pipe.skip_noise(Conditioning(None, shape=(2, 4, 8, 8)), pipe.resolve(**options), skipped)
     assert torch.equal(used((4,), "cpu"), skipped((4,), "cpu"))
 
 
@@ -189,11 +189,27 @@ def test_resolving():
         _ = SamplingOptions().guidance
 
 
+@pytest.mark.parametrize("guidance", [7.5, {"rescale": 0.7}, "pag"])
+def test_guidance_of_another_type(guidance):
+    with pytest.raises(ValueError, match="guidance must be a Guidance or a mapping with some of scale, interval, "):
+        SamplingOptions.of(guidance=guidance)
+
+
+def test_guidance_as_an_object():
+    guidance = Guidance(3.0, (0.1, 9.0), terms={"rescale": 0.7})
+    assert SamplingOptions.of(guidance=guidance).guidance == guidance
+    assert SamplingOptions.of(guidance={"scale": 3.0}) == SamplingOptions(scale=3.0)
+    assert SamplingOptions.of(guidance=guidance, scale=5.0).scale == 5.0
+
+
 def test_options_by_name(models):
     base = SamplingOptions(steps=2, scale=3.0)
     assert SamplingOptions.of(base, steps=None, seed=4) == SamplingOptions(steps=2, scale=3.0, seed=4)
-    with pytest.raises(ValueError, match="unknown option 'step'; the options are seed, seed_mode, "):
+    with pytest.raises(ValueError, match="unknown option 'step', did you mean 'steps'. the options are seed, "):
         inference.txt2img(models["text"], PROMPTS, step=3)
+    for name, meant in (("num_inference_steps", "steps"), ("guidance_scale", "scale")):
+        with pytest.raises(ValueError, match=f"unknown option '{name}', did you mean '{meant}'"):
+            SamplingOptions.of(**{name: 3})
     same = pixels(inference.txt2img(models["text"], PROMPTS, options=base, seed=4, progress=False))
     keywords = pixels(inference.txt2img(models["text"], PROMPTS, steps=2, scale=3.0, seed=4, progress=False))
     assert (same == keywords).all()

@@ -155,9 +155,9 @@ def test_tiles_change_nothing_for_networks_that_look_near(upscaler, sampler, siz
     found = []
     for tile in (0, 16):
         pipe = inference.Pipeline(upscaler)
-        pipe.denoiser = TiledModel(local, tile, progress=False)
+        pipe.sampling_model = TiledModel(local, tile, progress=False)
         latents = pipe.sample(conditioning, options, SeededNoise(0), progress=False)
-        found.append((latents, pipe.denoiser.decode_first_stage(latents)))
+        found.append((latents, pipe.sampling_model.decode_first_stage(latents)))
     for whole, tiles in zip(*found):
         torch.testing.assert_close(tiles, whole, rtol=1e-4, atol=1e-4)
 

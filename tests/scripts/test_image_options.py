@@ -70,7 +70,7 @@ def test_processes_need_not_skip_per_image_noise(script, monkeypatch):
         def gather(self, values):
             return values
 
-    monkeypatch.setattr(inference.Pipeline, "advance", None)  # not to be called
+    monkeypatch.setattr(inference.Pipeline, "skip_noise", None)  # not to be called
     for rank in range(2):
         monkeypatch.setattr(txt2img, "process_group", lambda r=rank: contextlib.nullcontext(Shared(r, 2)))
         together = script(txt2img.main, "two", *flags)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, functools.partial[Sampler]] = {}
 
+MODEL_ATTRIBUTES = ("alphas_cumprod", "num_timesteps", "parameterization", "device")  # that samplers read
+
 
 def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sampler]]:
     """Register a sampler as `name`, built with `options`."""
@@ -36,6 +38,11 @@ def register(name: str, **options: Any) -> Callable[[type[Sampler]], type[Sample
         return kind
 
     return _register
+
+
+def cfg_pp_samplers() -> list[str]:
+    """Names of the samplers that support CFG++."""
+    return [name for name, make in SAMPLERS.items() if getattr(make.func, "cfg_pp", False)]
 
 
 @dataclass
@@ -375,8 +382,7 @@ class Sampler:
 
     def _check_guidance(self, guidance: Guidance) -> None:
         if guidance.cfg_pp and not self.cfg_pp:
-            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "cfg_pp", False))
-            raise ValueError(f"CFG++ works with {able}, not with {type(self).__name__}")
+            raise ValueError(f"CFG++ works with {', '.join(cfg_pp_samplers())}, not with {type(self).__name__}")
 
     @staticmethod
     def _check_mask(mask: Tensor | None, x0: Tensor | None) -> None:
