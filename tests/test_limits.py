@@ -209,13 +209,13 @@ BUILD = """
 import gc, json, resource, sys
 from omegaconf import OmegaConf
 from ldm import limits
-from ldm.inference.loading import _built
+from ldm.inference.loading import _build
 limits.MAX_MODULES = int(sys.argv[1])
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**30
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 for line in sys.stdin:
     try:
-        _built(OmegaConf.create(json.loads(line)))
+        _build(OmegaConf.create(json.loads(line)))
         result = "built"
     except ValueError as error:
         result = f"refused: {error}"

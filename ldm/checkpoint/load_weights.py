@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.families import describe, detect_config, ema_name, family_of, not_a_model
-from ldm.checkpoint.formats.storages import stamp
+from ldm.checkpoint.formats.storages import Stamp, stamp
 from ldm.checkpoint.reading import Checkpoint, CheckpointError
 from ldm.limits import building
 from ldm.trust import allowlist_only
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
+
+_MAPPED: weakref.WeakKeyDictionary[nn.Module, Stamp] = weakref.WeakKeyDictionary()  # for `check_unchanged`
 
 # The noise schedule follows from the config; files carry it, pruned ones rounded to half precision.
 SCHEDULE_BUFFERS = frozenset(
@@ -145,6 +148,8 @@ def fill_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype =
         if not any(key.startswith(part) for key in own):
             setattr(model, part.rstrip("."), None)
     model.load_state_dict(tensors, strict=True, assign=True)
+    if checkpoint.mapped is not None:
+        _MAPPED[model] = checkpoint.mapped
     _check_none_on_meta(model)
     model.checkpoint_path = str(checkpoint.path)  # type: ignore[assignment]  # a plain attribute, on any module
     model.to("cpu")  # moves nothing, but a Lightning module has noted the meta device as its own
@@ -323,7 +328,7 @@ def check_unchanged(model: nn.Module) -> None:
     touching one kills the process without a message. Copy a file to a new name and rename it, instead of writing over
     it.
     """
-    before = getattr(getattr(model, "info", None), "mapped_file", None)
+    before = _MAPPED.get(model) or getattr(getattr(model, "info", None), "mapped_file", None)
     if before is None or any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return
     try:

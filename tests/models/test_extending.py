@@ -77,4 +77,4 @@ def test_both_on_the_command_line(examples):
     options = cli.sampling_options(
         cli.parse(parser(), ["--sampler", "ab2", "--guidance", "project=0.8", "--scale", "5"])
     )
-    assert (options["sampler"], options["guidance"]) == ("ab2", {"terms": {"project": 0.8}})
+    assert (options.sampler, options.terms) == ("ab2", {"project": 0.8})

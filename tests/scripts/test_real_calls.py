@@ -71,5 +71,5 @@ def test_first_stage_in_tiles(folder, tmp_path):
 def test_tiles_and_seamless_pictures_exclude_each_other(folder, tmp_path, capsys):
     with pytest.raises(AssertionError):
         run("txt2img", folder, tmp_path / "out", "--tile", "16", "--tiling")
-    assert "--tile cuts pictures where --tiling joins them" in capsys.readouterr().err
+    assert "--tile cuts images where --tiling joins them" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
