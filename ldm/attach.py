@@ -1,4 +1,4 @@
-"""Attach behaviour to modules from outside, and detach it without a trace.
+"""Attach behavior to modules from outside, and detach it without a trace.
 
 Acceleration, adapters and perturbed-attention guidance change what single modules compute. All of them do so through
 `Override`: an object that stands in for one method of one module instance. Classes, parameters and state dicts stay as
@@ -18,6 +18,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 from types import TracebackType
 from typing import Any
 
@@ -27,22 +28,34 @@ from torch.nn.modules import module as torch_module
 _LOCK = threading.RLock()  # chains may be changed by several threads that use one model
 
 
+class Priority(IntEnum):
+    """Order of overrides of one method: a higher one wraps a lower one, whichever was attached first."""
+
+    KERNEL = 0  # exact kernels, and adapters
+    INT8 = 10
+    CONTEXT_CACHE = 20
+    TOKEN_MERGING = 30
+    IDENTITY_ATTENTION = 40
+    FEATURE_CACHE = 50
+    COMPILE = 60
+
+
 class Override:
     """Replacement for one method (`forward` by default) of one module; subclasses implement `__call__`.
 
     Class attributes:
-        level: orders overrides of different parties: a higher one wraps a lower one, whichever came first.
-        kernel: whether it computes what the method computes, so that a fused kernel of the parent may replace both.
-        own_thread: whether it applies only in the thread that made it (see `applies`), so that several threads can
+        priority: its place in the chain, see `Priority`.
+        exact: whether it computes what the method computes, so that a fused kernel of the parent may replace both.
+        thread_local: whether it applies only in the thread that made it (see `is_active`), so that several threads can
             use one model at a time.
 
     Copies (`copy.deepcopy`) and pickles of the module get an override of their own that refers to the copy. It keeps
-    the attributes named in `state` and gets the others from `reset`; with `own_thread` it does not apply any more.
+    the attributes named in `state` and gets the others from `reset`; with `thread_local` it is no longer active.
     """
 
-    level = 0
-    kernel = False
-    own_thread = False
+    priority: int = Priority.KERNEL
+    exact = False
+    thread_local = False
     state: tuple[str, ...] = ()
 
     def __init__(self, module: nn.Module, attribute: str = "forward") -> None:
@@ -55,9 +68,9 @@ class Override:
     def reset(self) -> None:
         """Set attributes that copies and pickles start anew."""
 
-    def applies(self) -> bool:
+    def is_active(self) -> bool:
         """Whether this override is for the calling thread."""
-        return not self.own_thread or self._thread == threading.get_ident()
+        return not self.thread_local or self._thread == threading.get_ident()
 
     @property
     def module(self) -> Any:  # an nn.Module
@@ -78,15 +91,15 @@ class Override:
         return getattr(type(module), self.attribute)(module, *args, **kwargs)
 
     def attach(self) -> Override:
-        """Put this override on its module, below those of a higher level."""
+        """Put this override on its module, below those of a higher priority."""
         with _LOCK:
             methods = self.module.__dict__
             top = methods.get(self.attribute)
-            if not (isinstance(top, Override) and top.level > self.level):
+            if not (isinstance(top, Override) and top.priority > self.priority):
                 self.previous = top
                 methods[self.attribute] = self
                 return self
-            while isinstance(top.previous, Override) and top.previous.level > self.level:
+            while isinstance(top.previous, Override) and top.previous.priority > self.priority:
                 top = top.previous
             self.previous, top.previous = top.previous, self
             return self
@@ -111,7 +124,7 @@ class Override:
                     return
                 top = top.previous
             if top is not self:
-                self.__class__ = _Removed  # type: ignore[assignment]  # the same attributes
+                self.__class__ = _Removed  # which has the same attributes
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -149,7 +162,7 @@ class Handle:
         self._on_remove = on_remove
         self._model: weakref.ref[nn.Module] | None = None
 
-    def list_on(self, model: nn.Module) -> Handle:
+    def list_on(self, model: Any) -> Handle:
         """Add this handle to the list `model.acceleration` for as long as it is attached."""
         model.acceleration = [*getattr(model, "acceleration", ()), self]
         self._model = weakref.ref(model)
@@ -163,7 +176,7 @@ class Handle:
         on_remove, self._on_remove = self._on_remove, None
         if on_remove is not None:
             on_remove()
-        model = None if self._model is None else self._model()
+        model: Any = None if self._model is None else self._model()
         if model is not None:
             model.acceleration = [other for other in getattr(model, "acceleration", ()) if other is not self]
 
@@ -186,7 +199,7 @@ class Handle:
         return f"Handle({self.name!r})"
 
 
-def chain(module: nn.Module, attribute: str = "forward") -> list[Override] | None:
+def override_chain(module: nn.Module, attribute: str = "forward") -> list[Override] | None:
     """The overrides of a method from the outermost to the innermost; None if a foreign function is among them."""
     found: list[Override] = []
     method = module.__dict__.get(attribute)

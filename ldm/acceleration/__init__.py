@@ -5,9 +5,9 @@
         ...
     handle.remove()
 
-Several may be attached together, in any order: each has a level, and a call goes through them from the highest to the
-lowest (`compile_network`, `cache_features`, `merge_tokens`, `cache_contexts`, `quantize_int8`, `accelerate`). Class
-names, parameters and state dicts stay. Hooks, a `forward` set on an instance, replaced children, subclasses and
+Several may be attached together, in any order: each has a `Priority`, and a call goes through them from the highest to
+the lowest (`compile_network`, `cache_features`, `merge_tokens`, `cache_contexts`, `quantize_int8`, `accelerate`).
+Class names, parameters and state dicts stay. Hooks, a `forward` set on an instance, replaced children, subclasses and
 replaced class methods take effect as without acceleration: a kernel that would bypass them is not used.
 """
 
@@ -24,7 +24,7 @@ from ldm.acceleration.compile import compile_network
 from ldm.acceleration.context_cache import cache_contexts
 from ldm.acceleration.feature_cache import cache_features
 from ldm.acceleration.int8 import has_int8, quantize_int8
-from ldm.acceleration.offload import OffloadHook, offload, unloading
+from ldm.acceleration.offload import OffloadHook, offload, unload_afterwards
 from ldm.acceleration.onednn import (
     ChannelsLast,
     ChunkedFeedForward,
@@ -36,7 +36,7 @@ from ldm.acceleration.onednn import (
     refresh,
 )
 from ldm.acceleration.token_merging import MAX_RATIO, merge_tokens
-from ldm.attach import Handle, Override, chain
+from ldm.attach import Handle, Override, override_chain
 from ldm.modules.attention import GEGLU, FeedForward
 from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules import openaimodel
@@ -54,7 +54,7 @@ __all__ = [
     "offload",
     "quantize_int8",
     "refresh",
-    "unloading",
+    "unload_afterwards",
 ]
 
 LAYERS: dict[type[nn.Module], type[Override]] = {
@@ -87,7 +87,7 @@ def accelerate(module: nn.Module) -> Handle:
         if type(part) in (first_stage.Encoder, first_stage.Decoder):
             candidates.append(ChunkedOutput(part, "_output"))
         for override in candidates:
-            attached = chain(part, override.attribute)
+            attached = override_chain(part, override.attribute)
             if attached is not None and not any(type(other) is type(override) for other in attached):
                 overrides.append(override.attach())
     return Handle("cpu kernels", overrides)

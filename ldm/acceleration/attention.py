@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.acceleration.onednn import PLAIN, Originals, has_kernels, usable
-from ldm.attach import Override, own_method
+from ldm.attach import Override, Priority, own_method
 from ldm.modules import attention, sdpa
 from ldm.modules.attention import CrossAttention, SpatialSelfAttention
 from ldm.modules.diffusionmodules import model, openaimodel
@@ -38,14 +38,14 @@ ORIGINALS = Originals(
 class LongAttention(Override):
     """`attend` of an attention module by oneDNN, 1.4 to 1.7 times as fast for as many keys as large images have."""
 
-    kernel = True
+    exact = True
     bf16 = False  # whether bfloat16 products are allowed where the processor has them
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, "attend")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend with q (B, heads, N, d), k and v (B, heads, M, d'), or take the plain path."""
+        """Attend with q (B, heads, N, d), k and v (B, heads, M, d'), or fall back to the original forward."""
         bf16 = self.bf16 and torch.cpu._is_avx512_bf16_supported()
         if (
             k.shape[-2] < (LONG // 2 if bf16 else LONG)
@@ -54,7 +54,7 @@ class LongAttention(Override):
             or not usable(q, k)
             or not has_kernels()
             or not can_run_parallel()
-            or not ORIGINALS.intact()
+            or not ORIGINALS.unmodified()
             or getattr(type(self._module()), "attend", None) not in METHODS
         ):
             return self.original(q, k, v) if mask is None else self.original(q, k, v, mask)
@@ -64,7 +64,7 @@ class LongAttention(Override):
 class LongAttentionBF16(LongAttention):
     """The same in bfloat16 where the processor has it: less exact, as int8 layers are."""
 
-    level = 10
+    priority = Priority.INT8
     bf16 = True
 
 
@@ -141,10 +141,10 @@ def can_run_parallel() -> bool:
 
 @functools.cache
 def _executor(count: int, process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="ldm-worker", initializer=_initialise_thread)
+    return ThreadPoolExecutor(count, thread_name_prefix="ldm-worker", initializer=_initialize_thread)
 
 
-def _initialise_thread() -> None:
+def _initialize_thread() -> None:
     torch.get_num_threads()  # torch sets each thread's number when it first asks
     openmp = _openmp()
     if openmp is not None:

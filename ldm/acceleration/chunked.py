@@ -1,7 +1,7 @@
 """Norm, activation and convolution of large maps, some rows at a time.
 
 At an image's full size, maps are all the memory that a first stage takes, and clearing and filling that memory is a
-good part of the time. A norm's statistics are of the complete map; all else sees a pixel's neighbours only, so that
+good part of the time. A norm's statistics are of the complete map; all else sees a pixel's neighbors only, so that
 what lies between can stay in the processor's cache. Results are those of complete maps, up to rounding.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.acceleration.onednn import PLAIN_3X3, Originals, PackedConv2d, packed_conv, untouched, usable
+from ldm.acceleration.onednn import PLAIN_3X3, Originals, PackedConv2d, has_only_our_kernels, packed_conv, usable
 from ldm.attach import Override
 from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, ResnetBlock
@@ -28,21 +28,21 @@ NORM = Originals((nn.GroupNorm, "forward"), (F, "group_norm"), (F, "silu"), (fir
 class ChunkedResnetBlock(Override):
     """`ResnetBlock` of large maps in chunks; of others, with activations and sums in place."""
 
-    kernel = True
+    exact = True
     originals = Originals((ResnetBlock, "forward"), (nn.Dropout, "forward"))
 
     def __call__(self, x: Tensor, temb: Tensor | None = None) -> Tensor:  # (B, Cin, H, W) -> (B, Cout, H, W)
-        """Apply the block, or take the plain path."""
+        """Apply the block, or fall back to the original forward."""
         block = self._module()
         if (
             temb is not None
             or type(block) is not ResnetBlock
             or (block.dropout.training and block.dropout.p > 0)
             or not usable(x, block.conv1._parameters.get("weight"))
-            or not self.originals.intact()
-            or not NORM.intact()
+            or not self.originals.unmodified()
+            or not NORM.unmodified()
             or not all(
-                untouched(part, nn.GroupNorm, nn.Conv2d, nn.Dropout)
+                has_only_our_kernels(part, nn.GroupNorm, nn.Conv2d, nn.Dropout)
                 for name, part in block.named_children()
                 if name != "temb_proj"  # which is for timestep embeddings
             )
@@ -56,24 +56,24 @@ class ChunkedResnetBlock(Override):
 class ChunkedOutput(Override):
     """Last norm, activation and convolution of an encoder or decoder, in chunks where the map is large."""
 
-    kernel = True
+    exact = True
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Apply the last layers, or take the plain path."""
+        """Apply the last layers, or fall back to the original forward."""
         network = self._module()
         if (
             type(network) not in (Encoder, Decoder)
             or not usable(h, network.conv_out._parameters.get("weight"))
-            or not NORM.intact()
-            or not untouched(network.norm_out, nn.GroupNorm)
-            or not untouched(network.conv_out, nn.Conv2d)
+            or not NORM.unmodified()
+            or not has_only_our_kernels(network.norm_out, nn.GroupNorm)
+            or not has_only_our_kernels(network.conv_out, nn.Conv2d)
         ):
             return self.original(h)
         return convolve(h, network.norm_out, network.conv_out)
 
 
 def convolve(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, residual: tuple[Tensor, Any] | None = None) -> Tensor:
-    """Compute conv(SiLU(norm(x))) + shortcut(y) of untouched layers, in chunks where x is large.
+    """Compute conv(SiLU(norm(x))) + shortcut(y) of layers without hooks, in chunks where x is large.
 
     Args:
         x: (B, C, H, W).
@@ -109,7 +109,7 @@ def _convolve_chunks(
     for image, (one, result) in enumerate(zip(x.split(1), out.split(1))):
         moments = _moments(one, norm)
         for rows in _chunks(one):
-            chunk = one[:, :, max(rows.start - 1, 0) : rows.stop + 1]  # with the neighbours that a convolution sees
+            chunk = one[:, :, max(rows.start - 1, 0) : rows.stop + 1]  # with the neighbors that a convolution sees
             chunk = F.silu(F.batch_norm(chunk, *moments, norm.weight, norm.bias, False, 0.0, norm.eps), inplace=True)
             above, below = rows.start == 0, rows.stop == height
             if above or below:  # beyond the image are zeros

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ldm.attach import Handle, Override
+from ldm.attach import Handle, Override, Priority
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 
@@ -58,7 +58,7 @@ def _uncompile(blocks: Sequence[nn.Module]) -> None:
 class _FirstCall(Override):
     """Override of the network that reports what takes so long at its first call, and goes on if it does not work."""
 
-    level = 60
+    priority = Priority.COMPILE
     done = True  # in copies
 
     def __init__(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.acceleration.onednn import LINEAR, PackedWeight, is_dense
-from ldm.attach import Handle, Override
+from ldm.acceleration.onednn import LINEAR, ChangeDetector, is_dense
+from ldm.attach import Handle, Override, Priority
 from ldm.modules.attention import CrossAttention
 
 MAX_CONTEXTS = 3  # kept per layer: guidance evaluates without the condition, with it, and both in one batch
@@ -33,13 +33,13 @@ def cache_contexts(network: nn.Module) -> Handle:
 class _CurrentContext(Override):
     """Override of `CrossAttention` that tells the projections of keys and values which tensor is a context."""
 
-    level = 20
-    kernel = True
-    own_thread = True
+    priority = Priority.CONTEXT_CACHE
+    exact = True
+    thread_local = True
     context: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.applies():
+        if not self.is_active():
             return self.original(*args, **kwargs)
         self.context = kwargs.get("context", args[1] if len(args) > 1 else None)
         try:
@@ -51,8 +51,8 @@ class _CurrentContext(Override):
 class _CachedProjection(Override):
     """Override of a linear layer that keeps its results for contexts."""
 
-    level = 20
-    own_thread = True
+    priority = Priority.CONTEXT_CACHE
+    thread_local = True
     state = ("attention",)
 
     def __init__(self, layer: nn.Module, attention: _CurrentContext) -> None:
@@ -64,7 +64,7 @@ class _CachedProjection(Override):
         self.results: list[_Result] = []
 
     def __call__(self, input: Tensor) -> Tensor:  # (B, M, D) -> (B, M, inner)
-        if not self.applies() or input is not self.attention.context or not self._can_cache(input):
+        if not self.is_active() or input is not self.attention.context or not self._can_cache(input):
             return self.original(input)
         weights = tuple(self.module.parameters())
         for result in self.results:
@@ -82,7 +82,7 @@ class _CachedProjection(Override):
         return (
             below is None  # a foreign forward may compute something else every time
             and type(self.module) is nn.Linear
-            and LINEAR.intact()
+            and LINEAR.unmodified()
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not any(tensor.is_inference() for tensor in tensors)  # which may change unseen
@@ -97,7 +97,7 @@ class _Result:
         self.output = output
         self._state = _state(self.inputs, output)
         self._contents = [
-            PackedWeight(tensor, None)
+            ChangeDetector(tensor)
             for tensor in self.inputs
             if tensor.is_cpu and tensor.dtype is torch.float32 and is_dense(tensor)
         ]
@@ -107,7 +107,7 @@ class _Result:
         return (
             context is self.inputs[0]
             and self._state == _state((context, *weights), self.output)
-            and all(content.matches(content.weight) for content in self._contents)
+            and all(content.matches(content.tensor) for content in self._contents)
         )
 
 

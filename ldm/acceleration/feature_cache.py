@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.attach import Handle, Override, chain, own_method
+from ldm.attach import Handle, Override, Priority, override_chain, own_method
 from ldm.models.diffusion.guidance import IdentityAttention
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -32,7 +32,7 @@ def cache_features(network: nn.Module, every: int) -> Handle:
         raise ValueError(f"features are computed every N steps, N at least 1, not {every}")
     if not isinstance(network, UNetModel):
         raise ValueError(f"features can be cached for a UNetModel, not for {type(network).__name__}")
-    if type(network).forward is not own_method(UNetModel) or chain(network) is None:
+    if type(network).forward is not own_method(UNetModel) or override_chain(network) is None:
         raise ValueError("features cannot be cached for a UNet whose forward has been replaced")
     return Handle("feature cache", [FeatureCache(network, every).attach()] if every > 1 else [])
 
@@ -53,8 +53,8 @@ class FeatureCache(Override):
     (perturbed-attention guidance), and where all this is the same (tiles), by their order.
     """
 
-    level = 50
-    own_thread = True
+    priority = Priority.FEATURE_CACHE
+    thread_local = True
     state = ("every",)
 
     def __init__(self, network: UNetModel, every: int) -> None:
@@ -71,7 +71,7 @@ class FeatureCache(Override):
         self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """Compute the network completely, or its outer blocks around cached features."""
-        if not self.applies():
+        if not self.is_active():
             return self.original(x, timesteps, context=context, y=y, **kwargs)
         key = self._key(x, timesteps, context, y)
         if key in self._entries:
@@ -80,7 +80,7 @@ class FeatureCache(Override):
         last_inner = self.module.output_blocks[-1 - OUTER]
 
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            if self.applies():  # and not for another thread that uses the network meanwhile
+            if self.is_active():  # and not for another thread that uses the network meanwhile
                 features.append(output)
 
         hook = last_inner.register_forward_hook(keep)
@@ -106,7 +106,7 @@ class FeatureCache(Override):
 
     def _is_perturbed(self) -> bool:
         return any(
-            isinstance(method, IdentityAttention) and method.applies()
+            isinstance(method, IdentityAttention) and method.is_active()
             for part in self.module.middle_block.modules()
             if (method := part.__dict__.get("forward")) is not None
         )

@@ -1,7 +1,7 @@
 """Layers that multiply in 8-bit integers: smaller and, on CPUs with instructions for it, several times as fast.
 
-Weights are rounded once, to 127 steps up and down for each output channel; inputs are rounded at every call, to 255
-steps between their least and their largest number. The weights of the layers stay as they are.
+Weights are rounded once, to 127 levels up and down for each output channel; inputs are rounded at every call, to 255
+levels between their least and their largest number. The weights of the layers stay as they are.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ldm.acceleration.onednn import (
     can_convolve,
     halve,
     is_dense,
-    like,
+    restore_memory_format,
     usable,
 )
-from ldm.attach import Handle, Override, chain
+from ldm.attach import Handle, Override, Priority, override_chain
 from ldm.modules.attention import GEGLU, CrossAttention
 
 KERNELS = ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv2d_pointwise")
-STEPS = 254  # between the least number and the largest; one more is left for rounding
-NARROW = 32  # channels below which a layer is left alone: the first and the last see and make the image itself
-FEW = 256  # rows below which rounding costs more than it saves: timesteps, and the tokens of a prompt
+LEVELS = 254  # between the least number and the largest; one more is left for rounding
+MIN_CHANNELS = 32  # channels below which a layer is left alone: the first and the last see and make the image itself
+MIN_ROWS = 256  # rows below which rounding costs more than it saves: timesteps, and the tokens of a prompt
 
 
 def quantize_int8(network: nn.Module) -> Handle:
@@ -56,7 +56,7 @@ def quantize_int8(network: nn.Module) -> Handle:
         raise ValueError("int8 needs a CPU that multiplies it quickly (x86 with AVX512-VNNI) and a torch with oneDNN")
     overrides: list[Override] = []
     for part in network.modules():
-        found = chain(part)
+        found = override_chain(part)
         if found is None:  # a foreign forward
             continue
         if any(isinstance(override, (Int8Linear, Int8Conv2d)) for override in found):
@@ -66,7 +66,7 @@ def quantize_int8(network: nn.Module) -> Handle:
         elif type(part) is nn.Conv2d and _is_wide(part):
             overrides.append(Int8Conv2d(part))
     if not overrides:
-        raise ValueError(f"there is no layer of at least {NARROW} channels to quantize")
+        raise ValueError(f"there is no layer of at least {MIN_CHANNELS} channels to quantize")
     for part in network.modules():
         if type(part) is GEGLU:
             overrides.append(Int8GEGLU(part))
@@ -76,7 +76,7 @@ def quantize_int8(network: nn.Module) -> Handle:
 
 
 def _is_wide(part: nn.Linear | nn.Conv2d) -> bool:
-    return min(part.weight.shape[:2]) >= NARROW and getattr(part, "groups", 1) == 1
+    return min(part.weight.shape[:2]) >= MIN_CHANNELS and getattr(part, "groups", 1) == 1
 
 
 def has_int8() -> bool:
@@ -87,22 +87,24 @@ def has_int8() -> bool:
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight packed for int8, and for each output channel its step and its zero."""
+    """A weight packed for int8, and for each output channel its scale and its zero point."""
 
     values: Tensor
-    steps: Tensor
-    zeros: Tensor
+    scales: Tensor
+    zero_points: Tensor
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (values, steps) with weight = values * steps, about: int8 of its shape, and (C',)."""
+    """Return (values, scales) with weight = values * scales, about: int8 of its shape, and (C',)."""
     flat = weight.detach().flatten(1)
-    steps = (flat.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return (flat / steps[:, None]).round().to(torch.int8).view(weight.shape), steps
+    scales = (flat.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (flat / scales[:, None]).round().to(torch.int8).view(weight.shape), scales
 
 
 def quantize_input(x: Tensor) -> tuple[Tensor, float, int]:
-    """Return (values, step, zero) with x = (values - zero) * step, about; values are uint8 in the memory order of x.
+    """Return (values, scale, zero_point) with x = (values - zero_point) * scale, about.
+
+    values are uint8 in the memory order of x.
 
     Raises:
         ArithmeticError: for NaN or infinite numbers.
@@ -111,16 +113,16 @@ def quantize_input(x: Tensor) -> tuple[Tensor, float, int]:
     low, high = (float(end) for end in torch.aminmax(ordered))
     if not math.isfinite(high - low):
         raise ArithmeticError("an int8 layer was given NaN or infinite numbers: try without int8, or other weights")
-    low, high = min(low, 0.0), max(high, 0.0)  # a convolution's padding is 0, and must be one of the steps
-    step = max((high - low) / STEPS, torch.finfo(torch.float32).tiny)
-    zero = round(-low / step)
+    low, high = min(low, 0.0), max(high, 0.0)  # a convolution's padding is 0, and must be one of the levels
+    scale = max((high - low) / LEVELS, torch.finfo(torch.float32).tiny)
+    zero_point = round(-low / scale)
     if not _has_quantize_per_tensor():
-        half = torch.full((), zero + 0.5, device="cpu")  # conversion cuts off
-        return torch.add(half, x, alpha=1 / step).to(torch.uint8), step, zero
-    steps = torch.quantize_per_tensor(x, step, zero, torch.quint8)
+        half = torch.full((), zero_point + 0.5, device="cpu")  # conversion cuts off
+        return torch.add(half, x, alpha=1 / scale).to(torch.uint8), scale, zero_point
+    quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     # its memory as it is: `int_repr` would take longer to copy it than all the rest takes
     values = torch.empty(0, dtype=torch.uint8, device="cpu")
-    return values.set_(steps.untyped_storage(), 0, steps.shape, steps.stride()), step, zero
+    return values.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride()), scale, zero_point
 
 
 @functools.cache
@@ -142,7 +144,7 @@ def _is_foreign(previous: Any, kind: type[Override]) -> bool:
 class Int8Linear(Packed):
     """`nn.Linear` in int8."""
 
-    level = 10
+    priority = Priority.INT8
 
     def __call__(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         """Multiply in int8, or by what lies below."""
@@ -150,10 +152,10 @@ class Int8Linear(Packed):
         weight: Any = layer._parameters.get("weight")
         if (
             type(layer) is not nn.Linear
-            or input.numel() < FEW * layer.in_features
+            or input.numel() < MIN_ROWS * layer.in_features
             or not usable(input, weight)
             or not is_dense(weight)
-            or not LINEAR.intact()
+            or not LINEAR.unmodified()
             or _is_foreign(self.previous, PackedLinear)
         ):
             return self.original(input)
@@ -166,7 +168,7 @@ class Int8Linear(Packed):
 class Int8GEGLU(FusedGEGLU):
     """`GEGLU` in int8, whose halves round their input once."""
 
-    level = 10
+    priority = Priority.INT8
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
         """Compute the gated halves in int8, or by what lies below."""
@@ -177,7 +179,7 @@ class Int8GEGLU(FusedGEGLU):
             or _is_foreign(top.previous, PackedLinear)
             or _is_foreign(self.previous, FusedGEGLU)
             or not self.allowed(x, proj)
-            or x.numel() < FEW * proj.in_features
+            or x.numel() < MIN_ROWS * proj.in_features
         ):
             return self.original(x)
         weight = proj._parameters["weight"]
@@ -190,9 +192,9 @@ class Int8GEGLU(FusedGEGLU):
 
 
 def _prepack(weight: Tensor) -> QuantizedWeight:
-    values, steps = quantize_weight(weight)
+    values, scales = quantize_weight(weight)
     order = torch.ops.onednn.qlinear_prepack(values, None)
-    return QuantizedWeight(order, steps, torch.zeros_like(steps, dtype=torch.int32))
+    return QuantizedWeight(order, scales, torch.zeros_like(scales, dtype=torch.int32))
 
 
 def _product(
@@ -210,7 +212,7 @@ class Int8Conv2d(Packed):
     those.
     """
 
-    level = 10
+    priority = Priority.INT8
 
     def __call__(self, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W') in the memory format of the input
         """Convolve in int8, or by what lies below."""
@@ -219,15 +221,15 @@ class Int8Conv2d(Packed):
             return self.original(input)
         weight, options = conv._parameters["weight"], (conv.stride, conv.padding, conv.dilation, conv.groups)
         x = input.contiguous(memory_format=torch.channels_last)
-        values, step, zero = quantize_input(x)
+        values, scale, zero_point = quantize_input(x)
         packed = self.packed
         if packed is None or not packed.matches(weight, options):
-            rounded, steps = quantize_weight(weight)
-            order = torch.ops.onednn.qconv_prepack(rounded, steps, 1.0, 128, *options, list(x.shape))
-            quantized = QuantizedWeight(order, steps, torch.zeros_like(steps, dtype=torch.int32))
+            rounded, scales = quantize_weight(weight)
+            order = torch.ops.onednn.qconv_prepack(rounded, scales, 1.0, 128, *options, list(x.shape))
+            quantized = QuantizedWeight(order, scales, torch.zeros_like(scales, dtype=torch.int32))
             self.packed = packed = PackedWeight(weight, quantized, options)
         out = torch.ops.onednn.qconv2d_pointwise(
-            *(values, step, zero, *packed.value, conv._parameters.get("bias")),
+            *(values, scale, zero_point, *packed.value, conv._parameters.get("bias")),
             *(*options, 1.0, 0, torch.float32, *PLAIN),
         )
-        return like(out, input)
+        return restore_memory_format(out, input)

@@ -29,24 +29,24 @@ class OffloadHook(Handle):
     def __init__(self, parts: list[nn.Module], device: torch.device) -> None:
         super().__init__("offload")
         self.device = device
-        self._there: nn.Module | None = None
+        self._on_device: nn.Module | None = None
         self._originals: list[tuple[dict[str, Tensor | None], str, Tensor]] = []  # where weights belong, on the CPU
         self._hooks = [
-            entrance.register_forward_pre_hook(partial(self._on_call, part), prepend=True, with_kwargs=True)
+            submodule.register_forward_pre_hook(partial(self._on_call, part), prepend=True, with_kwargs=True)
             for part in parts
-            for entrance in (part, *part.children())  # autoencoders are not called, only their children
+            for submodule in (part, *part.children())  # autoencoders are not called, only their children
         ]
 
     def _on_call(self, part: nn.Module, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move `part` to the device, and the arguments with it."""
-        if part is not self._there:
+        if part is not self._on_device:
             self.unload()
             self._load(part)
         moved: tuple[Any, Any] = tree_map_only(Tensor, lambda x: x.to(self.device), (args, kwargs))
         return moved
 
     def _load(self, part: nn.Module) -> None:
-        self._there = part
+        self._on_device = part
         moved: dict[int, Tensor] = {}  # weights that a part uses twice stay one
         for module in part.modules():
             for tensors in (cast("dict[str, Tensor | None]", module._parameters), module._buffers):
@@ -64,7 +64,7 @@ class OffloadHook(Handle):
         """Take the part that is on the device back to the CPU."""
         for tensors, name, tensor in self._originals:
             tensors[name] = tensor
-        self._originals, self._there = [], None
+        self._originals, self._on_device = [], None
 
     def remove(self) -> None:
         """Take everything back to the CPU, and stop moving parts."""
@@ -94,7 +94,7 @@ def offload(model: LatentDiffusion, device: torch.device) -> OffloadHook:
 
 
 @contextlib.contextmanager
-def unloading(model: nn.Module) -> Iterator[None]:
+def unload_afterwards(model: nn.Module) -> Iterator[None]:
     """Context that has no part of an offloaded model on the device at its end; any other model stays as it is."""
     try:
         yield

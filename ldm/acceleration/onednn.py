@@ -4,9 +4,9 @@ oneDNN multiplies by weights in an order of its own. `F.conv2d` packs them anew 
 another library, which on some processors reaches half of oneDNN's speed. The overrides here keep the packed weights
 beside the weights of a layer, which stay as they are.
 
-An override takes the plain path with gradients, other dtypes or devices, autocast or `torch.compile`, and whenever
-something that it would bypass is not torch's or the network's own: a replaced class method or function, a subclass, or
-a child with hooks or a foreign `forward`.
+An override falls back to the original forward with gradients, other dtypes or devices, autocast or `torch.compile`,
+and whenever something that it would bypass is not torch's or the network's own: a replaced class method or function, a
+subclass, or a child with hooks or a foreign `forward`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.attach import Override, chain, has_hooks, own_method
+from ldm.attach import Override, has_hooks, override_chain, own_method
 from ldm.modules.attention import GEGLU, FeedForward
 from ldm.modules.diffusionmodules import model as first_stage
 from ldm.modules.diffusionmodules import openaimodel
@@ -72,7 +72,7 @@ class Originals:
     def __init__(self, *places: tuple[type | ModuleType, str]) -> None:
         self._places = [(owner, name, _original(owner, name)) for owner, name in places]
 
-    def intact(self) -> bool:
+    def unmodified(self) -> bool:
         """Return whether nobody has replaced any of them."""
         for owner, name, original in self._places:  # noqa: SIM110  # a generator would take twice as long
             if getattr(owner, name, None) is not original:
@@ -95,42 +95,40 @@ LINEAR = Originals((nn.Linear, "forward"), (F, "linear"))
 CONV2D = Originals((nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (F, "conv2d"))
 
 
-def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def has_only_our_kernels(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Return whether `module` is exactly of one of `kinds`, without hooks and with no `forward` but kernels of ours."""
     if type(module) not in kinds or has_hooks(module):
         return False
     if "forward" not in module.__dict__:
         return True
-    overrides = chain(module)
-    return overrides is not None and all(override.kernel for override in overrides)
+    overrides = override_chain(module)
+    return overrides is not None and all(override.exact for override in overrides)
 
 
 # ---- packed weights ----
 
 
-class PackedWeight:
-    """What was made of a weight, and whether that still is the weight.
+class ChangeDetector:
+    """Detect changes of a dense float32 tensor on the CPU.
 
-    Identity, address, strides and version counter show most changes. Changes through `.data` leave all of these as they
-    are: so a call also compares a sample of the numbers, one of every row (at rotating columns), or of every n-th row
-    of more than `SAMPLE` in turn; and `unchanged`, called where inference begins, compares a checksum of all.
+    Address, strides and version counter show most changes. Changes through `.data` leave all of these as they are: so
+    `matches` also compares a sample of the numbers, one of every row (at rotating columns), or of every n-th row of
+    more than `SAMPLE` in turn; and `unchanged`, called where inference begins, compares a checksum of all.
     """
 
-    def __init__(self, weight: Tensor, value: Any, options: object = None) -> None:
-        self.weight = weight.detach()  # holding on to it, its address stays its own
-        self.value = value
-        self.options = options
-        self._state = _state(weight)
-        self._numbers = _flat(self.weight)
-        one_a_row = self._numbers[:: max(self._numbers.size // weight.shape[0] - 1, 1)]  # never further than a row
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # holding on to it, its address stays its own
+        self._state = _state(tensor)
+        self._numbers = _flat(self.tensor)
+        one_a_row = self._numbers[:: max(self._numbers.size // tensor.shape[0] - 1, 1)]  # never further than a row
         parts = math.ceil(one_a_row.size / SAMPLE)
         self._samples = [(part, part.tobytes()) for part in (one_a_row[i::parts] for i in range(parts))]
         self._turn = 0
         self._checksum = _checksum(self._numbers)
 
-    def matches(self, weight: Tensor, options: object = None) -> bool:
-        """Return whether `weight`, used with these options, is what it was, as far as a sample shows."""
-        if _state(weight) != self._state or options != self.options:
+    def matches(self, tensor: Tensor) -> bool:
+        """Return whether `tensor` is the one given, and has not changed as far as a sample shows."""
+        if _state(tensor) != self._state:
             return False
         self._turn = (self._turn + 1) % len(self._samples)
         numbers, before = self._samples[self._turn]
@@ -141,14 +139,27 @@ class PackedWeight:
         return _checksum(self._numbers) == self._checksum
 
 
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    version = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.stride(), weight.shape
+class PackedWeight:
+    """A weight in the order of a kernel, with the options that it was packed for, and a detector of its changes."""
+
+    def __init__(self, weight: Tensor, value: Any, options: object = None) -> None:
+        self.value, self.options = value, options
+        self._detector = ChangeDetector(weight)
+        self.unchanged = self._detector.unchanged
+
+    def matches(self, weight: Tensor, options: object = None) -> bool:
+        """Return whether this was packed from `weight` for these options (see `ChangeDetector.matches`)."""
+        return options == self.options and self._detector.matches(weight)
 
 
-def _flat(weight: Tensor) -> np.ndarray:
-    """The numbers of a dense weight in the order of its memory, as a view."""
-    return weight.as_strided((weight.numel(),), (1,)).numpy()
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.stride(), tensor.shape
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    """The numbers of a dense tensor in the order of its memory, as a view."""
+    return tensor.as_strided((tensor.numel(),), (1,)).numpy()
 
 
 def _checksum(numbers: np.ndarray) -> int:
@@ -166,7 +177,7 @@ def is_dense(weight: Tensor) -> bool:
 class Packed(Override):
     """Override that keeps weights packed for a kernel."""
 
-    kernel = True
+    exact = True
     packed: PackedWeight | None
 
     def reset(self) -> None:
@@ -187,7 +198,7 @@ def refresh(module: nn.Module) -> None:
     """
     for part in module.modules():
         for attribute in ("forward", "attend"):
-            for override in (chain(part, attribute) or ()) if attribute in part.__dict__ else ():
+            for override in (override_chain(part, attribute) or ()) if attribute in part.__dict__ else ():
                 if isinstance(override, Packed):
                     override.refresh()
 
@@ -199,7 +210,7 @@ class PackedLinear(Packed):
     """`nn.Linear` by oneDNN."""
 
     def __call__(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        """Multiply by the packed weight, or take the plain path."""
+        """Multiply by the packed weight, or fall back to the original forward."""
         layer = self._module()
         weight: Any = layer._parameters.get("weight")
         if (
@@ -207,7 +218,7 @@ class PackedLinear(Packed):
             or type(layer) is not nn.Linear
             or not usable(input, weight)
             or input.ndim < 2
-            or not LINEAR.intact()
+            or not LINEAR.unmodified()
         ):
             return self.original(input)
         packed = self.packed
@@ -223,11 +234,11 @@ class PackedConv2d(Packed):
     """`nn.Conv2d` by oneDNN, which works in channels-last order."""
 
     def __call__(self, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H', W') in the memory format of the input
-        """Convolve by the packed weight, or take the plain path."""
+        """Convolve by the packed weight, or fall back to the original forward."""
         conv = self._module()
         if self.previous is not None or not can_convolve(conv, input):
             return self.original(input)
-        return like(self.convolve(conv, input, conv.padding), input)
+        return restore_memory_format(self.convolve(conv, input, conv.padding), input)
 
     def convolve(self, conv: Any, x: Tensor, padding: tuple[int, ...]) -> Tensor:
         """Convolve x (B, C, H, W) where `can_convolve` allows it; the result is in channels-last order."""
@@ -244,18 +255,20 @@ class PackedConv2d(Packed):
 
 def can_convolve(conv: Any, x: Tensor) -> bool:
     """Return whether a packed kernel may compute conv(x)."""
+    if type(conv) is not nn.Conv2d:
+        return False
+    weight: Any = conv._parameters.get("weight")
     return (
-        type(conv) is nn.Conv2d
-        and usable(x, weight := conv._parameters.get("weight"))
+        usable(x, weight)
         and x.ndim == 4
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and is_dense(weight)
-        and CONV2D.intact()
+        and CONV2D.unmodified()
     )
 
 
-def like(out: Tensor, x: Tensor) -> Tensor:
+def restore_memory_format(out: Tensor, x: Tensor) -> Tensor:
     """`out`, which is in channels-last order, in the memory format of x."""
     return out if x.stride(1) == 1 else out.contiguous()
 
@@ -276,7 +289,7 @@ class FusedGEGLU(Packed):
     originals = Originals((GEGLU, "forward"), (F, "gelu"), (nn.Linear, "forward"), (F, "linear"))
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., dim_out)
-        """Compute the gated halves, or take the plain path."""
+        """Compute the gated halves, or fall back to the original forward."""
         proj = self._module()._modules.get("proj")
         top = None if proj is None else proj.__dict__.get("forward")
         if type(top) is not PackedLinear or top.previous is not None or not self.allowed(x, proj):
@@ -302,7 +315,7 @@ class FusedGEGLU(Packed):
             and x.ndim >= 2
             and weight.shape[0] % 2 == 0
             and is_dense(weight)
-            and self.originals.intact()
+            and self.originals.unmodified()
         )
 
 
@@ -317,12 +330,12 @@ class ChunkedFeedForward(Override):
     Chunks of it stay in the processor's cache. They are of like size: a small rest would be slow in int8.
     """
 
-    kernel = True
+    exact = True
     originals = Originals((FeedForward, "forward"), (GEGLU, "forward"), *((F, name) for name in ("linear", "gelu")))
     parts = (nn.Sequential, nn.Linear, nn.GELU, nn.Dropout, GEGLU)
 
     def __call__(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim_out)
-        """Apply the layers to chunks, or take the plain path."""
+        """Apply the layers to chunks, or fall back to the original forward."""
         network = self._module()
         first = next(network.net.parameters(), None)
         chunks = 0 if first is None else x[..., 0].numel() // max(CHUNK // first.shape[0], MIN_TOKENS)
@@ -330,9 +343,9 @@ class ChunkedFeedForward(Override):
             chunks < 2
             or type(network) is not FeedForward
             or not usable(x, first)
-            or not self.originals.intact()
-            or not LINEAR.intact()
-            or not all(untouched(part, *self.parts) for part in network.net.modules())
+            or not self.originals.unmodified()
+            or not LINEAR.unmodified()
+            or not all(has_only_our_kernels(part, *self.parts) for part in network.net.modules())
         ):
             return self.original(x)
         out = torch.cat([network.net(chunk) for chunk in x.flatten(0, -2).tensor_split(chunks)])
@@ -340,7 +353,7 @@ class ChunkedFeedForward(Override):
 
 
 class FusedUpsample(Packed):
-    """Doubling by nearest neighbour and a 3x3 convolution as one transposed convolution by a 4x4 kernel.
+    """Doubling by nearest neighbor and a 3x3 convolution as one transposed convolution by a 4x4 kernel.
 
     That has 4/9 of the products, and no large map comes in between. Its weight is sums of the layer's, so results agree
     up to rounding.
@@ -351,26 +364,26 @@ class FusedUpsample(Packed):
     }
 
     def __call__(self, x: Tensor, *size: Any) -> Tensor:  # (B, C, H, W) -> (B, C', 2H, 2W)
-        """Upsample and convolve at once, or take the plain path."""
+        """Upsample and convolve at once, or fall back to the original forward."""
         if size:
             return self.original(x, *size)
         layer = self._module()
         conv = layer._modules.get("conv")
         originals = self.originals.get(type(layer))
-        if originals is None or packed_conv(conv, x, PLAIN_3X3) is None or not originals.intact():
+        if originals is None or packed_conv(conv, x, PLAIN_3X3) is None or not originals.unmodified():
             return self.original(x)
         options = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # padding, output_padding, stride, dilation, groups
         weight, packed = conv._parameters["weight"], self.packed
         if packed is None or not packed.matches(weight):
-            spread = _spread(weight.detach()).contiguous()
+            spread = upsample_conv_weight(weight.detach()).contiguous()
             order = torch.ops.mkldnn._reorder_convolution_transpose_weight(spread, *options, list(x.shape))
             self.packed = packed = PackedWeight(weight, order)
         wide, bias = x.contiguous(memory_format=torch.channels_last), conv._parameters.get("bias")
         kernel = torch.ops.mkldnn._convolution_transpose_pointwise
-        return like(kernel(wide, packed.value, bias, *options, *PLAIN), x)
+        return restore_memory_format(kernel(wide, packed.value, bias, *options, *PLAIN), x)
 
 
-def _spread(weight: Tensor) -> Tensor:
+def upsample_conv_weight(weight: Tensor) -> Tensor:
     """The weight (C, C', 4, 4) of the transposed convolution that is doubling and a convolution by (C', C, 3, 3).
 
     Along an axis a pixel has two copies side by side, so it adds to four places: by the weight, and by the same weight
@@ -385,7 +398,7 @@ def _spread(weight: Tensor) -> Tensor:
 class ChannelsLast(Override):
     """A network that works in channels-last order inside; its result has the memory format of its input."""
 
-    kernel = True
+    exact = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network, with the map that is its first argument in channels-last order."""
@@ -394,4 +407,4 @@ class ChannelsLast(Override):
             return self.original(*args, **kwargs)
         x = args[0]
         out = self.original(x.contiguous(memory_format=torch.channels_last), *args[1:], **kwargs)
-        return like(out, x) if isinstance(out, Tensor) and out.ndim == 4 else out
+        return restore_memory_format(out, x) if isinstance(out, Tensor) and out.ndim == 4 else out

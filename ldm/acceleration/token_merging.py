@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.attach import Handle, Override
+from ldm.attach import Handle, Override, Priority
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 
-MAX_RATIO = 0.75  # of four neighbours one stays
+MAX_RATIO = 0.75  # of four neighbors one stays
 
 
 def merge_tokens(network: nn.Module, ratio: float) -> Handle:
@@ -63,12 +63,12 @@ def _before_resampling(layers: Iterable[nn.Module]) -> list[SpatialTransformer]:
 class _MapSize(Override):
     """Override of `SpatialTransformer` that knows the size of the map whose tokens its blocks see."""
 
-    level = 30
-    own_thread = True
+    priority = Priority.TOKEN_MERGING
+    thread_local = True
     size: Sequence[int] = ()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.applies():
+        if self.is_active():
             self.size = x.shape[2:]
         return self.original(x, *args, **kwargs)
 
@@ -76,8 +76,8 @@ class _MapSize(Override):
 class _MergedAttention(Override):
     """Override of self-attention that merges the tokens it attends with."""
 
-    level = 30
-    own_thread = True
+    priority = Priority.TOKEN_MERGING
+    thread_local = True
     state = ("size", "ratio")
 
     def __init__(self, attention: nn.Module, size: _MapSize, ratio: float) -> None:
@@ -86,7 +86,7 @@ class _MergedAttention(Override):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         among_themselves = all(value is None for value in (*args, *kwargs.values()))  # no context, no mask
-        if not self.applies() or not among_themselves or not self.ratio:
+        if not self.is_active() or not among_themselves or not self.ratio:
             return self.original(x, *args, **kwargs)
         merging = Merging(x, self.size.size, self.ratio)
         return merging.unmerge(self.original(merging.merge(x), *args, **kwargs))
@@ -95,42 +95,42 @@ class _MergedAttention(Override):
 class Merging:
     """Which of the tokens h (B, H W, C) of a feature map of `size` (H, W) are merged: a `ratio` of them all.
 
-    In every 2x2 positions the first stays (the paper chooses one at random). Of the others those go that are most like
-    one that stays, by the cosine (section 3). Nothing is random, and no sum is taken in an order that could change: the
-    same h always gives the same result.
+    In every 2x2 positions the first is a destination, dst (the paper chooses one at random). Of the others, src, those
+    are merged that are most like a dst, by the cosine (section 3). Nothing is random, and no sum is taken in an order
+    that could change: the same h always gives the same result.
     """
 
     def __init__(self, h: Tensor, size: Sequence[int], ratio: float) -> None:
         height, width = size
         positions = torch.arange(height * width, device=h.device).view(height, width)
-        self._stay = positions[::2, ::2].flatten()
-        self._others = torch.cat([positions[::2, 1::2].flatten(), positions[1::2].flatten()])
-        staying, others = len(self._stay), len(self._others)
-        going = min(int(ratio * height * width), others)
+        self._dst = positions[::2, ::2].flatten()
+        self._src = torch.cat([positions[::2, 1::2].flatten(), positions[1::2].flatten()])
+        dst_count, src_count = len(self._dst), len(self._src)
+        merged = min(int(ratio * height * width), src_count)
         unit = F.normalize(h, dim=-1, eps=1e-6)  # which float16 can represent
-        cosine, into = (unit[:, self._others] @ unit[:, self._stay].transpose(1, 2)).max(dim=-1)  # (B, others)
+        cosine, dst_index = (unit[:, self._src] @ unit[:, self._dst].transpose(1, 2)).max(dim=-1)  # (B, src)
         ranked = cosine.argsort(dim=-1, descending=True, stable=True)
-        self._go, self._left = ranked[:, :going], ranked[:, going:]  # (B, .), indices among the others
-        into = into.gather(1, self._go)  # (B, going), indices among those that stay
-        left = torch.arange(staying, staying + others - going, device=h.device)
-        where = torch.empty_like(ranked).scatter(1, self._go, into)
-        where = where.scatter(1, self._left, left.expand_as(self._left))  # (B, others), in the order of `merge`
-        self._where = torch.empty_like(positions.flatten()).expand(len(h), -1).clone()
-        self._where[:, self._stay] = torch.arange(staying, device=h.device)
-        self._where[:, self._others] = where
-        self._add = h.new_zeros(len(h), staying, going).scatter(1, into[:, None], 1.0)  # (B, staying, going) of 0 and 1
+        self._merged, self._unmerged = ranked[:, :merged], ranked[:, merged:]  # (B, .), indices into src
+        dst_index = dst_index.gather(1, self._merged)  # (B, merged), indices into dst
+        after_dst = torch.arange(dst_count, dst_count + src_count - merged, device=h.device)
+        src_index = torch.empty_like(ranked).scatter(1, self._merged, dst_index)
+        src_index = src_index.scatter(1, self._unmerged, after_dst.expand_as(self._unmerged))  # (B, src)
+        self._index = torch.empty_like(positions.flatten()).expand(len(h), -1).clone()  # into the result of `merge`
+        self._index[:, self._dst] = torch.arange(dst_count, device=h.device)
+        self._index[:, self._src] = src_index
+        self._add = h.new_zeros(len(h), dst_count, merged).scatter(1, dst_index[:, None], 1.0)  # of 0 and 1
 
     def merge(self, h: Tensor) -> Tensor:
-        """Return those that stay, each the mean of itself and what goes there, and the others left: (B, M, C)."""
-        stay, others = h[:, self._stay], h[:, self._others]
-        means = (stay + self._add @ _take(others, self._go)) / (1 + self._add.sum(dim=-1, keepdim=True))
-        return torch.cat([means, _take(others, self._left)], dim=1)
+        """Return dst, each the mean of itself and the src merged into it, and the unmerged src: (B, M, C)."""
+        dst, src = h[:, self._dst], h[:, self._src]
+        means = (dst + self._add @ gather_tokens(src, self._merged)) / (1 + self._add.sum(dim=-1, keepdim=True))
+        return torch.cat([means, gather_tokens(src, self._unmerged)], dim=1)
 
     def unmerge(self, h: Tensor) -> Tensor:
         """Return (B, M, C) as (B, H W, C): each token has what it became part of."""
-        return _take(h, self._where)
+        return gather_tokens(h, self._index)
 
 
-def _take(h: Tensor, positions: Tensor) -> Tensor:
+def gather_tokens(h: Tensor, positions: Tensor) -> Tensor:
     """The tokens of h (B, N, C) at positions (B, M): (B, M, C)."""
     return h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))

@@ -189,7 +189,7 @@ def _explain(path: Path) -> Iterator[None]:
     except UnsafePickle as error:
         names = ", ".join(error.names[:10]) + (f" and {len(error.names) - 10} more" if error.names[10:] else "")
         raise CheckpointError(
-            f"{path} is refused because it asks for more than weights ({names}): "
+            f"{path} is refused: unsafe pickle: it references names outside the allowlist ({names}): "
             "save it again as .safetensors, or as a plain state dict, with the program that made it"
         ) from error
     except BadPickle as error:
@@ -198,9 +198,7 @@ def _explain(path: Path) -> Iterator[None]:
             "download it again, or save it as .safetensors with the program that made it"
         ) from error
     except BadFile as error:
-        raise (
-            truncated(path, str(error)) if error.damaged else CheckpointError(f"{path} is refused: {error}")
-        ) from error
+        raise unusable(path, error) from error
 
 
 def _check_checksums(path: Path, kind: str, verify: bool) -> None:

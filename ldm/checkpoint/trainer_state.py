@@ -67,8 +67,9 @@ def read_state(path: str | os.PathLike[str]) -> dict[Any, Any]:
                 state, _ = read_zip(archive, ranges, make_unpickler)
         _check_plain(state)
     except UnsafePickle as error:
+        names = ", ".join(error.names[:10])
         raise CheckpointError(
-            f"{path} is refused because it asks for more than the state of a run ({', '.join(error.names[:10])})"
+            f"{path} is refused: unsafe pickle: it references names outside the allowlist ({names})"
         ) from error
     except BadPickle as error:
         raise CheckpointError(f"{path} is damaged, or holds what no run writes ({error})") from error

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.acceleration import OffloadHook, cache_contexts, refresh, unloading
+from ldm.acceleration import OffloadHook, cache_contexts, refresh, unload_afterwards
 from ldm.checkpoint import check_unchanged
 from ldm.images import fit_to_multiple, image_to_tensor, tensor_to_images
 from ldm.inference.conditioning import TEXT, Conditioning, require, text_condition
@@ -116,7 +116,7 @@ class Pipeline:
             if dtype is not None:
                 stack.enter_context(torch.autocast(model.device.type, dtype=dtype))
             stack.enter_context(model.ema_scope())
-            stack.enter_context(unloading(model))  # before averaged weights are swapped back
+            stack.enter_context(unload_afterwards(model))  # before averaged weights are swapped back
             stack.enter_context(options.acceleration.attach(network))
             stack.enter_context(cache_contexts(network))
             stack.enter_context(seamless(model, options.tiling))

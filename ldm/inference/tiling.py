@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.attach import Override, chain
+from ldm.attach import Override, override_chain
 
 if TYPE_CHECKING:
     from ldm.models.autoencoder import FirstStage
@@ -131,7 +131,7 @@ def tile_first_stage(first_stage: FirstStage | nn.Module, tile: int) -> None:
     if tile and tile < 4 * factor:
         raise ValueError(f"tiles of {tile} pixels are too small: this first stage needs at least {4 * factor}")
     for network, side, multiple in ((encoder, tile, factor), (decoder, tile // factor, 1)):
-        for override in chain(network) or ():
+        for override in override_chain(network) or ():
             if isinstance(override, TiledForward):
                 override.remove()
         if tile:

@@ -7,11 +7,18 @@ from torch import Tensor, nn
 
 
 class LitEma(nn.Module):
-    """Running average of a model's trainable weights, kept as buffers under the published names.
+    """Exponential moving average of a model's trainable weights, in buffers under the published names.
 
-    decay: share of the old average that an update keeps, once the first updates, which keep (1 + n) / (10 + n), are
-    past it. `use_num_upates` (spelled as published) False uses `decay` from the start.
+    Update n is average = decay_n * average + (1 - decay_n) * weight, with decay_n = min(decay, (1 + n) / (10 + n)).
+
+    Args:
+        model: the model to average.
+        decay: from 0 to 1.
+        use_num_upates: (spelled as published) False for `decay` at every update, without the ramp.
     """
+
+    decay: Tensor
+    num_updates: Tensor
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
         super().__init__()
@@ -30,12 +37,9 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def reset(self, model: nn.Module) -> None:
-        """Make the model's weights, as they are now, the averages."""
+        """Set the averages to the model's present weights."""
         for parameter, shadow in self._pairs(model):
             shadow.copy_(parameter)
-
-    decay: Tensor
-    num_updates: Tensor
 
     def reset_num_updates(self) -> None:
         """Start the ramp of the decay again."""
@@ -66,7 +70,7 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights and the averages in place of a third copy; a second call undoes it."""
+        """Swap the model's weights and the averages without a copy; a second call swaps them back."""
         for parameter, shadow in self._pairs(model):
             parameter.data, shadow.data = shadow.data, parameter.data
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.attach import Handle, Override, chain
+from ldm.attach import Handle, Override, override_chain
 
 
 class Add(Override):
@@ -20,16 +20,16 @@ class Add(Override):
 
     state = ("number",)
 
-    def __init__(self, module, number, level=0):
+    def __init__(self, module, number, priority=0):
         super().__init__(module)
-        self.number, self.level = number, level
+        self.number, self.priority = number, priority
 
     def __call__(self, x):
-        return self.original(x) * 10 + self.number if self.applies() else self.original(x)
+        return self.original(x) * 10 + self.number if self.is_active() else self.original(x)
 
 
 class Own(Add):
-    own_thread = True
+    thread_local = True
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ X = torch.zeros(1)
 def test_levels_are_the_order(layer):
     for number, level in ((3, 30), (1, 10), (2, 20)):
         Add(layer, number, level).attach()
-    assert layer(X).item() == 123 and [override.number for override in chain(layer)] == [3, 2, 1]
+    assert layer(X).item() == 123 and [override.number for override in override_chain(layer)] == [3, 2, 1]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
@@ -59,7 +59,7 @@ def test_removal_in_any_order_restores_exactly(layer, order):
 def test_a_foreign_forward_below_and_above(layer):
     layer.forward = below = lambda x: x + 5
     override = Add(layer, 1).attach()
-    assert layer(X).item() == 51 and chain(layer) is None
+    assert layer(X).item() == 51 and override_chain(layer) is None
     inner = layer.forward
     layer.forward = above = lambda x: inner(x) + 100
     assert layer(X).item() == 151

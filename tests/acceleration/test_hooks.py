@@ -261,7 +261,7 @@ def test_what_changes_the_image(attach, change):
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_int8_layers(monkeypatch, change):
     """A changed layer in int8 differs from the unchanged one as it should, up to int8's steps."""
-    monkeypatch.setattr(int8, "FEW", 1)
+    monkeypatch.setattr(int8, "MIN_ROWS", 1)
     for build, x in (
         (lambda: nn.Sequential(nn.Linear(64, 64)), torch.randn(300, 64)),
         (lambda: nn.Sequential(nn.Conv2d(64, 64, 3)), torch.randn(1, 64, 9, 9)),

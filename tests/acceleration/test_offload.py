@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.acceleration import OffloadHook, unloading
+from ldm.acceleration import OffloadHook, unload_afterwards
 from ldm.acceleration import offload as offload_model
 from ldm.inference import load_model, txt2img
 from tests.tiny import write_tiny
@@ -62,7 +62,7 @@ def test_the_same_picture(tmp_path, monkeypatch, use_ema):
     assert came == ["cond_stage_model", "model", "first_stage_model"]
     assert np.abs(np.asarray(plain, float) - np.asarray(apart, float)).max() <= 1
     assert all(tensor.equal(weights[name]) for name, tensor in model.state_dict().items())
-    assert handle._there is None
+    assert handle._on_device is None
     handle.remove()
     assert handle not in model.acceleration and not model.model._forward_pre_hooks
 
@@ -72,7 +72,7 @@ def test_the_model_says_where_it_computes():
     model.big, model.few = nn.Linear(3000, 3000), nn.Linear(2, 2)
     handle = offload_model(model, META)
     assert (places(model.big), places(model.few)) == ({CPU}, {META})
-    with unloading(handle.list_on(model) and model):
+    with unload_afterwards(handle.list_on(model) and model):
         model.big(torch.zeros(1, 3000))
         assert places(model.big) == {META}
     assert places(model.big) == {CPU}
@@ -82,4 +82,4 @@ def test_the_option_offloads_the_model(tmp_path):
     model = load_model(ckpt=write_tiny(tmp_path), device="cpu", lowvram=True)
     (handle,) = [handle for handle in model.acceleration if handle.name == "offload"]
     assert handle.device == model.device == CPU
-    assert handle._there is None  # not even after the network was asked what it predicts
+    assert handle._on_device is None  # not even after the network was asked what it predicts

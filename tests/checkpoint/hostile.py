@@ -25,7 +25,7 @@ ROOM = 600 * 2**20  # bytes of address space beyond what the libraries take
 SECONDS = 60  # for one file; none takes more than one or two
 
 LOADS = "loads"
-MORE = "asks for more than weights"
+MORE = "references names outside the allowlist"
 UNSAFE = "cannot be read safely"
 DAMAGED = "truncated or damaged"
 

@@ -17,7 +17,7 @@ import torch
 from diffusers.schedulers import scheduling_lms_discrete
 
 from ldm.models.diffusion.samplers import make_sampler
-from ldm.models.diffusion.schedules import NoiseLevels, Schedule, sigma_of
+from ldm.models.diffusion.schedules import NoiseLevels, Schedule, sigma_from_alpha_bar
 from ldm.modules.diffusionmodules.schedule import make_beta_schedule
 
 SHAPE = (2, 4, 4)
@@ -129,7 +129,7 @@ def by_sigmas(scheduler: Any, kind: str, sigmas: np.ndarray, timesteps: np.ndarr
 
 def arrays(s: Schedule) -> tuple[np.ndarray, np.ndarray]:
     """(sigmas, timesteps) of a schedule, from noise to data."""
-    sigmas = np.append(sigma_of(s.alphas_cumprod)[::-1], sigma_of(s.alphas_cumprod_prev[0]))
+    sigmas = np.append(sigma_from_alpha_bar(s.alphas_cumprod)[::-1], sigma_from_alpha_bar(s.alphas_cumprod_prev[0]))
     return sigmas, np.array(s.timesteps[::-1], np.float64)
 
 
@@ -188,7 +188,7 @@ def between(s: Schedule) -> tuple[np.ndarray, np.ndarray]:
     """(sigmas, timesteps) in the middle of all steps but the last, from noise to data."""
     sigmas = arrays(s)[0][:-1]
     middle = np.sqrt(sigmas[1:] * sigmas[:-1])
-    return middle, NoiseLevels(V1).time_of(middle)
+    return middle, NoiseLevels(V1).sigma_to_t(middle)
 
 
 def woven(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 
 from ldm.models.diffusion.noise import PerImageNoise
 from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
-from ldm.models.diffusion.schedules import SCHEDULES, NoiseLevels, make_schedule, sigma_of
+from ldm.models.diffusion.schedules import SCHEDULES, NoiseLevels, make_schedule, sigma_from_alpha_bar
 from tests.models.test_convergence import BETAS, KINDS, MEAN, STD, V1, ZERO_SNR, Gaussian
 
 ALIGNED = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # Sabour et al. 2024, Stable Diffusion v1.5, 10 steps
@@ -44,7 +44,7 @@ def test_sigmas_are_those_of_diffusers(choice):
         scheduler = diffusers.EulerDiscreteScheduler(trained_betas=betas, **{f"use_{choice}_sigmas": True})
         scheduler.set_timesteps(20)
     s = make_schedule(choice, 20, V1)
-    np.testing.assert_allclose(sigma_of(s.alphas_cumprod)[::-1], scheduler.sigmas[:-1].numpy(), rtol=1e-4)
+    np.testing.assert_allclose(sigma_from_alpha_bar(s.alphas_cumprod)[::-1], scheduler.sigmas[:-1].numpy(), rtol=1e-4)
     # between timesteps they interpolate log sigma, where log a is as near the truth
     np.testing.assert_allclose(s.timesteps[::-1], scheduler.timesteps.numpy(), atol=0.2)
     assert s.alphas_cumprod_prev[0] == 1 and scheduler.sigmas[-1] == 0
@@ -89,14 +89,17 @@ def test_tables():
     assert (s.alphas_cumprod == V1[ALIGNED[::-1]]).all()
     more = make_schedule(ALIGNED, 19, V1)
     np.testing.assert_allclose(more.timesteps[::2], s.timesteps, atol=1e-6)
-    log_sigmas, between = np.log(sigma_of(s.alphas_cumprod)), np.log(sigma_of(more.alphas_cumprod[1::2]))
+    log_sigmas, between = (
+        np.log(sigma_from_alpha_bar(s.alphas_cumprod)),
+        np.log(sigma_from_alpha_bar(more.alphas_cumprod[1::2])),
+    )
     np.testing.assert_allclose(between, (log_sigmas[:-1] + log_sigmas[1:]) / 2, atol=1e-6)
 
 
 def test_levels_and_their_timesteps_are_each_others_inverse():
     levels = NoiseLevels(V1)
     t = np.linspace(0, 999, 777)
-    np.testing.assert_allclose(levels.time_of(sigma_of(levels.at(t))), t, atol=1e-8)
+    np.testing.assert_allclose(levels.sigma_to_t(sigma_from_alpha_bar(levels.alpha_bar_at(t))), t, atol=1e-8)
 
 
 @pytest.mark.parametrize(

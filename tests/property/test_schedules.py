@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.models.diffusion.schedules import RHO, SCHEDULES, NoiseLevels, make_schedule, sigma_of
+from ldm.models.diffusion.schedules import RHO, SCHEDULES, NoiseLevels, make_schedule, sigma_from_alpha_bar
 from ldm.modules.diffusionmodules.schedule import (
     PARAMETERIZATIONS,
     ddim_sigmas,
@@ -51,8 +51,10 @@ def test_noise_decreases_every_step(run, name, eta):
     assert (s.alphas_cumprod > 0).all() and (s.alphas_cumprod < 1).all() and (s.alphas_cumprod_prev <= 1).all()
     assert (s.alphas_cumprod_prev[1:] == s.alphas_cumprod[:-1]).all()
     assert (s.alphas_cumprod < s.alphas_cumprod_prev).all()
-    assert np.isfinite(s.sigmas).all() and (s.sigmas >= 0).all()
-    assert (s.sigmas**2 <= 1 - s.alphas_cumprod_prev + 1e-12).all()  # no more noise is added than the next level has
+    assert np.isfinite(s.ddim_sigmas).all() and (s.ddim_sigmas >= 0).all()
+    assert (
+        s.ddim_sigmas**2 <= 1 - s.alphas_cumprod_prev + 1e-12
+    ).all()  # no more noise is added than the next level has
 
 
 @quick
@@ -100,8 +102,8 @@ def test_sigmas_are_their_closed_forms(run):
     }
     for name, sigmas in wanted.items():
         s = make_schedule(name, steps, a)
-        np.testing.assert_allclose(s.timesteps[:-1], NoiseLevels(a).time_of(sigmas)[:-1], atol=1e-6)
-        np.testing.assert_allclose(sigma_of(s.alphas_cumprod)[:-1], sigmas[:-1], rtol=1e-6)
+        np.testing.assert_allclose(s.timesteps[:-1], NoiseLevels(a).sigma_to_t(sigmas)[:-1], atol=1e-6)
+        np.testing.assert_allclose(sigma_from_alpha_bar(s.alphas_cumprod)[:-1], sigmas[:-1], rtol=1e-6)
 
 
 @quick
@@ -120,7 +122,7 @@ def test_levels_and_timesteps_are_each_others_inverse(run):
     a, _ = run
     levels = NoiseLevels(a)
     t = np.linspace(0, len(a) - 2, 50)  # the last may be pure noise, whose sigma says nothing
-    np.testing.assert_allclose(levels.time_of(sigma_of(levels.at(t))), t, atol=1e-5)
+    np.testing.assert_allclose(levels.sigma_to_t(sigma_from_alpha_bar(levels.alpha_bar_at(t))), t, atol=1e-5)
 
 
 @quick

@@ -184,7 +184,7 @@ def dtyped(dtype: bytes) -> bytes:
 
 
 PLAIN = "damaged, or holds what no run writes"
-MORE = "refused because it asks for more than the state of a run"
+MORE = "references names outside the allowlist"
 HOSTILE = {
     "a program": (call("os.system", text("touch ran")), MORE + r" \(os\.system\)"),
     "what torch would call": (call("torch._utils._rebuild_sparse_tensor", name("torch.sparse_coo"), b")"), MORE),

@@ -116,25 +116,25 @@ class DDIMSampler(PublicSampler):
         """
         if dynamic_threshold is not None:
             raise ValueError("dynamic_threshold is not supported: use the guidance term `threshold`")
-        alpha_bar = float(self._schedule(use_original_steps).alphas_cumprod[index])
+        host_alpha_bar = float(self._schedule(use_original_steps).alphas_cumprod[index])
         scale, uncond = unconditional_guidance_scale, unconditional_conditioning
-        output, without = self._guided(x, c, t, alpha_bar, scale, uncond, score_corrector, corrector_kwargs)
-        a, a_prev, sigma = self._levels_at(index, use_original_steps)
-        eps, pred_x0 = self._eps_and_x0(output, x, t, a)
+        output, without = self._guided(x, c, t, host_alpha_bar, scale, uncond, score_corrector, corrector_kwargs)
+        alpha_bar, alpha_bar_prev, sigma = self._levels_at(index, use_original_steps)
+        eps, pred_x0 = self._eps_and_x0(output, x, t, alpha_bar)
         if quantize_denoised:
             pred_x0 = self._quantize(pred_x0)
         if without is not None:  # CFG++
-            eps, _ = self._eps_and_x0(without, x, t, a)
+            eps, _ = self._eps_and_x0(without, x, t, alpha_bar)
         noise = self._scaled_noise(eps, sigma, temperature, noise_dropout, repeat_noise, noise_like)
-        return ddim_update(pred_x0, eps, a_prev, sigma, noise), pred_x0
+        return ddim_update(pred_x0, eps, alpha_bar_prev, sigma, noise), pred_x0
 
-    def _eps_and_x0(self, output: Tensor, x: Tensor, t: Tensor, a: Level) -> tuple[Tensor, Tensor]:
+    def _eps_and_x0(self, output: Tensor, x: Tensor, t: Tensor, alpha_bar: Level) -> tuple[Tensor, Tensor]:
         """(eps, x0); from v by the model's own methods, where it has them for these timesteps."""
         by_model = self.parameterization == "v" and hasattr(self.model, "predict_eps_from_z_and_v")
         if by_model and not t.is_floating_point():
             eps = self.model.predict_eps_from_z_and_v(x, t, output)
             return eps, self.model.predict_start_from_z_and_v(x, t, output)
-        return eps_and_x0(output, x, a, self.parameterization)
+        return eps_and_x0(output, x, alpha_bar, self.parameterization)
 
     @torch.no_grad()
     def stochastic_encode(
@@ -218,13 +218,13 @@ class DDIMSampler(PublicSampler):
         steps = reversed(list(schedule.steps()))
         x, latents, recorded = x0, [], []
         for i, step in zip(progress_bar(range(t_enc), t_enc, verbose, "DDIM inversion"), steps):
-            a, a_next = step.alpha_bar_prev, step.alpha_bar
+            alpha_bar, alpha_bar_next = step.alpha_bar_prev, step.alpha_bar  # this goes up, a step goes down
             state.step = len(schedule) - 1 - i  # guidance scales belong to the steps of sampling
             # Sampling goes from x_next to x by the guided eps and renoises with the unconditional one (CFG++). Both are
             # needed at x_next; x stands in for it.
-            renoise, pred_x0 = self.predict(state, x, step.t if schedule_timesteps else i, a_next)
-            eps = (x - (a_next**0.5) * pred_x0) / (1 - a_next) ** 0.5
-            x = add_noise((x - (1 - a) ** 0.5 * renoise) / a**0.5, eps, a_next)
+            renoise, pred_x0 = self.predict(state, x, step.t if schedule_timesteps else i, alpha_bar_next)
+            eps = (x - (alpha_bar_next**0.5) * pred_x0) / (1 - alpha_bar_next) ** 0.5
+            x = add_noise((x - (1 - alpha_bar) ** 0.5 * renoise) / alpha_bar**0.5, eps, alpha_bar_next)
             if every and (i % every == 0 or i >= t_enc - 2):
                 latents.append(x)
                 recorded.append(i)

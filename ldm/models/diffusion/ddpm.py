@@ -2,7 +2,8 @@
 
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models"; Rombach et al. 2022, "High-Resolution Image Synthesis with
 Latent Diffusion Models". A training step, read from top to bottom: `training_step`, `shared_step`, `get_input`,
-`forward`, `p_losses`. Models with further inputs are in `special_models`; their public names are here, too.
+`forward`, `p_losses`, and `_denoising_losses`, which computes the loss. Models with further inputs are in
+`special_models`; their public names are here, too.
 """
 
 from __future__ import annotations
@@ -763,13 +764,9 @@ class LatentDiffusion(DDPM):
         return [*super().averages(), *text]
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """The modules to train, by name."""
+        """The modules to train, by name: with `cond_stage_trainable` the encoder, too."""
         trains_encoder = self.cond_stage_trainable and self.cond_stage_model is not None
         return super().trained_modules() | ({"cond_stage_model": self.cond_stage_model} if trains_encoder else {})
-
-    def configure_optimizers(self) -> Any:
-        """As in `DDPM`; with `cond_stage_trainable` the encoder is trained, too (`trained_modules`)."""
-        return super().configure_optimizers()
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of an image's latent; ValueError, with the nearest sizes, if there is none."""

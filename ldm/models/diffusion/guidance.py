@@ -1,7 +1,7 @@
 """Guidance: combine a model's outputs under several conditions into one.
 
-A term of guidance is a function (output, outputs, strength) -> output. Register another one as `rescale` is below, and
-every script accepts it: `--guidance name=strength`.
+A term is a function (output, outputs, strength) -> output. To add one, register it as `rescale` is below, and
+add its name to `TERMS` in `ldm/cli/options.py`: then every script accepts it, as `--guidance name=strength`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.attach import Handle, Override
+from ldm.attach import Handle, Override, Priority
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from ldm.modules.diffusionmodules.openaimodel import QKVAttention, QKVAttentionLegacy
 from ldm.modules.diffusionmodules.schedule import eps_and_x0, output_of
@@ -135,18 +135,20 @@ class ModelOutputs:
 class IdentityAttention(Override):
     """Override of self-attention that gives every position its own value, in the calling thread."""
 
-    level = 40
-    own_thread = True
+    priority = Priority.IDENTITY_ATTENTION
+    thread_local = True
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the values of x (B, N, D), or of a joint projection (B, 3 C, N)."""
         attention: Any = self.module
-        if not self.applies():
-            return self.original(x, *args, **kwargs)
+        if not self.is_active():
+            output: Tensor = self.original(x, *args, **kwargs)
+            return output
         if isinstance(attention, CrossAttention):
             return attention.to_out(attention.to_v(x))
         if isinstance(attention, QKVAttentionLegacy):
-            return x.unflatten(1, (attention.n_heads, 3, -1))[:, :, 2].flatten(1, 2)
+            heads: int = attention.n_heads
+            return x.reshape(len(x), heads, 3, -1, x.shape[-1])[:, :, 2].flatten(1, 2)
         return x.chunk(3, dim=1)[2]
 
 

@@ -55,9 +55,6 @@ class SeededNoise:
         return torch.randn(tuple(shape), generator=self._generators[device], device=device)
 
 
-global_cpu_noise = GeneratorNoise(torch.default_generator)  # the same images on every device
-
-
 class PerImageNoise:
     """Noise from one CPU generator per image: image i gets the same in any batch, on any device.
 

@@ -141,20 +141,20 @@ class PLMSSampler(PublicSampler):
         if dynamic_threshold is not None:
             raise ValueError("dynamic_threshold is not supported: use the guidance term `threshold`")
         schedule = self._schedule(use_original_steps)
-        a, a_prev, sigma = self._levels_at(index, use_original_steps)
+        alpha_bar, alpha_bar_prev, sigma = self._levels_at(index, use_original_steps)
 
         def predict_eps(x: Tensor, t: Tensor, index: int) -> Tensor:
-            alpha_bar = float(schedule.alphas_cumprod[index])
+            host_alpha_bar = float(schedule.alphas_cumprod[index])
             scale, uncond = unconditional_guidance_scale, unconditional_conditioning
-            output, _ = self._guided(x, c, t, alpha_bar, scale, uncond, score_corrector, corrector_kwargs)
+            output, _ = self._guided(x, c, t, host_alpha_bar, scale, uncond, score_corrector, corrector_kwargs)
             return eps_and_x0(output, x, self._levels_at(index, use_original_steps)[0], self.parameterization)[0]
 
         def step_along(eps: Tensor) -> tuple[Tensor, Tensor]:
-            _, pred_x0 = eps_and_x0(eps, x, a, "eps")
+            _, pred_x0 = eps_and_x0(eps, x, alpha_bar, "eps")
             if quantize_denoised:
                 pred_x0 = self._quantize(pred_x0)
             noise = self._scaled_noise(eps, sigma, temperature, noise_dropout, repeat_noise, noise_like)
-            return ddim_update(pred_x0, eps, a_prev, sigma, noise), pred_x0
+            return ddim_update(pred_x0, eps, alpha_bar_prev, sigma, noise), pred_x0
 
         eps = predict_eps(x, t, index)
         if old_eps:

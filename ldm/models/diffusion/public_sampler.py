@@ -28,7 +28,8 @@ class PublicSampler(Sampler):
 
     default_schedule = "uniform"
     legacy_public = True
-    # of the run in progress, beyond the public arguments; `guidance` without its scale
+    # Of the run in progress, `guidance` without its scale. Attributes, not arguments: the public loops and steps, which
+    # research code overrides and calls, have no argument for them.
     _guidance = Guidance()
     _noise: NoiseSource = staticmethod(global_noise)
     _verbose = True
@@ -44,10 +45,6 @@ class PublicSampler(Sampler):
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None, **kwargs: Any) -> None:
         super().__init__(model)
         self.schedule = schedule
-
-    def register_buffer(self, name: str, attr: Any) -> None:
-        """Set attribute `name`; tensors move to the model's device."""
-        setattr(self, name, attr.to(self.model.device) if isinstance(attr, Tensor) else attr)
 
     def _register_schedule(
         self,
@@ -79,7 +76,7 @@ class PublicSampler(Sampler):
         else:
             made = make_schedule(choice, steps, levels, eta)
             timesteps, alphas, alphas_prev = made.timesteps, made.alphas_cumprod, made.alphas_cumprod_prev
-            sigmas = made.sigmas
+            sigmas = made.ddim_sigmas
         derived = alphas_cumprod_buffers(levels)
         betas = getattr(self.model, "betas", None)
         betas = 1 - levels / derived["alphas_cumprod_prev"] if betas is None else betas.detach()
@@ -200,11 +197,13 @@ class PublicSampler(Sampler):
         """(alpha_bar, alpha_bar_prev, sigma) of a step, from the buffers, which may have been replaced."""
         if use_original_steps:
             original = self._original_steps
-            columns = original.alphas_cumprod, original.alphas_cumprod_prev, original.sigmas
+            columns = original.alphas_cumprod, original.alphas_cumprod_prev, original.ddim_sigmas
         else:
             columns = self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas
-        a, a_prev, sigma = (column[index] if isinstance(column, Tensor) else float(column[index]) for column in columns)
-        return a, a_prev, sigma
+        alpha_bar, alpha_bar_prev, sigma = (
+            column[index] if isinstance(column, Tensor) else float(column[index]) for column in columns
+        )
+        return alpha_bar, alpha_bar_prev, sigma
 
     def _scaled_noise(
         self,
@@ -215,7 +214,7 @@ class PublicSampler(Sampler):
         repeat_noise: bool,
         noise_like: Callable[..., Tensor],
     ) -> Tensor:
-        """What a step to x (B, ...) adds; drawn even where sigma is 0, as in the public code."""
+        """What a step to x (B, ...) adds; sampled even where sigma is 0, as in the public code."""
         if self._noise is global_noise:
             noise = noise_like(x.shape, x.device, repeat_noise)
         else:
@@ -239,7 +238,7 @@ class PublicSampler(Sampler):
         return signal * x0 + sigma * noise
 
 
-def ddim_update(pred_x0: Tensor, eps: Tensor, a_prev: Level, sigma: Level, noise: Tensor) -> Tensor:
+def ddim_update(pred_x0: Tensor, eps: Tensor, alpha_bar_prev: Level, sigma: Level, noise: Tensor) -> Tensor:
     """x_{t-1} from x_0 and eps (Song et al. 2021, eq. 12); noise: of standard deviation sigma."""
-    x_prev: Tensor = sqrt(a_prev) * pred_x0 + sqrt(1 - a_prev - sigma**2) * eps + noise
+    x_prev: Tensor = sqrt(alpha_bar_prev) * pred_x0 + sqrt(1 - alpha_bar_prev - sigma**2) * eps + noise
     return x_prev

@@ -1,4 +1,6 @@
-"""The sampling loop that all samplers share. An update rule is a subclass of `Sampler` with a `step`.
+"""The sampling loop of all samplers but two. An update rule is a subclass of `Sampler` with a `step`.
+
+DDIM and PLMS keep the loops and steps of the public code, which research code overrides (see `public_sampler`).
 
 A sampler needs little of its model: `apply_model`, `alphas_cumprod`, `num_timesteps`, `parameterization` and `device`;
 perturbed-attention guidance needs `model.diffusion_model`, too.
@@ -55,10 +57,10 @@ class SamplerState:
     noise: NoiseSource = global_noise
     temperature: float = 1.0
     noise_dropout: float = 0.0
-    quantize: Callable[[Tensor], Tensor] | None = None
+    quantize_x0: Callable[[Tensor], Tensor] | None = None
     score_corrector: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     mask: Tensor | None = None
-    x0: Tensor | None = None  # the known data where the mask is 1
+    known_x0: Tensor | None = None  # the latent to keep where the mask is 1
     history: list[Any] = field(default_factory=list)  # the update rule's own
     step: int = 0  # steps taken so far
 
@@ -69,7 +71,7 @@ class SamplerState:
     def scaled_noise(self, x: Tensor, sigma: float) -> Tensor:
         """Noise of standard deviation sigma like x (B, ...), after temperature and dropout.
 
-        Drawn even where sigma is 0, as in the public code: the random numbers of the whole run depend on it.
+        Sampled even where sigma is 0, as in the public code: the random numbers of the whole run depend on it.
         """
         noise = sigma * self.temperature * self.randn_like(x)
         return F.dropout(noise, p=self.noise_dropout) if self.noise_dropout > 0.0 else noise
@@ -129,6 +131,10 @@ class Sampler:
         self.model = model
         self.parameterization = model.parameterization
         self.ddpm_num_timesteps = int(model.num_timesteps)
+
+    def register_buffer(self, name: str, attr: Any) -> None:
+        """Set attribute `name`; tensors move to the model's device."""
+        setattr(self, name, attr.to(self.model.device) if isinstance(attr, Tensor) else attr)
 
     # ---- schedule ----
 
@@ -191,11 +197,11 @@ class Sampler:
         if state.score_corrector is not None:
             output = state.score_corrector(output, x, batch_t)
         eps, x0 = eps_and_x0(output, x, alpha_bar, self.parameterization)
-        x0 = state.quantize(x0) if state.quantize else x0
+        x0 = state.quantize_x0(x0) if state.quantize_x0 else x0
         if uncond is not None:
             eps, _ = eps_and_x0(uncond, x, alpha_bar, self.parameterization)
-        if state.mask is not None and state.x0 is not None:  # the run then ends in the known data exactly
-            x0 = blend(state.mask, state.x0, x0)
+        if state.mask is not None and state.known_x0 is not None:  # the run then ends in the known data exactly
+            x0 = blend(state.mask, state.known_x0, x0)
             eps = blend(state.mask, (x - sqrt(alpha_bar) * x0) / sqrt(1 - alpha_bar), eps)
         return eps, x0
 
@@ -308,11 +314,14 @@ class Sampler:
         score_corrector: Any,
         corrector_kwargs: dict[str, Any] | None,
         verbose: bool,
+        mask: Tensor | None,
+        x0: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """`sample` along `self.sampling_schedule`; `options`: other fields of `SamplerState`."""
-        state = self._state(self.sampling_schedule, cond, uncond, guidance, noise=noise, **options)
-        state.quantize = self._quantize if quantize_denoised else None
+        options |= {"noise": noise, "mask": mask, "known_x0": x0}
+        state = self._state(self.sampling_schedule, cond, uncond, guidance, **options)
+        state.quantize_x0 = self._quantize if quantize_denoised else None
         state.score_corrector = self._corrector(score_corrector, cond, corrector_kwargs)
         x = noise(shape, self.model.device) if x_T is None else x_T
         intermediates = Intermediates(x, callback, img_callback, log_every_t)
@@ -322,10 +331,10 @@ class Sampler:
         noise = None
         for i, step in enumerate(progress_bar(state.schedule.steps(), len(state.schedule), verbose)):
             state.step = i
-            if state.mask is not None and state.x0 is not None:
+            if state.mask is not None and state.known_x0 is not None:
                 # the same noise at every step, or it would contradict what a multi-step rule remembers
-                noise = state.randn_like(state.x0) if noise is None else noise
-                x = blend(state.mask, add_noise(state.x0, noise, step.alpha_bar), x)
+                noise = state.randn_like(state.known_x0) if noise is None else noise
+                x = blend(state.mask, add_noise(state.known_x0, noise, step.alpha_bar), x)
             x, pred_x0 = self.step(state, x, step)
             intermediates.record(x, pred_x0, i, step.remaining)
         return x
@@ -369,7 +378,7 @@ class Sampler:
         self._check_mask(mask, x0)
         schedule = self._schedule(use_original_steps).until(t_start)
         guidance = guidance or Guidance(unconditional_guidance_scale)
-        state = self._state(schedule, cond, unconditional_conditioning, guidance, noise=noise, mask=mask, x0=x0)
+        state = self._state(schedule, cond, unconditional_conditioning, guidance, noise=noise, mask=mask, known_x0=x0)
         return self._denoise(state, x_latent, Intermediates(x_latent, callback, img_callback), verbose)
 
     # ---- parts of a run ----

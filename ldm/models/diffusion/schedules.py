@@ -30,7 +30,7 @@ class Step(NamedTuple):
     t_prev: float  # 0 at the last step
     alpha_bar: float
     alpha_bar_prev: float
-    sigma: float  # standard deviation of the noise that DDIM adds
+    ddim_sigma: float  # standard deviation of the noise that DDIM adds
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,26 @@ class Schedule:
     """The steps of a sampling run as float64 numbers on the host, in ascending time.
 
     Entry i goes from `timesteps[i]`, at noise level `alphas_cumprod[i]`, to `alphas_cumprod_prev[i]`, and DDIM adds
-    noise of standard deviation `sigmas[i]`. `alphas_cumprod_prev[0]` is 1 if the run ends at clean data.
+    noise of standard deviation `ddim_sigmas[i]`. `alphas_cumprod_prev[0]` is 1 if the run ends at clean data.
     """
 
     timesteps: np.ndarray
     alphas_cumprod: np.ndarray
     alphas_cumprod_prev: np.ndarray
-    sigmas: np.ndarray
+    ddim_sigmas: np.ndarray
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def until(self, steps: int) -> Schedule:
         """The last `steps` steps of the run, those nearest to the data."""
-        columns = (self.timesteps, self.alphas_cumprod, self.alphas_cumprod_prev, self.sigmas)
+        columns = (self.timesteps, self.alphas_cumprod, self.alphas_cumprod_prev, self.ddim_sigmas)
         return Schedule(*(column[:steps] for column in columns))
 
     def steps(self) -> Iterator[Step]:
         """The steps in the order of sampling, from noise to data."""
         timesteps_prev = np.append(0.0, self.timesteps[:-1])
-        columns = (self.timesteps, timesteps_prev, self.alphas_cumprod, self.alphas_cumprod_prev, self.sigmas)
+        columns = (self.timesteps, timesteps_prev, self.alphas_cumprod, self.alphas_cumprod_prev, self.ddim_sigmas)
         rows = list(zip(*(column.tolist() for column in columns)))
         return (Step(i, *rows[i]) for i in reversed(range(len(self))))
 
@@ -72,21 +72,21 @@ class NoiseLevels:
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
-    def at(self, timesteps: np.ndarray) -> np.ndarray:
+    def alpha_bar_at(self, timesteps: np.ndarray) -> np.ndarray:
         """alpha_bar at timesteps from 0 to T - 1, which may be fractional."""
         return np.asarray(np.exp(np.interp(timesteps, np.arange(len(self)), self._log)))
 
-    def time_of(self, sigma: np.ndarray | float) -> np.ndarray:
-        """The fractional timesteps of noise levels `sigma`, clamped to the schedule: the inverse of `at`."""
+    def sigma_to_t(self, sigma: np.ndarray | float) -> np.ndarray:
+        """The fractional timesteps of noise levels `sigma`, clamped to the schedule: the inverse of `alpha_bar_at`."""
         return np.interp(np.log1p(np.square(sigma)), -self._log, np.arange(len(self)))
 
     def sigma_range(self) -> tuple[float, float]:
         """The lowest sigma, and the highest that is finite."""
         last = self.alphas_cumprod[-1] if self.alphas_cumprod[-1] > MIN_ALPHA_BAR else self.alphas_cumprod[-2]
-        return float(sigma_of(self.alphas_cumprod[0])), float(sigma_of(last))
+        return float(sigma_from_alpha_bar(self.alphas_cumprod[0])), float(sigma_from_alpha_bar(last))
 
 
-def sigma_of(alpha_bar: np.ndarray | float) -> np.ndarray:
+def sigma_from_alpha_bar(alpha_bar: np.ndarray | float) -> np.ndarray:
     """sigma = sqrt((1 - alpha_bar) / alpha_bar)."""
     alpha_bar = np.asarray(alpha_bar, np.float64)
     return np.asarray(np.sqrt((1 - alpha_bar) / alpha_bar))
@@ -99,7 +99,7 @@ def log_snr(alpha_bar: float) -> float:
 
 def is_long_step(alpha_bar: float, alpha_bar_prev: float) -> bool:
     """Whether eps must not be averaged over a step: from pure noise, to the data, or in very short runs."""
-    return float(sigma_of(alpha_bar_prev) / sigma_of(alpha_bar)) < LONG_STEP
+    return float(sigma_from_alpha_bar(alpha_bar_prev) / sigma_from_alpha_bar(alpha_bar)) < LONG_STEP
 
 
 # ---- schedules: (noise levels, steps) -> ascending timesteps, alpha_bar where the run ends ----
@@ -119,19 +119,28 @@ def quad(levels: NoiseLevels, steps: int) -> Timesteps:
 
 
 def even(levels: NoiseLevels, steps: int) -> Timesteps:
-    """Published DPM-Solver: evenly spaced from the last timestep to the first, most of them fractional."""
+    """Published DPM-Solver: evenly spaced from the last timestep to the first, most of them fractional.
+
+    Like `timestep_spacing="linspace"` of diffusers, which rounds them.
+    """
     return np.linspace(0, len(levels) - 1, steps + 1)[1:], levels.alphas_cumprod[0]
 
 
 def leading(levels: NoiseLevels, steps: int) -> Timesteps:
-    """`uniform` with exactly the requested number of steps, spread over all timesteps."""
+    """`uniform` with exactly the requested number of steps, spread over all timesteps.
+
+    Like `timestep_spacing="leading"` with `steps_offset=1` of diffusers, which spaces them by a rounded-down number.
+    """
     if steps == len(levels):
         return np.arange(steps), 1.0
     return np.arange(steps) * len(levels) // steps + 1, levels.alphas_cumprod[0]
 
 
 def trailing(levels: NoiseLevels, steps: int) -> Timesteps:
-    """Evenly from the last timestep, as models with zero terminal SNR need, to the data (Lin et al. 2023, 3.3)."""
+    """Evenly from the last timestep, as models with zero terminal SNR need, to the data (Lin et al. 2023, 3.3).
+
+    Like `timestep_spacing="trailing"` of diffusers.
+    """
     return np.round(np.linspace(len(levels) / steps, len(levels), steps)) - 1, 1.0
 
 
@@ -148,7 +157,7 @@ def exponential(levels: NoiseLevels, steps: int) -> Timesteps:
 
 
 def _at_sigmas(levels: NoiseLevels, sigmas: np.ndarray) -> Timesteps:
-    timesteps = levels.time_of(sigmas)
+    timesteps = levels.sigma_to_t(sigmas)
     timesteps[-1] = len(levels) - 1  # a model with zero terminal SNR starts at pure noise, whose sigma is infinite
     return timesteps, 1.0
 
@@ -172,9 +181,9 @@ def from_table(levels: NoiseLevels, steps: int, table: Sequence[float]) -> Times
         return given, 1.0
     if len(given) < 2:
         raise ValueError(f"a schedule of one timestep is for one step, not for {steps}")
-    log_sigmas = np.log(sigma_of(levels.at(given)))
+    log_sigmas = np.log(sigma_from_alpha_bar(levels.alpha_bar_at(given)))
     positions = np.linspace(0, len(given) - 1, steps) if steps > 1 else np.array([len(given) - 1.0])
-    timesteps = levels.time_of(np.exp(np.interp(positions, np.arange(len(given)), log_sigmas)))
+    timesteps = levels.sigma_to_t(np.exp(np.interp(positions, np.arange(len(given)), log_sigmas)))
     timesteps[-1] = given[-1]  # exactly: the way over logarithms may round it down
     return timesteps, 1.0
 
@@ -204,7 +213,7 @@ def make_schedule(choice: ScheduleChoice, steps: int, alphas_cumprod: np.ndarray
     if np.equal(timesteps, np.round(timesteps)).all():  # take the model's own levels exactly
         alphas = np.maximum(levels.alphas_cumprod[timesteps.astype(int)], MIN_ALPHA_BAR)
     else:
-        alphas = levels.at(timesteps)
+        alphas = levels.alpha_bar_at(timesteps)
     alphas_prev = np.append(final, alphas[:-1])
     return Schedule(timesteps, alphas, alphas_prev, ddim_sigmas(alphas, alphas_prev, eta))
 

@@ -37,7 +37,7 @@ def regroup(module: nn.Module, channels_per_group: int) -> None:
     """Give every group norm in `module` groups of this many channels, in place of 32 groups.
 
     In a narrow network 32 groups have one or two channels each. Every map then loses its own mean, which holds the
-    brightness of a plain area, and colours are learnt late.
+    brightness of a plain area, and colors are learned late.
     """
     for name, norm in module.named_modules():
         if isinstance(norm, nn.GroupNorm):
@@ -49,7 +49,7 @@ def regroup(module: nn.Module, channels_per_group: int) -> None:
 
 
 class Upsample(nn.Module):
-    """Double the size by nearest neighbour, then a 3x3 convolution if `with_conv`."""
+    """Double the size by nearest neighbor, then a 3x3 convolution if `with_conv`."""
 
     def __init__(self, in_channels: int, with_conv: bool = True) -> None:
         super().__init__()
@@ -198,6 +198,8 @@ class Encoder(nn.Module):
     stands, not the size of the input. The decoder's keys of a shared `ddconfig` are accepted and ignored.
     """
 
+    mid: Any  # blocks by name, see `make_middle`
+
     def __init__(
         self,
         *,
@@ -249,6 +251,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, in_channels, H, W) -> (B, z, H/f, W/f)
         temb = None  # first stages have no timestep
         h = self.conv_in(x)
+        down: Any
         for level, down in enumerate(self.down):
             for i, block in enumerate(down.block):
                 h = block(h, temb)
@@ -270,6 +273,8 @@ class Decoder(nn.Module):
 
     The encoder's mirror with one block more a level.
     """
+
+    mid: Any  # blocks by name, see `make_middle`
 
     def __init__(
         self,
@@ -337,7 +342,7 @@ class Decoder(nn.Module):
         h = self.mid.attn_1(h)
         h = self.mid.block_2(h, temb)
         for level in reversed(range(self.num_resolutions)):
-            up = self.up[level]
+            up: Any = self.up[level]
             for i, block in enumerate(up.block):
                 h = block(h, temb)
                 if len(up.attn) > 0:

@@ -90,7 +90,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 
 class Upsample(nn.Module):
-    """Double the size by nearest neighbour, then a convolution if `use_conv`; in 3-D the two inner axes only."""
+    """Double the size by nearest neighbor, then a convolution if `use_conv`; in 3-D the two inner axes only."""
 
     def __init__(
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
@@ -326,6 +326,9 @@ class AttentionPool2d(nn.Module):
 class _TimestepNetwork(nn.Module):
     """What the UNet and its encoder half share: the timestep embedding, and the precision of the blocks."""
 
+    model_channels: int
+    time_embed: nn.Sequential
+    input_blocks: nn.ModuleList
     _dtype: torch.dtype | None = None
 
     @property
@@ -371,7 +374,7 @@ class UNetModel(_TimestepNetwork):
         attention_resolutions: downsampling factors (1, 2, 4 ...) at which blocks have attention.
         dropout: probability of dropout in the residual blocks.
         channel_mult: width of each level, as a multiple of `model_channels`.
-        conv_resample: resample by convolutions between levels; else by pooling and nearest neighbour.
+        conv_resample: resample by convolutions between levels; else by pooling and nearest neighbor.
         dims: 1, 2 or 3 spatial dimensions.
         num_classes: an int for class labels (B,), "continuous" for scalars (B,), "sequential" for vectors
             (B, adm_in_channels); the label's embedding is added to the timestep's.
@@ -568,7 +571,7 @@ class UNetModel(_TimestepNetwork):
                 h = module(h, emb, context)
         return self._predict(h).to(x.dtype)
 
-    def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+    def _embed(self, timesteps: Tensor | None, y: Tensor | None) -> Tensor:
         """Embed timesteps (B,) and labels: (B, 4 model_channels)."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError(
@@ -576,6 +579,8 @@ class UNetModel(_TimestepNetwork):
                 if y is None
                 else "y was given to a UNet without num_classes"
             )
+        if timesteps is None:
+            raise ValueError("this UNet needs timesteps")
         emb = self._embed_timesteps(timesteps)
         if y is not None:
             if self.num_classes == "continuous":

@@ -1,6 +1,6 @@
 """Noise schedules: betas, their buffers, conversions between eps, x0 and v, DDIM timesteps.
 
-alpha_bar_t, or a, is the cumulative product `alphas_cumprod[t]` of the papers:
+alpha_bar_t is the cumulative product `alphas_cumprod[t]` of the papers:
 x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps  (Ho et al. 2020, eq. 4).
 """
 
@@ -39,8 +39,8 @@ def make_beta_schedule(
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
     if schedule in ("cosine", "squaredcos_cap_v2"):
         steps = np.arange(n_timestep + 1, dtype=np.float64) / n_timestep
-        a = np.cos((steps + cosine_s) / (1 + cosine_s) * np.pi / 2) ** 2
-        return np.clip(1 - a[1:] / a[:-1], 0, 0.999)
+        alpha_bar = np.cos((steps + cosine_s) / (1 + cosine_s) * np.pi / 2) ** 2
+        return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
     if schedule == "sqrt_linear":
         return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64)
     if schedule == "sqrt":
@@ -52,8 +52,8 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Betas (T,) whose last timestep holds no signal at all, the first unchanged (Lin et al. 2023, algorithm 1)."""
     signal = np.sqrt(np.cumprod(1.0 - np.asarray(betas, dtype=np.float64)))
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
-    a = signal**2
-    return 1.0 - a / np.append(1.0, a[:-1])
+    alpha_bar = signal**2
+    return 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
 def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, Tensor]:
@@ -70,17 +70,17 @@ def schedule_buffers(betas: np.ndarray, v_posterior: float = 0.0) -> dict[str, T
     if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
         raise ValueError("betas must be a vector of numbers in (0, 1]")
     alphas = 1.0 - betas
-    a = np.cumprod(alphas)
-    a_prev = np.append(1.0, a[:-1])
-    variance = (1 - v_posterior) * betas * (1.0 - a_prev) / (1.0 - a) + v_posterior * betas
+    alpha_bar = np.cumprod(alphas)
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    variance = (1 - v_posterior) * betas * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar) + v_posterior * betas
     values = {
         "betas": betas,
-        **alphas_cumprod_buffers(a),
+        **alphas_cumprod_buffers(alpha_bar),
         "posterior_variance": variance,
         # The variance is 0 at t = 0, so its logarithm is clipped.
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
-        "posterior_mean_coef1": betas * np.sqrt(a_prev) / (1.0 - a),
-        "posterior_mean_coef2": (1.0 - a_prev) * np.sqrt(alphas) / (1.0 - a),
+        "posterior_mean_coef1": betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar),
+        "posterior_mean_coef2": (1.0 - alpha_bar_prev) * np.sqrt(alphas) / (1.0 - alpha_bar),
     }
     return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
 
@@ -101,12 +101,12 @@ def alphas_cumprod_buffers(alphas_cumprod: np.ndarray) -> dict[str, np.ndarray]:
 
 def vlb_weights(buffers: dict[str, Tensor], parameterization: str) -> Tensor:
     """Weight (T,) of each timestep's squared error in the variational bound (Ho et al. 2020, eq. 12)."""
-    betas, a = buffers["betas"].double(), buffers["alphas_cumprod"].double()
+    betas, alpha_bar = buffers["betas"].double(), buffers["alphas_cumprod"].double()
     if parameterization == "x0":
-        # Public code has 2 * 1 - a, not 2 * (1 - a); losses are compared between code bases.
-        weights = 0.5 * a.sqrt() / (2.0 * 1 - a)
+        # Public code has 2 * 1 - alpha_bar, not 2 * (1 - alpha_bar); losses are compared between code bases.
+        weights = 0.5 * alpha_bar.sqrt() / (2.0 * 1 - alpha_bar)
     elif parameterization == "eps":
-        weights = betas**2 / (2 * buffers["posterior_variance"].double() * (1 - betas) * (1 - a))
+        weights = betas**2 / (2 * buffers["posterior_variance"].double() * (1 - betas) * (1 - alpha_bar))
         weights[0] = weights[1] if len(weights) > 1 else 1.0  # the posterior variance at t = 0 is zero
     elif parameterization == "v":
         weights = torch.ones_like(betas)
@@ -122,8 +122,8 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, parameterization: str)
     """
     if gamma <= 0:
         raise ValueError(f"min_snr_gamma must be above 0 (the paper uses 5), not {gamma}")
-    a = alphas_cumprod.double()
-    snr = a / (1 - a)
+    alpha_bar = alphas_cumprod.double()
+    snr = alpha_bar / (1 - alpha_bar)
     if parameterization == "eps":
         weights = (gamma / snr).clamp(max=1.0)  # defined where SNR is 0, too
     elif parameterization == "x0":

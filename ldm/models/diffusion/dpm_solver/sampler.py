@@ -26,10 +26,6 @@ class DPMSolverSampler(Sampler):
         super().__init__(model)
         self.register_buffer("alphas_cumprod", model.alphas_cumprod.detach().clone())
 
-    def register_buffer(self, name: str, attr: Any) -> None:
-        """Set attribute `name`; tensors move to the model's device."""
-        setattr(self, name, attr.to(self.model.device) if isinstance(attr, Tensor) else attr)
-
     def make_schedule(
         self,
         ddim_num_steps: int,

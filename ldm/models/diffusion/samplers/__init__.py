@@ -1,4 +1,8 @@
-"""All samplers by name. To add one, put a file with a registered `Sampler` into this folder."""
+"""All samplers by name.
+
+To add one, put a file with a registered `Sampler` into this folder, and its name into `SAMPLERS` of
+`ldm/cli/options.py`, which lists them for --help without importing torch.
+"""
 
 from __future__ import annotations
 

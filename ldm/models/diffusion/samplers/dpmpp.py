@@ -70,7 +70,7 @@ class DPMpp2SSampler(Sampler):
         lambda_t = log_snr(step.alpha_bar)
         h = log_snr(step.alpha_bar_prev) - lambda_t
         sigma_mid = math.exp(-(lambda_t + h / 2))
-        alpha_bar_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))
+        alpha_bar_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.sigma_to_t(sigma_mid))
         _, x0_mid = self.predict(state, add_noise(x0, eps, alpha_bar_mid), t_mid, alpha_bar_mid)
         return x_prev - math.sqrt(step.alpha_bar_prev) * math.expm1(-h) * (x0_mid - x0), x0
 

@@ -13,7 +13,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from ldm.models.diffusion.sampler import Sampler, SamplerState, add_noise, ddim_step, register
-from ldm.models.diffusion.schedules import Step, is_long_step, sigma_of
+from ldm.models.diffusion.schedules import Step, is_long_step, sigma_from_alpha_bar
 from ldm.modules.diffusionmodules.schedule import MIN_ALPHA_BAR, ddim_sigmas
 
 LMS_ORDER = 4
@@ -71,8 +71,8 @@ class DPM2Sampler(Sampler):
         eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
         if is_long_step(step.alpha_bar, step.alpha_bar_prev):
             return add_noise(x0, eps, step.alpha_bar_prev), x0
-        sigma_mid = math.sqrt(sigma_of(step.alpha_bar) * sigma_of(step.alpha_bar_prev))
-        alpha_bar_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.time_of(sigma_mid))
+        sigma_mid = math.sqrt(sigma_from_alpha_bar(step.alpha_bar) * sigma_from_alpha_bar(step.alpha_bar_prev))
+        alpha_bar_mid, t_mid = 1 / (1 + sigma_mid**2), float(self.levels.sigma_to_t(sigma_mid))
         eps_mid, _ = self.predict(state, add_noise(x0, eps, alpha_bar_mid), t_mid, alpha_bar_mid)
         return ddim_step(x, eps_mid, step.alpha_bar, step.alpha_bar_prev), x0
 
@@ -86,8 +86,8 @@ class LMSSampler(Sampler):
         eps, x0 = self.predict(state, x, step.t, step.alpha_bar)
         if step.alpha_bar < PURE_NOISE:  # no polynomial reaches an infinite sigma
             return add_noise(x0, eps, step.alpha_bar_prev), x0
-        state.history = [*state.history[1 - LMS_ORDER :], (float(sigma_of(step.alpha_bar)), eps)]
-        weights = lms_weights([sigma for sigma, _ in state.history], float(sigma_of(step.alpha_bar_prev)))
+        state.history = [*state.history[1 - LMS_ORDER :], (float(sigma_from_alpha_bar(step.alpha_bar)), eps)]
+        weights = lms_weights([sigma for sigma, _ in state.history], float(sigma_from_alpha_bar(step.alpha_bar_prev)))
         moved = x / math.sqrt(step.alpha_bar) + sum(weight * eps for weight, (_, eps) in zip(weights, state.history))
         return math.sqrt(step.alpha_bar_prev) * moved, x0
 
