@@ -768,6 +768,10 @@ class LatentDiffusion(DDPM):
         trains_encoder = self.cond_stage_trainable and self.cond_stage_model is not None
         return super().trained_modules() | ({"cond_stage_model": self.cond_stage_model} if trains_encoder else {})
 
+    def configure_optimizers(self) -> Any:
+        """As in `DDPM`; defined here, too, since research code overrides and calls it under this name."""
+        return super().configure_optimizers()
+
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of an image's latent; ValueError, with the nearest sizes, if there is none."""
         f = self.first_stage_model.downsampling_factor
