@@ -40,30 +40,33 @@ def build_parser() -> cli.ArgumentParser:
     parser.add_argument(
         "--suite", choices=(*SUITES, "all"), nargs="+", metavar="SUITE", help=f"{', '.join(SUITES)}, all"
     )
-    parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (%(default)s)")
+    parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} (default: %(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", help="precisions (fp32; on a GPU fp16)")
-    parser.add_argument("--batch", type=count, nargs="+", help="batch sizes (1; on a GPU 1 8; train 16, on a GPU 32)")
-    parser.add_argument("--size", type=count, nargs="+", help="pixels per side (512; memory: 512 1024 2048)")
+    parser.add_argument("--batch", type=count, nargs="+", help="batch sizes (default: 1; GPU 1 8; train 16, GPU 32)")
+    parser.add_argument("--size", type=count, nargs="+", help="pixels per side (default: 512; memory: 512 1024 2048)")
     parser.add_argument("--ways", choices=MODES, nargs="+", default=MODES, help="modes of our UNet (all)")
-    parser.add_argument("--compare", choices=("diffusers", "none"), default="diffusers", help="(%(default)s)")
+    parser.add_argument("--compare", choices=("diffusers", "none"), default="diffusers", help="(default: %(default)s)")
     parser.add_argument("--against", type=cli.user_path, metavar="DIR", help="another checkout to compare with")
     parser.add_argument("--config", type=cli.user_path, metavar="FILE", help="model config (Stable Diffusion v1)")
-    parser.add_argument("--repeats", type=count, default=3, help="measurements, interleaved (%(default)s)")
-    parser.add_argument("--warm_up", type=count, help="calls that do not count (1; on a GPU 4)")
-    parser.add_argument("--loop_steps", type=cli.number(int, 0), help="steps of the sampling loop (0; on a GPU 50)")
+    parser.add_argument("--repeats", type=count, default=3, help="measurements, interleaved (default: %(default)s)")
+    parser.add_argument("--warm_up", type=count, help="calls that do not count (default: 1; on a GPU 4)")
+    parser.add_argument("--loop_steps", type=cli.number(int, 0), help="steps of the sampling loop (default: 0; GPU 50)")
     parser.add_argument("--threads", type=count, help="CPU threads (torch's default)")
     parser.add_argument(
         "--peak", type=cli.number(float, 1e-3), metavar="TFLOPS", help="peak of this machine (measured)"
     )
     parser.add_argument("--profile", action="store_true", help="also profile")
     parser.add_argument("--ckpt", type=cli.user_path, metavar="FILE", help="checkpoint (random weights, 4.3 GB)")
-    parser.add_argument("--cache", type=cli.user_path, default="outputs/benchmark-cache", help="(%(default)s)")
-    parser.add_argument("--out", type=cli.user_path, default="outputs/benchmark", help="folder (%(default)s)")
+    parser.add_argument("--cache", type=cli.user_path, default="outputs/benchmark-cache", help="(default: %(default)s)")
+    parser.add_argument("--out", type=cli.user_path, default="outputs/benchmark", help="folder (default: %(default)s)")
     group = parser.add_argument_group("train")
     group.add_argument("--model", choices=("bundled", "v1"), help="v1: its UNet alone (bundled; on a GPU v1)")
-    group.add_argument("--steps", type=count, default=50, help="steps of each, interleaved (%(default)s)")
+    group.add_argument("--steps", type=count, default=50, help="steps of each, interleaved (default: %(default)s)")
     group.add_argument(
-        "--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd keeps no state: less memory (%(default)s)"
+        "--optimizer",
+        choices=("adamw", "sgd"),
+        default="adamw",
+        help="sgd keeps no state: less memory (default: %(default)s)",
     )
     return parser
 

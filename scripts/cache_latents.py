@@ -29,12 +29,18 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("--verify", action="store_true", help="compare the checkpoint with its checksums first")
     options.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder of the caches")
     options.add_argument("--text", action="store_true", help="embed the captions too")
-    options.add_argument("--variants", type=count, default=1, help="random crops and captions an image (%(default)s)")
+    options.add_argument(
+        "--variants", type=count, default=1, help="random crops and captions an image (default: %(default)s)"
+    )
     options.add_argument("--flips", action="store_true", help="cache every image mirrored as well")
-    options.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="on disk (%(default)s)")
-    options.add_argument("--batch_size", type=count, default=8, help="images to encode at once (%(default)s)")
-    options.add_argument("--num_workers", type=cli.number(int, 0), default=0, help="reading processes (%(default)s)")
-    options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+    options.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="on disk (default: %(default)s)"
+    )
+    options.add_argument("--batch_size", type=count, default=8, help="images to encode at once (default: %(default)s)")
+    options.add_argument(
+        "--num_workers", type=cli.number(int, 0), default=0, help="reading processes (default: %(default)s)"
+    )
+    options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: %(default)s)")
     cli.add_trust(options)
     return options
 

@@ -18,8 +18,10 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("folder", type=cli.user_path, metavar="FOLDER", help="the images; subfolders count too")
     options.add_argument("out", type=cli.user_path, metavar="OUT.npz", help="the file to write")
     cli.add_clip(options)
-    options.add_argument("--batch_size", type=cli.number(int, 1), default=32, help="images per batch (%(default)s)")
-    options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+    options.add_argument(
+        "--batch_size", type=cli.number(int, 1), default=32, help="images per batch (default: %(default)s)"
+    )
+    options.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: %(default)s)")
     return options
 
 

@@ -28,7 +28,7 @@ SETTINGS = ("samplers", "schedules", "guidance")
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     count = cli.number(int, 1)
-    options.add_argument("--prompts", type=count, default=1000, help="prompts per set (%(default)s)")
+    options.add_argument("--prompts", type=count, default=1000, help="prompts per set (default: %(default)s)")
     options.add_argument(
         "--kinds",
         type=_prompt_sets,
@@ -40,21 +40,29 @@ def parser() -> cli.ArgumentParser:
         "--sampler",
         choices=cli.SAMPLERS,
         metavar="NAME",
-        help="a sampler of the scripts (the model's own, else ddim)",
+        help="a sampler of the scripts (default: the model's own, else ddim)",
     )
-    options.add_argument("--steps", type=cli.number(int, 1, 1000), help="sampling steps (the model's own, else 50)")
-    options.add_argument("--scale", type=cli.number(float), help="guidance scale (the model's own, else 7.5)")
-    options.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="(%(default)s)")
-    options.add_argument("--out", type=cli.user_path, default="outputs/evaluation", help="folder (%(default)s)")
+    options.add_argument(
+        "--steps", type=cli.number(int, 1, 1000), help="sampling steps (default: the model's own, else 50)"
+    )
+    options.add_argument("--scale", type=cli.number(float), help="guidance scale (default: the model's own, else 7.5)")
+    options.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="(default: %(default)s)")
+    options.add_argument(
+        "--out", type=cli.user_path, default="outputs/evaluation", help="folder (default: %(default)s)"
+    )
     _add_model(options)
     cli.add_speed(options)
     options.set_defaults(batch=100, device="auto")
     commands = options.add_subparsers(dest="command", metavar="compare, distance")
     compare = commands.add_parser("compare", help="samplers, schedules and guidance by network evaluations")
     compare.add_argument("--ways", choices=SETTINGS, nargs="+", default=SETTINGS, help="settings to compare (all)")
-    compare.add_argument("--kind", choices=PROMPT_SETS, default="single-full", help="prompt set (%(default)s)")
+    compare.add_argument("--kind", choices=PROMPT_SETS, default="single-full", help="prompt set (default: %(default)s)")
     compare.add_argument(
-        "--budgets", type=count, nargs="+", default=(10, 20, 40, 80), help="network evaluations per image (%(default)s)"
+        "--budgets",
+        type=count,
+        nargs="+",
+        default=(10, 20, 40, 80),
+        help="network evaluations per image (default: %(default)s)",
     )
     distance = commands.add_parser("distance", help="distance between two folders of images")
     distance.add_argument("folders", nargs=2, type=cli.user_path, metavar="FOLDER")
@@ -62,7 +70,7 @@ def parser() -> cli.ArgumentParser:
         "--features",
         choices=("first-stage", "inception"),
         default="first-stage",
-        help="features: a model's first stage, or Inception v3 if its weights are on disk (%(default)s)",
+        help="features: a model's first stage, or Inception v3 if its weights are on disk (default: %(default)s)",
     )
     _add_model(distance, argparse.SUPPRESS)  # options before the command count too
     return options
@@ -76,7 +84,7 @@ def _add_model(options: argparse.ArgumentParser, default: str | None = None) -> 
     )
     options.add_argument("--config", **path, help="the checkpoint's config (detected)")
     cli.add_trust(options)
-    options.add_argument("--batch", type=cli.number(int, 1), default=default, help="batch size (100)")
+    options.add_argument("--batch", type=cli.number(int, 1), default=default, help="batch size (default: 100)")
     options.add_argument("--device", choices=DEVICES, default=default, help="device (auto)")
 
 

@@ -21,14 +21,15 @@ logger = logging.getLogger("ldm.img2img")
 
 def parser() -> cli.ArgumentParser:
     options = cli.sampling_parser(__doc__, scale=5.0, outdir="outputs/img2img-samples", n_iter=1, n_samples=2)
-    options.add_argument("--init-img", type=cli.user_path, required=True, metavar="FILE", help="the initial image")
-    options.add_argument(
+    group = options.add_argument_group("image")
+    group.add_argument("--init-img", type=cli.user_path, required=True, metavar="FILE", help="the initial image")
+    group.add_argument(
         "--strength",
         type=cli.number(float, 0, 1),
         default=0.75,
-        help="how much to change the image: 0 keeps it, 1 keeps next to nothing of it (%(default)s)",
+        help="how much to change the image: 0 keeps it, 1 keeps next to nothing of it (default: %(default)s)",
     )
-    options.add_argument(
+    group.add_argument(
         "--depth",
         type=cli.user_path,
         metavar="FILE",

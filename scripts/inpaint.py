@@ -33,11 +33,11 @@ def parser() -> cli.ArgumentParser:
     group.add_argument(
         "--keep_unmasked", action=argparse.BooleanOptionalAction, default=True, help=keep + "makes (default: keep)"
     )
-    soft = "soften the edge: fade into the image over this many pixels around the mask (%(default)s)"
+    soft = "soften the edge: fade into the image over this many pixels around the mask (default: %(default)s)"
     group.add_argument("--feather", type=cli.number(int, 0), default=0, metavar="PIXELS", help=soft)
-    strength = "below 1 the result resembles what it replaces; 0 changes nothing (%(default)s)"
+    strength = "below 1 the result resembles what it replaces; 0 changes nothing (default: %(default)s)"
     group.add_argument("--strength", type=cli.number(float, 0, 1), default=1.0, help=strength)
-    cli.add_prompt(options)
+    cli.add_prompt(options, default="")  # what fits the rest
     cli.add_amount(options, n_samples=1, n_iter=1)
     cli.add_prompt_options(options)
     cli.add_size(options)
@@ -45,7 +45,6 @@ def parser() -> cli.ArgumentParser:
     cli.add_model(options, f"{PUBLIC_CKPT} for --indir, else Stable Diffusion v1 if present, else the bundled model")
     cli.add_speed(options)
     cli.add_output(options, "outputs/inpaint-samples")
-    options.set_defaults(prompt="")  # what fits the rest
     return options
 
 

@@ -16,31 +16,39 @@ from ldm import cli
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
     group = options.add_argument_group("prompts and seeds")
-    group.add_argument("--prompts", nargs="+", default=[cli.PROMPT], help=f"from the first to the last ({cli.PROMPT})")
-    group.add_argument("--negative_prompt", default="", help="what the images should not show")
+    group.add_argument(
+        "--prompts", "--prompt", nargs="+", default=[cli.PROMPT], help=f"first to last (default: {cli.PROMPT})"
+    )
+    group.add_argument("--negative_prompt", default="", help="what images should not show (default: none)")
     group.add_argument(
         "--seeds",
+        "--seed",
         type=cli.number(int, 0, cli.MAX_SEED),
         nargs="+",
         default=[42],
-        help="of the noise at each prompt, or one for all (42); one prompt with several seeds goes from seed to seed",
+        help="of the noise at each prompt, or one for all; one prompt with several seeds goes from seed to seed "
+        "(default: 42)",
     )
     group.add_argument(
         "--contexts",
         choices=("linear", "slerp"),
         default="linear",
-        help="how to interpolate encoded prompts (%(default)s); noise: slerp",
+        help="how to interpolate encoded prompts (default: %(default)s); noise: slerp",
     )
-    cli.add_tiling(group)
     cli.add_prompt_options(options)
     group = options.add_argument_group("frames")
-    group.add_argument("--frames", type=cli.number(int, 2), default=24, help="number of frames (%(default)s)")
-    group.add_argument("--fps", type=cli.number(float, 0.1, 50), default=12, help="frames a second (%(default)s)")
+    group.add_argument("--frames", type=cli.number(int, 2), default=24, help="number of frames (default: %(default)s)")
+    group.add_argument(
+        "--fps", type=cli.number(float, 0.1, 50), default=12, help="frames a second (default: %(default)s)"
+    )
     ways = group.add_mutually_exclusive_group()
     ways.add_argument("--loop", action="store_true", help="continue from the last prompt to the first")
     ways.add_argument("--bounce", action="store_true", help="show the frames backwards after the last")
-    group.add_argument("--n_samples", type=cli.number(int, 1), default=4, help="frames per batch (%(default)s)")
+    group.add_argument(
+        "--n_samples", type=cli.number(int, 1), default=4, help="frames per batch (default: %(default)s)"
+    )
     cli.add_size(options)
+    cli.add_tiling(options)
     cli.add_sampler(options, scale=7.5)
     cli.add_model(options)
     cli.add_speed(options)
@@ -50,12 +58,14 @@ def parser() -> cli.ArgumentParser:
         type=cli.user_path,
         default="outputs/interpolations",
         metavar="FOLDER",
-        help="where to write (%(default)s)",
+        help="where to write (default: %(default)s)",
     )
-    group.add_argument("--formats", nargs="+", choices=("gif", "webp"), default=["gif"], help="of the animation (gif)")
+    group.add_argument(
+        "--formats", nargs="+", choices=("gif", "webp"), default=["gif"], help="of the animation (default: gif)"
+    )
     group.add_argument("--skip_save", action="store_true", help="do not write the frames as images")
     group.add_argument("--no_metadata", action="store_true", help="leave prompts and settings out of the PNG files")
-    cli.add_preview(group)
+    cli.add_preview(options)
     options.set_defaults(skip_grid=False, n_rows=0)
     return options
 

@@ -41,11 +41,11 @@ def parser() -> cli.ArgumentParser:
         type=cli.user_path,
         default=DATABASE,
         metavar="FILE",
-        help="an .npz or .npy file of embeddings, a folder of these, or the name of a public one (%(default)s)",
+        help="an .npz or .npy file of embeddings, a folder of them, or a public one's name (default: %(default)s)",
     )
-    group.add_argument("--knn", type=count, default=10, help="how many neighbors (%(default)s)")
+    group.add_argument("--knn", type=count, default=10, help="how many neighbors (default: %(default)s)")
     group.add_argument(
-        "--n_repeat", type=count, default=1, help="how often to repeat the prompt's embedding (%(default)s)"
+        "--n_repeat", type=count, default=1, help="how often to repeat the prompt's embedding (default: %(default)s)"
     )
     cli.add_amount(options, n_samples=3, n_iter=1)
     cli.add_size(options)

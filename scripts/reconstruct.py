@@ -21,7 +21,8 @@ def parser() -> cli.ArgumentParser:
     options.add_argument("images", nargs="+", type=cli.user_path, metavar="IMAGE", help="images of any size")
     cli.add_tile(
         options,
-        "to process at once: larger images are processed in overlapping tiles; 0: never (%(default)s)",
+        "VAE tiling: process images larger than this in overlapping tiles of at most this longest side; 0: never "
+        "(default: %(default)s)",
         default=1024,
     )
     cli.add_model(options, "an autoencoder or a complete model: Stable Diffusion v1 if present, else the bundled model")
@@ -30,7 +31,7 @@ def parser() -> cli.ArgumentParser:
         type=cli.user_path,
         default="outputs/reconstructions",
         metavar="FOLDER",
-        help="where to write (%(default)s)",
+        help="where to write (default: %(default)s)",
     )
     options.add_argument("--no_metadata", action="store_true", help="leave PSNR and names out of the PNG files")
     options.set_defaults(precision="full")

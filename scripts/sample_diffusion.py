@@ -31,17 +31,16 @@ def parser() -> cli.ArgumentParser:
         help="the model: a checkpoint, a folder that holds model.ckpt, or a run folder of scripts/train.py",
     )
     cli.add_conditions(options)
-    many, count = options.add_argument_group("how many"), cli.number(int, 1)
+    many, count = options.add_argument_group("batch and seed"), cli.number(int, 1)
     many.add_argument(
         "-n",
         "--n_samples",
         type=count,
         default=50000,
-        help="images; of each class or layout, where there are any (%(default)s)",
+        help="images; of each class or layout, where there are any (default: %(default)s)",
     )
-    many.add_argument("--batch_size", type=count, default=10, help="images per batch (%(default)s)")
-    seed = cli.number(int, 0, cli.MAX_SEED)
-    many.add_argument("--seed", type=seed, default=42, help="random seed (%(default)s)")
+    many.add_argument("--batch_size", type=count, default=10, help="images per batch (default: %(default)s)")
+    cli.add_seed(many)
     public_names = {"ddim_steps": ["-c", "--custom_steps"], "ddim_eta": ["-e", "--eta"]}
     cli.add_sampler(options, scale=1.0, eta=1.0, also=public_names)
     options.add_argument(
@@ -56,7 +55,7 @@ def parser() -> cli.ArgumentParser:
         type=cli.user_path,
         default="none",
         metavar="FOLDER",
-        help="where to write samples/STEP/TIME/ (none: beside the model)",
+        help="where to write samples/STEP/TIME/ (default: none, beside the model)",
     )
     output.add_argument("--skip_grid", action="store_true", help="do not write a grid of the first images")
     output.add_argument("--skip_npz", action="store_true", help="do not write all images as one array")
@@ -64,7 +63,7 @@ def parser() -> cli.ArgumentParser:
     return options
 
 
-def settle(args: argparse.Namespace) -> Path:
+def resolve_model(args: argparse.Namespace) -> Path:
     """Set the model's files and the sampler in `args`; returns the folder to write to."""
     if (args.resume is None) == (args.ckpt is None):
         raise ValueError("name one model, with --resume PATH or --ckpt FILE")
@@ -83,7 +82,7 @@ def settle(args: argparse.Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser(), argv, with_settings=True)
-    logdir = settle(args)
+    logdir = resolve_model(args)
     content = cli.read_conditions(args)
 
     from tqdm import tqdm

@@ -25,16 +25,16 @@ def parser() -> cli.ArgumentParser:
     group.add_argument("--init-img", type=cli.user_path, required=True, metavar="FILE", help="the small image")
     cli.add_tile(
         group,
-        "of the small image to sample at once: larger ones are sampled in overlapping tiles; 0: never (twice the "
-        "model's own size)",
+        "sample small images larger than this in overlapping tiles of at most this longest side; 0: never (default: "
+        "twice the model's own size)",
     )
     group = options.add_argument_group("for upscalers with text")
-    group.add_argument("--prompt", help="what the image shows (nothing in particular)")
+    group.add_argument("--prompt", help="what the image shows (default: nothing in particular)")
     group.add_argument("--negative_prompt", default="", help="what it should not show")
     group.add_argument(
         "--noise_level",
         type=cli.number(int, 0),
-        help="noise on the small image, 0 if it has no faults of its own, up to the model's 350 (20)",
+        help="noise on the small image, 0 if it has no faults of its own, up to the model's 350 (default: 20)",
     )
     cli.add_amount(options, n_samples=1)
     cli.add_sampler(options, scale=9.0)

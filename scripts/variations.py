@@ -17,17 +17,19 @@ CKPT = "checkpoints/sd21-unclip-h.ckpt"  # where the public app expects it
 
 def parser() -> cli.ArgumentParser:
     options = cli.ArgumentParser(description=__doc__)
-    cli.add_prompt(options)
-    options.set_defaults(prompt="")
+    cli.add_prompt(options, default="")
     group = options.add_argument_group("images")
     group.add_argument(
         "--init-img", type=cli.user_path, nargs="+", required=True, metavar="FILE", help="the image, or several to mix"
     )
     group.add_argument(
-        "--weights", type=cli.number(float, 0), nargs="+", metavar="WEIGHT", help="how to mix them (equally)"
+        "--weights", type=cli.number(float, 0), nargs="+", metavar="WEIGHT", help="how to mix them (default: equally)"
     )
     group.add_argument(
-        "--noise_level", type=cli.number(int, 0, 999), default=0, help="how freely to vary, from 0 to 999 (%(default)s)"
+        "--noise_level",
+        type=cli.number(int, 0, 999),
+        default=0,
+        help="how freely to vary, from 0 to 999 (default: %(default)s)",
     )
     cli.add_amount(options, n_samples=3, n_iter=1)
     cli.add_size(options)

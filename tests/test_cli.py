@@ -41,7 +41,8 @@ def parse(*argv: str) -> Namespace:
         (["--negative-prompt=-bad_start"], {"negative_prompt": "-bad_start"}),
         (["--prompt", "two-part_words"], {"prompt": "two-part_words"}),
         (["--skip-grid", "--no-metadata"], {"skip_grid": True, "no_metadata": True}),
-        (["--n_sam", "4"], {"n_samples": 4}),
+        (["--n_sam", "4"], None),  # no abbreviations
+        (["--height", "64", "--width", "128", "--cfg", "3"], {"H": 64, "W": 128, "scale": 3.0}),
         (["--bf16"], {"precision": "bf16"}),
         (
             [],
@@ -70,22 +71,25 @@ def test_spellings(argv, expected):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--n_samples", "0"], "'0' is not a whole number of at least 1"),
-        (["--n_iter", "x"], "'x' is not a whole number of at least 1"),
-        (["--steps", "1001"], "'1001' is not a whole number from 1 to 1000"),
-        (["--ddim_steps", "0"], "'0' is not a whole number from 1 to 1000"),
-        (["--seed", "4294967296"], "is not a whole number from 0 to 4294967295"),
-        (["--scale", "inf"], "'inf' is not a number"),
-        (["--scale", "nan"], "'nan' is not a number"),
+        (["--n_samples", "0"], "must be an integer of at least 1, not '0'"),
+        (["--n_iter", "x"], "must be an integer of at least 1, not 'x'"),
+        (["--steps", "1001"], "must be an integer from 1 to 1000, not '1001'"),
+        (["--ddim_steps", "0"], "must be an integer from 1 to 1000, not '0'"),
+        (["--seed", "4294967296"], "must be an integer from 0 to 4294967295"),
+        (["--scale", "inf"], "must be a finite number, not 'inf'"),
+        (["--scale", "nan"], "must be a finite number, not 'nan'"),
         (["--scale_schedule", "9,x"], "'9,x' is not a list of numbers such as 9,3"),
         (["--guidance", "rescale"], "'rescale' is not like rescale=0.7"),
-        (["--guidance_interval", "-1", "5"], "'-1' is not a number of at least 0"),
-        (["--ddim_eta", "-0.1"], "'-0.1' is not a number of at least 0"),
-        (["--H", "-64"], "is not a whole number of at least 1"),
-        (["--n_rows", "-1"], "is not a whole number of at least 0"),
+        (["--guidance_interval", "-1", "5"], "must be a finite number of at least 0, not '-1'"),
+        (["--ddim_eta", "-0.1"], "must be a finite number of at least 0, not '-0.1'"),
+        (["--H", "-64"], "must be an integer of at least 1"),
+        (["--n_rows", "-1"], "must be an integer of at least 0"),
         (["--precision", "fp8"], "invalid choice"),
         (["--prompt"], "expected one argument"),
         (["--prompt", "a", "cat"], "unrecognized arguments: cat"),
+        (["--num_inference_steps", "20"], "did you mean --steps for --num_inference_steps?"),
+        (["--guidance-scale=3"], "did you mean --scale for --guidance-scale=3?"),
+        (["--n_sampels", "4"], "did you mean --n_samples for --n_sampels?"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(capsys, argv, message):
@@ -94,6 +98,19 @@ def test_bad_values_are_refused_in_one_line(capsys, argv, message):
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_random_seed(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "ldm")
+    seed = parse("--seed", "-1").seed
+    assert 0 <= seed < 2**32 and f"Seed: {seed}" in caplog.text
+    with pytest.raises(ValueError, match="--resume needs the seed of the run"):
+        parse("--seed", "-1", "--resume")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="several processes need the same seed"):
+        parse("--seed", "-1")
 
 
 def test_sampler_precedence(caplog):

@@ -47,7 +47,7 @@ MISTAKES = [
     ("-t", "--base FILE.yaml"),
     ("-r logs/x -n y -t", "exclude each other"),
     ("-b a.yaml --scale_lr=maybe", "'maybe' is neither true nor false"),
-    ("-b a.yaml --max_steps 1.5", "'1.5' is not a whole number"),
+    ("-b a.yaml --max_steps 1.5", "must be an integer"),
 ]
 
 

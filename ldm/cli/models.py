@@ -159,7 +159,7 @@ def add_conditions(parser: ArgumentParser) -> None:
         "--classes",
         type=class_list,
         metavar="LIST",
-        help="the numbers of classes: 1,5,10-12 (for ImageNet's cin256-v2, --scale 3 -c 20 -e 0 is best known)",
+        help="the numbers of classes: 1,5,10-12 (for ImageNet's cin256-v2, --scale 3 -c 20 -e 0 works well)",
     )
     one.add_argument(
         "--layout",

@@ -6,33 +6,45 @@ import argparse
 import logging
 import math
 import os
+import random
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm.devices import DEVICES, PRECISIONS
+from ldm.distributed import environment
 from ldm.trust import trust
+from ldm.util import suggestion
 
 if TYPE_CHECKING:
     from ldm.inference import AccelerationOptions, SamplingOptions
 
 logger = logging.getLogger(__name__)
 
+UNRECOGNIZED = "unrecognized arguments: "  # argparse's words
 PROMPT = "a painting of a virus monster playing guitar"
 MAX_SEED = 2**32 - 1  # the limit of numpy, and of the public scripts' seed_everything
+RANDOM_SEED = -1
 
 # Names for --help, which does not wait for torch; a test compares them with the registries.
 SAMPLERS = (
     *("ddim", "plms", "dpm_solver", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "dpmpp_3m", "euler", "euler_a", "heun"),
     *("dpm2", "lms", "unipc", "ddpm"),
 )
+BATCH_AND_SEED, SIZE, MODEL, OUTPUT = "batch and seed", "size", "model", "output"  # titles of groups
 TERMS = ("pag", "rescale", "threshold")
 SCHEDULES = ("uniform", "quad", "even", "leading", "trailing", "karras", "exponential")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser that takes "-" and "_" in option names as the same, and reports errors in one line."""
+    """An argparse parser that takes "-" and "_" in option names as the same, and reports errors in one line.
+
+    Options cannot be abbreviated, so that a new option never changes what an old command means.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(  # type: ignore[override]  # argparse's overloads say the same
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -47,7 +59,12 @@ class ArgumentParser(argparse.ArgumentParser):
         return known.get(name.replace("-", "_"), name) + equals + value if name.startswith("--") else arg
 
     def error(self, message: str) -> NoReturn:
-        """Exit with `message` and code 2, without the usage, which may be pages long."""
+        """Exit with `message` and code 2, without the usage, which may be pages long; suggest known options."""
+        known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        if message.startswith(UNRECOGNIZED):
+            for word in message.removeprefix(UNRECOGNIZED).split():
+                meant = suggestion(word[2:].partition("=")[0].replace("-", "_"), known) if word[:2] == "--" else None
+                message += f"; did you mean --{meant} for {word}?" if meant else ""
         self.exit(2, f"error: {message} (see --help)\n")
 
 
@@ -57,7 +74,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], Any]:
     """An argparse `type` for a finite number of `kind` (int or float) from `low` to `high`."""
     span = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
-    wanted = ("a whole number" if kind is int else "a number") + span
+    wanted = ("an integer" if kind is int else "a finite number") + span
 
     def _parse(text: str) -> Any:
         try:
@@ -65,10 +82,16 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
         except ValueError:
             value = math.nan
         if not low <= value <= high or value in (math.inf, -math.inf):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
         return value
 
     return _parse
+
+
+def seed_number(text: str) -> int:
+    """An argparse `type` for a seed; -1 is `RANDOM_SEED`, which `parse` replaces."""
+    seed: int = RANDOM_SEED if text == str(RANDOM_SEED) else number(int, 0, MAX_SEED)(text)
+    return seed
 
 
 def user_path(text: str) -> str:
@@ -114,23 +137,32 @@ class _Trust(argparse.Action):
 # ---- groups ----
 
 
-def add_prompt(parser: ArgumentParser, negative: bool = True) -> None:
+def _group(parser: ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of this title; several functions add to one."""
+    found = next((group for group in parser._action_groups if group.title == title), None)
+    return found or parser.add_argument_group(title)
+
+
+def add_prompt(parser: ArgumentParser, negative: bool = True, default: str = PROMPT) -> None:
     """--prompt, --from-file, --repeat, --matrix; --negative_prompt unless the model takes none."""
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", default=PROMPT, help="what the image shows (%(default)s)")
+    shown = default or "none"
+    group.add_argument("--prompt", default=default, help=f"what the image shows (default: {shown})")
     if negative:
-        group.add_argument("--negative_prompt", default="", help="what the image should not show")
+        group.add_argument(
+            "--negative_prompt", default="", help="what the image should not show (default: nothing in particular)"
+        )
     group.add_argument(
         "--from-file",
         type=user_path,
         metavar="FILE",
-        help="read prompts from a text file, one per line; empty ones count",
+        help="read prompts from a text file, one per line; empty lines are empty prompts",
     )
     group.add_argument(
         "--repeat",
         type=number(int, 1),
         default=1,
-        help="use each line of --from-file, or each prompt of --matrix, this often (%(default)s)",
+        help="use each line of --from-file, or each prompt of --matrix, this often (default: %(default)s)",
     )
     group.add_argument(
         "--matrix", action="store_true", help="generate all combinations of the alternatives {a|b} in prompts"
@@ -139,7 +171,7 @@ def add_prompt(parser: ArgumentParser, negative: bool = True) -> None:
 
 def add_prompt_options(parser: ArgumentParser) -> None:
     """--emphasis, --long_prompt, --clip_skip."""
-    group = parser.add_argument_group("how to read prompts")
+    group = _group(parser, "prompt encoding")
     group.add_argument(
         "--emphasis", action="store_true", help="weight words: (word:1.2), (word) is 1.1, [word] 1/1.1; \\( is literal"
     )
@@ -153,39 +185,45 @@ def add_prompt_options(parser: ArgumentParser) -> None:
         type=number(int, 1),
         default=1,
         metavar="N",
-        help="use the N-th CLIP layer from the end (%(default)s)",
+        help="use the N-th CLIP layer from the end (default: %(default)s)",
     )
 
 
 def add_amount(parser: ArgumentParser, n_samples: int, n_iter: int | None = None) -> None:
     """--n_samples, --seed, and --n_iter unless None."""
-    group = parser.add_argument_group("how many")
+    group = _group(parser, BATCH_AND_SEED)
     count = number(int, 1)
-    group.add_argument("--n_samples", type=count, default=n_samples, help="images per batch (%(default)s)")
+    group.add_argument("--n_samples", type=count, default=n_samples, help="images per batch (default: %(default)s)")
     if n_iter is not None:
         group.add_argument(
-            "--n_iter", type=count, default=n_iter, help="how often to go through all prompts (%(default)s)"
+            "--n_iter", type=count, default=n_iter, help="how often to go through all prompts (default: %(default)s)"
         )
-    group.add_argument("--seed", type=number(int, 0, MAX_SEED), default=42, help="random seed (%(default)s)")
+    add_seed(group)
+
+
+def add_seed(group: argparse._ActionsContainer) -> None:
+    """--seed."""
+    help_text = "random seed; -1 chooses one, and reports it (default: %(default)s)"
+    group.add_argument("--seed", type=seed_number, default=42, help=help_text)
 
 
 def add_size(parser: ArgumentParser) -> None:
     """--H, --W, and --tile."""
-    group = parser.add_argument_group("size")
-    group.add_argument("--H", type=number(int, 1), metavar="PIXELS", help="image height")
-    group.add_argument("--W", type=number(int, 1), metavar="PIXELS", help="image width")
+    group = _group(parser, SIZE)
+    group.add_argument("--H", "--height", type=number(int, 1), metavar="PIXELS", help="image height")
+    group.add_argument("--W", "--width", type=number(int, 1), metavar="PIXELS", help="image width")
     add_tile(
         group,
-        "that the first stage encodes or decodes at once: larger images are processed in overlapping tiles, which "
-        "bounds memory and changes them, the more the smaller the tiles are; 0: never (%(default)s)",
+        "VAE tiling: encode and decode larger images in overlapping tiles of at most this longest side, which "
+        "bounds memory and changes images, the more the smaller the tiles are; 0: never (default: %(default)s)",
         dest="first_stage_tile",
         default=0,
     )
 
 
 def add_tile(parser: argparse._ActionsContainer, what: str, **options: Any) -> None:
-    """--tile, the longest side of `what`, in words; `options` are further ones of `add_argument`."""
-    parser.add_argument("--tile", type=number(int, 0), metavar="PIXELS", help=f"longest side {what}", **options)
+    """--tile, with `what` it does as its help; `options` are further ones of `add_argument`."""
+    parser.add_argument("--tile", type=number(int, 0), metavar="PIXELS", help=what, **options)
 
 
 def add_sampler(
@@ -205,9 +243,11 @@ def add_sampler(
         "--steps",
         *also.get("ddim_steps", ()),
         type=number(int, 1, 1000),
-        help=f"number of steps, of any sampler (the model's own, else {steps})",
+        help=f"number of steps, of any sampler (default: the model's own, else {steps})",
     )
-    group.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (the model's own, else ddim)")
+    group.add_argument(
+        "--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: the model's own, else ddim)"
+    )
     group.add_argument("--ddim", action="store_true", help="the same as --sampler ddim")
     group.add_argument("--plms", action="store_true", help="the same as --sampler plms")
     group.add_argument(
@@ -223,8 +263,8 @@ def add_sampler(
         "--schedule",
         type=schedule,
         metavar="NAME",
-        help=f"placement of the steps: {', '.join(SCHEDULES)}, or timesteps such as 999,850,700 (the model's own, else "
-        "the sampler's)",
+        help=f"placement of the steps: {', '.join(SCHEDULES)}, or timesteps such as 999,850,700 (default: the model's "
+        "own, else the sampler's)",
     )
     _add_guidance(parser, scale)
     parser.set_defaults(public_scale=scale, public_steps=steps, public_eta=eta)
@@ -233,7 +273,10 @@ def add_sampler(
 def _add_guidance(parser: ArgumentParser, scale: float) -> None:
     group = parser.add_argument_group("guidance")
     group.add_argument(
-        "--scale", type=number(float), help=f"guidance scale, 1 for no guidance (the model's own, else {scale:g})"
+        "--scale",
+        "--cfg",
+        type=number(float),
+        help=f"guidance scale, 1 for no guidance (default: the model's own, else {scale:g})",
     )
     group.add_argument(
         "--scale_schedule",
@@ -254,14 +297,14 @@ def _add_guidance(parser: ArgumentParser, scale: float) -> None:
         type=number(float, 0),
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="apply guidance only while LOW <= sigma <= HIGH",
+        help="apply guidance only while LOW < sigma <= HIGH",
     )
-    group.add_argument("--cfg_pp", action="store_true", help="CFG++: --scale is from 0 to 1 (0.6)")
+    group.add_argument("--cfg_pp", action="store_true", help="CFG++: --scale is from 0 to 1 (default: 0.6)")
 
 
 def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if present, else the bundled model") -> None:
     """--ckpt, --verify, --config, --device, --precision. default: in words, the model without --ckpt."""
-    group = parser.add_argument_group("model")
+    group = _group(parser, MODEL)
     group.add_argument("--ckpt", type=user_path, metavar="FILE", help=f".ckpt or .safetensors ({default})")
     group.add_argument(
         "--verify",
@@ -275,9 +318,13 @@ def add_model(parser: ArgumentParser, default: str = "Stable Diffusion v1 if pre
         help="YAML file of the model (default: detected from the checkpoint)",
     )
     add_trust(group)
-    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (%(default)s)")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: %(default)s)")
     group.add_argument(
-        "--precision", choices=PRECISIONS, default="autocast", help="(%(default)s; on a CPU that is full)"
+        "--precision",
+        choices=PRECISIONS,
+        default="autocast",
+        help="full (float32), autocast (mixed precision), fp16 or bf16 weights (default: %(default)s; on a CPU "
+        "autocast means full)",
     )
     group.add_argument("--bf16", dest="precision", action="store_const", const="bf16", help="same as --precision bf16")
 
@@ -307,13 +354,13 @@ def add_clip(parser: ArgumentParser) -> None:
 
 def add_speed(parser: ArgumentParser) -> None:
     """--cache_features, --merge_tokens, --quantize, --compile, --lowvram."""
-    group = parser.add_argument_group("speed for quality, off by default")
+    group = _group(parser, "acceleration that changes the image")
     group.add_argument(
         "--cache_features",
         type=number(int, 1),
         default=1,
         metavar="N",
-        help="recompute deep UNet blocks every N steps (DeepCache) (%(default)s: every step)",
+        help="recompute deep UNet blocks every N steps (DeepCache; default: %(default)s, every step)",
     )
     group.add_argument(
         "--merge_tokens",
@@ -321,15 +368,18 @@ def add_speed(parser: ArgumentParser) -> None:
         default=0.0,
         metavar="RATIO",
         help="merge this fraction of similar tokens in self-attention at the highest resolution (ToMe); 0.5 is usual "
-        "(%(default)g)",
+        "(default: %(default)g)",
     )
-    group.add_argument("--quantize", choices=("int8",), help="multiply in 8-bit integers, on CPUs that are faster so")
-    parser.add_argument(
+    group.add_argument(
+        "--quantize", choices=("int8",), help="int8 linear and convolution layers (CPU with AVX512-VNNI)"
+    )
+    group = _group(parser, MODEL)
+    group.add_argument(
         "--compile",
         action="store_true",
         help="compile the network for a GPU: some minutes at the first run, cached on disk; no effect on a CPU",
     )
-    parser.add_argument(
+    group.add_argument(
         "--lowvram",
         action="store_true",
         help="for GPUs with little memory: offload parts of the model to the CPU while they are not used, and run "
@@ -339,25 +389,25 @@ def add_speed(parser: ArgumentParser) -> None:
 
 def add_seeds(parser: ArgumentParser) -> None:
     """--seed_mode, --noise_device, --variation_seed, --variation_strength."""
-    group = parser.add_argument_group("noise")
+    group = _group(parser, BATCH_AND_SEED)
     group.add_argument(
         "--seed_mode",
         choices=("batch", "image"),
         default="batch",
         help="batch: the images of a batch share a seed, as published; image: image i has the seed --seed + i, and is "
-        "the same alone or in any batch, on any device (%(default)s)",
+        "the same alone or in any batch, on any device (default: %(default)s)",
     )
     group.add_argument(
         "--noise_device",
         choices=("model", "cpu"),
         default="model",
-        help="where --seed_mode batch generates noise: cpu gives every device the same (%(default)s)",
+        help="where --seed_mode batch generates noise: cpu gives every device the same (default: %(default)s)",
     )
     group.add_argument(
         "--variation_seed",
         type=number(int, 0, MAX_SEED),
         default=0,
-        help="with --variation_strength: image i varies towards the noise of this + i (%(default)s); with "
+        help="with --variation_strength: image i varies towards the noise of this + i (default: %(default)s); with "
         "--seed_mode image all of them vary --seed itself",
     )
     group.add_argument(
@@ -365,24 +415,24 @@ def add_seeds(parser: ArgumentParser) -> None:
         type=number(float, 0, 1),
         default=0.0,
         metavar="RATIO",
-        help="how far: 0 is the noise of --seed, 1 that of the variation seed (%(default)s)",
+        help="how far: 0 is the noise of --seed, 1 that of the variation seed (default: %(default)s)",
     )
 
 
-def add_tiling(parser: argparse._ActionsContainer) -> None:
+def add_tiling(parser: ArgumentParser) -> None:
     """--tiling."""
-    parser.add_argument(
+    _group(parser, SIZE).add_argument(
         "--tiling",
         nargs="?",
         const="both",
         choices=("x", "y", "both"),
-        help="generate seamless textures, that repeat along x, y or (without a value) both",
+        help="seamless texture: images repeat along x, y or (without a value) both",
     )
 
 
-def add_preview(parser: argparse._ActionsContainer) -> None:
+def add_preview(parser: ArgumentParser) -> None:
     """--preview."""
-    parser.add_argument(
+    _group(parser, OUTPUT).add_argument(
         "--preview",
         type=number(int, 1),
         metavar="N",
@@ -392,7 +442,7 @@ def add_preview(parser: argparse._ActionsContainer) -> None:
 
 def add_resume(parser: ArgumentParser) -> None:
     """--resume."""
-    parser.add_argument(
+    _group(parser, OUTPUT).add_argument(
         "--resume",
         action="store_true",
         help="record images in <outdir>/manifest.jsonl, and generate only those missing there for the same prompts, "
@@ -402,9 +452,9 @@ def add_resume(parser: ArgumentParser) -> None:
 
 def add_output(parser: ArgumentParser, outdir: str) -> None:
     """--outdir, what to write there, and whether to write metadata (see `SampleWriter`)."""
-    group = parser.add_argument_group("output")
+    group = _group(parser, OUTPUT)
     group.add_argument(
-        "--outdir", type=user_path, default=outdir, metavar="FOLDER", help="where to write (%(default)s)"
+        "--outdir", type=user_path, default=outdir, metavar="FOLDER", help="where to write (default: %(default)s)"
     )
     group.add_argument("--skip_save", action="store_true", help="do not write the single images")
     group.add_argument("--skip_grid", action="store_true", help="do not write the grid of all images")
@@ -423,10 +473,12 @@ def sampling_parser(description: str, scale: float, outdir: str, n_iter: int, n_
     add_amount(parser, n_samples, n_iter)
     add_size(parser)
     add_sampler(parser, scale)
-    parser.add_argument("--fixed_code", action="store_true", help="start every batch from the same noise (txt2img)")
+    fixed = "start every batch from the same noise (txt2img)"
+    _group(parser, BATCH_AND_SEED).add_argument("--fixed_code", action="store_true", help=fixed)
     add_model(parser)
-    parser.add_argument("--C", type=number(int, 1), metavar="CHANNELS", help="latent channels, to have them checked")
-    parser.add_argument("--f", type=number(int, 1), metavar="FACTOR", help="downsampling factor, to have it checked")
+    for flag, metavar, what in (("--C", "CHANNELS", "latent channels"), ("--f", "FACTOR", "downsampling factor")):
+        help_text = f"{what}; error if the model's differ"
+        _group(parser, MODEL).add_argument(flag, type=number(int, 1), metavar=metavar, help=help_text)
     add_output(parser, outdir)
     for add in (add_speed, add_seeds, add_tiling, add_preview, add_resume):
         add(parser)
@@ -437,7 +489,7 @@ def sampling_parser(description: str, scale: float, outdir: str, n_iter: int, n_
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None, *, with_settings: bool = False) -> Namespace:
-    """Parse `argv` (None: the command line), and settle options that depend on each other.
+    """Parse `argv` (None: the command line), and resolve options that depend on each other.
 
     Afterwards `args.sampler` is one name or None (the model's own), `args.scale` one scale or several, `args.guidance`
     a dict, and `args.ddim_eta` a number.
@@ -453,10 +505,11 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None, *, with_settings: 
     args, rest = parser.parse_known_args(argv)
     unknown = [text for text in rest if not (with_settings and is_setting(text))]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(UNRECOGNIZED + " ".join(unknown))
     args.settings = rest
     if getattr(args, "resume", None) is True and args.skip_save:
         raise ValueError("--resume needs the images that were saved: leave --skip_save out")
+    _choose_seed(args)
     args.sampler = _sampler(args)
     if args.scale is not None and args.scale_schedule:
         raise ValueError("--scale and --scale_schedule are both given; leave one of the two out")
@@ -481,6 +534,18 @@ def is_setting(text: str) -> bool:
     return bool(equals and key) and not text.startswith("-")
 
 
+def _choose_seed(args: Namespace) -> None:
+    """Replace --seed -1 by a random seed, and report it."""
+    if getattr(args, "seed", None) != RANDOM_SEED:
+        return
+    if getattr(args, "resume", None) is True:
+        raise ValueError("--resume needs the seed of the run to resume: give the one that it reported, not --seed -1")
+    if environment()[1] > 1:
+        raise ValueError("several processes need the same seed: give one, not --seed -1")
+    args.seed = random.SystemRandom().randrange(MAX_SEED + 1)
+    logger.info("Seed: %d", args.seed)
+
+
 def _sampler(args: Namespace) -> str | None:
     flags = [name for name in ("dpm_solver", "plms", "ddim") if getattr(args, name)]
     if args.sampler is not None:
@@ -500,6 +565,7 @@ def _check(args: Namespace) -> None:
     guided = args.guidance or args.guidance_interval or args.cfg_pp
     if args.sampler in (None, "ddim") and args.schedule is None and not guided:
         return
+    from ldm.models.diffusion.sampler import cfg_pp_samplers
     from ldm.models.diffusion.samplers import SAMPLERS
     from ldm.models.diffusion.schedules import SCHEDULES
 
@@ -512,8 +578,7 @@ def _check(args: Namespace) -> None:
             flag = "--plms" if args.plms else f"--sampler {args.sampler}"
             raise ValueError(f"{flag} needs --ddim_eta 0, not {args.ddim_eta:g}; leave one of the two out")
         if args.cfg_pp and not kind.cfg_pp:
-            able = ", ".join(name for name, make in SAMPLERS.items() if getattr(make.func, "cfg_pp", False))
-            raise ValueError(f"--cfg_pp is for the samplers {able}, not for {args.sampler}")
+            raise ValueError(f"--cfg_pp is for the samplers {', '.join(cfg_pp_samplers())}, not for {args.sampler}")
     options = sampling_options(args)
     if args.scale is not None or args.public_scale != 1 or args.cfg_pp:  # else the model may have a scale of its own
         options = options.resolve(default_scale=args.public_scale)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from ldm.cli import MAX_SEED, ArgumentParser, add_trust, is_setting, number, user_path
 from ldm.training.compat import TRAINER_KEYS
+from ldm.util import suggestion
 
 TRUE, FALSE = ("true", "yes", "on", "1", "y", "t"), ("false", "no", "off", "0", "n", "f")
 
@@ -33,13 +33,13 @@ def count_or_fraction(text: str) -> int | float:
 # Trainer settings that are options: type and help.
 TRAINER_OPTIONS: dict[str, tuple[Any, str]] = {
     "max_steps": (number(int, -1), "stop after so many optimizer steps"),
-    "max_epochs": (number(int, -1), "stop after so many epochs (1000 if nothing else ends the run)"),
+    "max_epochs": (number(int, -1), "stop after so many epochs (default: 1000 if nothing else ends the run)"),
     "max_time": (str, "stop after DD:HH:MM:SS"),
-    "accumulate_grad_batches": (number(int, 1), "batches to accumulate for an optimizer step (1)"),
+    "accumulate_grad_batches": (number(int, 1), "batches to accumulate for an optimizer step (default: 1)"),
     "precision": (str, "32-true, bf16-mixed, 16-mixed, ..."),
     "accelerator": (str, "cpu, gpu, mps, auto (auto)"),
     "devices": (str, "number or list of devices: 2 or 0,1 (all GPUs, or one CPU process)"),
-    "num_nodes": (number(int, 1), "number of machines (1)"),
+    "num_nodes": (number(int, 1), "number of machines (default: 1)"),
     "strategy": (str, "ddp, fsdp, ... (by the devices)"),
     "limit_train_batches": (count_or_fraction, "train only so many batches (2) or this fraction (0.5) of every epoch"),
     "limit_val_batches": (count_or_fraction, "validate only so many batches or this fraction; 0 for none"),
@@ -47,10 +47,10 @@ TRAINER_OPTIONS: dict[str, tuple[Any, str]] = {
         count_or_fraction,
         "validate after so many batches (100) or this fraction of an epoch (0.25)",
     ),
-    "check_val_every_n_epoch": (number(int, 1), "validate every N epochs (1)"),
-    "num_sanity_val_steps": (number(int, -1), "validation batches before training starts (2)"),
+    "check_val_every_n_epoch": (number(int, 1), "validate every N epochs (default: 1)"),
+    "num_sanity_val_steps": (number(int, -1), "validation batches before training starts (default: 2)"),
     "gradient_clip_val": (number(float, 0), "clip the gradient to this norm"),
-    "log_every_n_steps": (number(int, 1), "log metrics every N steps (50)"),
+    "log_every_n_steps": (number(int, 1), "log metrics every N steps (default: 50)"),
     "fast_dev_run": (number(int, 0), "train and validate so many batches, and save nothing"),
     "benchmark": (boolean, "let cuDNN search for the fastest convolutions"),
     "deterministic": (boolean, "use only deterministic algorithms"),
@@ -77,15 +77,17 @@ def train_parser() -> ArgumentParser:
         metavar="BOOL",
         help="resume although settings differ, which is not exact",
     )
-    run.add_argument("-n", "--name", default="", help="name of the run folder (that of the first config)")
+    run.add_argument("-n", "--name", default="", help="name of the run folder (default: that of the first config)")
     run.add_argument("-f", "--postfix", default="", help="suffix of the run folder's name")
-    run.add_argument("-l", "--logdir", type=user_path, default="logs", help="folder of run folders (%(default)s)")
-    run.add_argument("-s", "--seed", type=number(int, 0, MAX_SEED), help="seed (23)")
+    run.add_argument(
+        "-l", "--logdir", type=user_path, default="logs", help="folder of run folders (default: %(default)s)"
+    )
+    run.add_argument("-s", "--seed", type=number(int, 0, MAX_SEED), help="seed (default: 23)")
     run.add_argument(
         "--scale_lr",
         type=boolean,
         metavar="BOOL",
-        help="multiply model.base_learning_rate by batch size, processes and accumulated batches (true)",
+        help="multiply model.base_learning_rate by batch size, processes and accumulated batches (default: true)",
     )
     run.add_argument(
         "-d", "--debug", type=boolean, default=False, metavar="BOOL", help="write the run to LOGDIR/debug_runs"
@@ -144,5 +146,5 @@ def _unknown(parser: ArgumentParser, text: str) -> str:
     if name in TRAINER_KEYS:
         return f"there is no option {text}: write lightning.trainer.{name}=... at the end of the line"
     known = [option.lstrip("-") for option in parser._option_string_actions if option.startswith("--")]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"there is no option {text}" + (f": did you mean --{near[0]}?" if near else "")
+    meant = suggestion(name, known)
+    return f"there is no option {text}" + (f": did you mean --{meant}?" if meant else "")

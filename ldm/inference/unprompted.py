@@ -46,7 +46,7 @@ def class2img(
         labels: Class numbers.
         null_class: The class that means none, for guidance; by default the one that training dropped labels to
             (`ucg_training`), or class 1000 of ImageNet models with 1001.
-        **options: As in `txt2img`; the default scale is 1. ImageNet's cin256-v2 is best at scale 3 with 20 steps.
+        **options: As in `txt2img`; the default scale is 1. ImageNet's cin256-v2 works well at scale 3 with 20 steps.
 
     Raises:
         ValueError: for classes that the model does not have, or if guidance needs a null class and there is none.

@@ -236,7 +236,7 @@ def test_format_of_amounts_and_durations():
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--suite", "train", "--steps", "0"], "is not a whole number of at least 1"),
+        (["--suite", "train", "--steps", "0"], "must be an integer of at least 1"),
         (["--suite", "speed"], "invalid choice: 'speed'"),
         (["--suite", "unet", "--precision", "int4"], "invalid choice: 'int4'"),
         ([], "name what to measure: --suite all, or some of unet, vae"),

@@ -76,7 +76,7 @@ def test_distance_of_folders(tmp_path: Path, capsys) -> None:
     ("argv", "message"),
     [
         (["--kinds", "single,triple"], "argument --kinds: 'triple' is not one of single, single-full"),
-        (["--prompts", "0"], "'0' is not a whole number of at least 1"),
+        (["--prompts", "0"], "must be an integer of at least 1, not '0'"),
         (["distance", "one"], "the following arguments are required: FOLDER"),
         (["distance", "nowhere", "."], "there is no folder nowhere"),
         (["--ckpt", "tiny"], "the evaluator needs scenes of 64x64 pixels, but this model generates 32x32"),

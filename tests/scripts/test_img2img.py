@@ -92,8 +92,8 @@ def test_missing_picture_fails_before_the_model_loads(script, inference, capsys)
     ("flags", "message"),
     [
         ([], "the following arguments are required: --init-img"),
-        (["--init-img", "photo.png", "--strength", "1.1"], "'1.1' is not a number from 0 to 1"),
-        (["--init-img", "photo.png", "--strength", "nan"], "'nan' is not a number from 0 to 1"),
+        (["--init-img", "photo.png", "--strength", "1.1"], "must be a finite number from 0 to 1, not '1.1'"),
+        (["--init-img", "photo.png", "--strength", "nan"], "must be a finite number from 0 to 1, not 'nan'"),
     ],
 )
 def test_refused_options(script, capsys, flags, message):

@@ -118,7 +118,7 @@ def test_from_a_picture(run, folder):
         (["--image", "no.png"], "there is no image no.png"),
         (["--image", "{}/photo.png", "--prompt", "a cat"], "leave out --image, or --prompt and --from-file"),
         (["--H", "25"], "height 25 is not a multiple of 2"),
-        (["--knn", "0"], "'0' is not a whole number of at least 1"),
+        (["--knn", "0"], "must be an integer of at least 1, not '0'"),
     ],
 )
 def test_mistakes_are_said_in_one_line(run, folder, capsys, argv, message):

@@ -250,7 +250,7 @@ def test_mistakes_are_one_sentence(toys, tmp_path, capsys, argv, message):
         (["--classes", "3-1"], "'3-1' is not a list of classes such as 1,5,10-12"),
         (["--classes", "cat"], "is not a list of classes"),
         (["--classes", "1", "--layout", "x.json"], "not allowed with argument --classes"),
-        (["-n", "0"], "not a whole number of at least 1"),
+        (["-n", "0"], "must be an integer of at least 1"),
         (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
         (["file.ckpt"], "unrecognized arguments: file.ckpt"),
     ],

@@ -38,9 +38,9 @@ def test_only_what_is_asked_for_counts():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--cache_features", "0"], "'0' is not a whole number of at least 1"),
-        (["--cache_features", "2.5"], "'2.5' is not a whole number"),
-        (["--merge_tokens", "0.8"], "'0.8' is not a number from 0 to 0.75"),
+        (["--cache_features", "0"], "must be an integer of at least 1, not '0'"),
+        (["--cache_features", "2.5"], "must be an integer"),
+        (["--merge_tokens", "0.8"], "must be a finite number from 0 to 0.75, not '0.8'"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(capsys, argv, message):

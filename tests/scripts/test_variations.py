@@ -74,7 +74,7 @@ def test_prompts_of_a_file(run, folder):
     [
         ([], "c", "there is no image"),
         (["--weights", "1"], "ab", "2 images need 2 weights of at least 0, not all 0; they are 1"),
-        (["--noise_level", "1000"], "a", "'1000' is not a whole number from 0 to 999"),
+        (["--noise_level", "1000"], "a", "must be an integer from 0 to 999, not '1000'"),
         (["--W", "25"], "a", "width 25 is not a multiple of 2"),
     ],
 )

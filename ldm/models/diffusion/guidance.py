@@ -274,7 +274,9 @@ class Guidance:
             raise ValueError(f"guidance {unknown[0]!r} is not one of {', '.join(TERMS)}")
         for name, strength in terms.items():
             if not TERMS[name].low <= strength <= TERMS[name].high:
-                raise ValueError(f"guidance {name} is from {TERMS[name].low} to {TERMS[name].high}, not {strength}")
+                raise ValueError(
+                    f"guidance {name} must be from {TERMS[name].low} to {TERMS[name].high}, not {strength}"
+                )
         if not scales or not all(math.isfinite(number) for number in (*scales, *terms.values())):
             raise ValueError(f"guidance takes finite numbers, not scale={self.scale} with {terms}")
         if self.interval is not None and not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1]):
