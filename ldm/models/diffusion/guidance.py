@@ -145,7 +145,8 @@ class IdentityAttention(Override):
             output: Tensor = self.original(x, *args, **kwargs)
             return output
         if isinstance(attention, CrossAttention):
-            return attention.to_out(attention.to_v(x))
+            values: Tensor = attention.to_out(attention.to_v(x))
+            return values
         if isinstance(attention, QKVAttentionLegacy):
             heads: int = attention.n_heads
             return x.reshape(len(x), heads, 3, -1, x.shape[-1])[:, :, 2].flatten(1, 2)
