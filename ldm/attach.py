@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+_CALL = nn.Module.__call__
 _LOCK = threading.RLock()  # chains may be changed by several threads that use one model
 
 
@@ -220,12 +221,14 @@ def own_method(cls: type, name: str = "forward") -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` runs hooks, its own or global ones, or code that `module.compile` made."""
+    """Whether calling `module` runs hooks, its own or global ones, code that `module.compile` made, or a replaced
+    `nn.Module.__call__`."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
+        or type(module).__call__ is not _CALL
         or torch_module._has_any_global_hook()
     )

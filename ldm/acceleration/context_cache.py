@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.acceleration.onednn import LINEAR, ChangeDetector, is_dense
+from ldm.acceleration.onednn import LINEAR, ChangeDetector, is_dense, is_transformed
 from ldm.attach import Handle, Override, Priority
 from ldm.modules.attention import CrossAttention
 
@@ -85,6 +85,7 @@ class _CachedProjection(Override):
             and LINEAR.unmodified()
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not is_transformed()
             and not any(tensor.is_inference() for tensor in tensors)  # which may change unseen
         )
 
@@ -98,7 +99,7 @@ class _Result:
         self._state = _state(self.inputs, output)
         self._contents = [
             ChangeDetector(tensor)
-            for tensor in self.inputs
+            for tensor in (*self.inputs, output)
             if tensor.is_cpu and tensor.dtype is torch.float32 and is_dense(tensor)
         ]
 

@@ -25,6 +25,7 @@ from ldm.acceleration.onednn import (
     PackedLinear,
     PackedWeight,
     can_convolve,
+    fits,
     halve,
     is_dense,
     restore_memory_format,
@@ -154,6 +155,8 @@ class Int8Linear(Packed):
             type(layer) is not nn.Linear
             or input.numel() < MIN_ROWS * layer.in_features
             or not usable(input, weight)
+            or input.shape[-1] != weight.shape[1]
+            or not fits(layer._parameters.get("bias"), weight)
             or not is_dense(weight)
             or not LINEAR.unmodified()
             or _is_foreign(self.previous, PackedLinear)

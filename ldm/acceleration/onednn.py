@@ -4,15 +4,17 @@ oneDNN multiplies by weights in an order of its own. `F.conv2d` packs them anew 
 another library, which on some processors reaches half of oneDNN's speed. The overrides here keep the packed weights
 beside the weights of a layer, which stay as they are.
 
-An override falls back to the original forward with gradients, other dtypes or devices, autocast or `torch.compile`,
-and whenever something that it would bypass is not torch's or the network's own: a replaced class method or function, a
-subclass, or a child with hooks or a foreign `forward`.
+An override falls back to the original forward with gradients, other dtypes or devices, autocast, `torch.compile`,
+`torch.func` or `torch.jit.trace`, for shapes that do not fit, so that torch raises its own error, and whenever
+something that it would bypass is not torch's or the network's own: a replaced class method or function, a subclass, or
+a child with hooks or a foreign `forward`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
@@ -20,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from ldm.attach import Override, has_hooks, override_chain, own_method
 from ldm.modules.attention import GEGLU, FeedForward
@@ -34,6 +38,7 @@ KERNELS = (
 PLAIN: tuple[str, list[Any], str] = ("none", [], "")  # no operation after the product
 GELU: tuple[str, list[Any], str] = ("gelu", [], "none")  # the exact one
 PLAIN_3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1)  # kernel, padding, stride, dilation, groups
+FOLD = 509  # a prime, so that rows and columns of a weight are not at the same place
 SAMPLE = 1024  # numbers of a weight that a call compares
 CHUNK = 2**22  # numbers between its two layers that a feed-forward network computes at a time: 16 MB
 MIN_TOKENS = 512  # per chunk, so that products stay efficient, also in int8
@@ -54,10 +59,31 @@ def usable(x: Tensor, weight: Any) -> bool:
         and x.is_cpu
         and weight.is_cpu
         and not torch.is_grad_enabled()
-        and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not is_transformed()
+        and x.numel() > 0
     )
+
+
+def is_transformed() -> bool:
+    """Return whether something sees or transforms every function called here, and would not know a kernel.
+
+    That is `torch.func` (vmap, jvp ...), forward-mode differentiation, `torch.jit.trace`, or a mode that watches
+    functions or operations, such as torch's counter of FLOPs.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and _has_function_mode())
+    )
+
+
+def _has_function_mode() -> bool:
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode) is not DeviceContext for mode in modes)  # of torch.set_default_device
 
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)  # subclasses have kernels of their own
@@ -163,14 +189,22 @@ def _flat(tensor: Tensor) -> np.ndarray:
 
 
 def _checksum(numbers: np.ndarray) -> int:
-    pairs = numbers[: numbers.size // 2 * 2].view(np.int64)
-    return int(pairs.sum()) ^ hash(numbers[pairs.size * 2 :].tobytes())
+    """Sums of pairs of numbers at the same place in a row of `FOLD`: swapped numbers change them."""
+    pairs = numbers[: numbers.size // (2 * FOLD) * 2 * FOLD].view(np.int64)
+    return hash((pairs.reshape(-1, FOLD).sum(0).tobytes(), numbers[pairs.size * 2 :].tobytes()))
 
 
 def is_dense(weight: Tensor) -> bool:
     """Return whether the numbers of a weight fill a stretch of memory, so that they can be packed and compared."""
     return weight.numel() > 0 and (
         weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+def fits(bias: Tensor | None, weight: Tensor) -> bool:
+    """Return whether a bias is one number for each row of the weight, of the same kind."""
+    return bias is None or (
+        type(bias) in _PLAIN_TENSORS and bias.dtype is torch.float32 and bias.is_cpu and bias.shape == weight.shape[:1]
     )
 
 
@@ -218,6 +252,8 @@ class PackedLinear(Packed):
             or type(layer) is not nn.Linear
             or not usable(input, weight)
             or input.ndim < 2
+            or input.shape[-1] != weight.shape[1]
+            or not fits(layer._parameters.get("bias"), weight)
             or not LINEAR.unmodified()
         ):
             return self.original(input)
@@ -261,8 +297,13 @@ def can_convolve(conv: Any, x: Tensor) -> bool:
     return (
         usable(x, weight)
         and x.ndim == 4
+        and x.shape[1] == conv.groups * weight.shape[1]
+        and fits(conv._parameters.get("bias"), weight)
         and conv.padding_mode == "zeros"
+        and isinstance(conv.padding, Sequence)
         and not isinstance(conv.padding, str)
+        and isinstance(conv.stride, Sequence)
+        and isinstance(conv.dilation, Sequence)
         and is_dense(weight)
         and CONV2D.unmodified()
     )
@@ -313,6 +354,8 @@ class FusedGEGLU(Packed):
             and not has_hooks(proj)
             and usable(x, weight)
             and x.ndim >= 2
+            and x.shape[-1] == weight.shape[1]
+            and fits(proj._parameters.get("bias"), weight)
             and weight.shape[0] % 2 == 0
             and is_dense(weight)
             and self.originals.unmodified()
@@ -363,10 +406,10 @@ class FusedUpsample(Packed):
         kind: Originals((kind, "forward"), (F, "interpolate")) for kind in (first_stage.Upsample, openaimodel.Upsample)
     }
 
-    def __call__(self, x: Tensor, *size: Any) -> Tensor:  # (B, C, H, W) -> (B, C', 2H, 2W)
-        """Upsample and convolve at once, or fall back to the original forward."""
-        if size:
-            return self.original(x, *size)
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (B, C, H, W) -> (B, C', 2H, 2W)
+        """Upsample and convolve at once, or fall back to the original forward, as for another size."""
+        if args or kwargs:
+            return self.original(x, *args, **kwargs)
         layer = self._module()
         conv = layer._modules.get("conv")
         originals = self.originals.get(type(layer))

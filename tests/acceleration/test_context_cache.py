@@ -69,6 +69,20 @@ def change_context_data(attention, context):
 CHANGES = [change_context, change_weight, replace_data, replace_weight, change_data, change_context_data]
 
 
+def double_data(module, args, output):
+    output.data.mul_(2)
+
+
+@torch.no_grad()
+def test_results_that_a_hook_changes_are_computed_again(attention):
+    x, context = tensor("x", 2, 9, 16), tensor("c", 2, 5, 12)
+    attention.to_v.register_forward_hook(double_data)
+    wanted = attention(x, context)
+    with cache_contexts(attention):
+        for _ in range(3):
+            torch.testing.assert_close(attention(x, context), wanted)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_changes_are_seen(attention, change):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.acceleration import accelerate, onednn
 from ldm.acceleration.onednn import PackedConv2d, PackedLinear, refresh
@@ -18,6 +22,14 @@ from ldm.modules.diffusionmodules import openaimodel
 
 pytestmark = pytest.mark.skipif(not onednn.has_kernels(), reason="this build of torch has no oneDNN")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+LAYERS = [
+    (lambda: nn.Linear(8, 8), (3, 8)),
+    (lambda: GEGLU(8, 8), (3, 8)),
+    (lambda: nn.Conv2d(8, 8, 3), (1, 8, 5, 5)),
+    (lambda: openaimodel.Upsample(8, True), (1, 8, 5, 5)),
+]
 
 
 def used(module: nn.Module) -> bool:
@@ -219,6 +231,95 @@ def test_refresh_compares_every_number(shape):
         layer.weight.data[row, column] += 1
         refresh(layer)
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), **CLOSE)
+
+
+@torch.no_grad()
+def test_refresh_sees_swapped_numbers():
+    layer, x = nn.Linear(64, 64), torch.randn(2, 64)
+    accelerate(layer)
+    for one, other in (((5, 20), (6, 30)), ((1, 2), (1, 8)), ((0, 0), (63, 62))):
+        before = layer(x)
+        data = layer.weight.data
+        data[one], data[other] = data[other].clone(), data[one].clone()
+        refresh(layer)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), **CLOSE)
+        assert not torch.equal(layer(x), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build, shape", LAYERS)
+def test_transforms_see_torchs_own_functions(build, shape):
+    """Tracing, vmap, forward-mode derivatives and modes that watch functions get what they get without kernels."""
+    torch.manual_seed(0)
+    layer, x, tangent = build(), torch.randn(shape), torch.randn(shape)
+    plain = copy.deepcopy(layer)
+    accelerate(layer)
+    layer(x)
+    for found, wanted in zip(torch.func.jvp(layer, (x,), (tangent,)), torch.func.jvp(plain, (x,), (tangent,))):
+        torch.testing.assert_close(found, wanted)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent is not None
+    torch.testing.assert_close(torch.func.vmap(layer)(x[None]), plain(x)[None])
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    for parameter in layer.parameters():
+        parameter.mul_(2)
+    torch.testing.assert_close(traced(x), layer(x))
+    counts = []
+    for network in (layer, plain):
+        with FlopCounterMode(display=False) as counter:
+            network(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        layer(x)
+    assert {F.linear, F.conv2d} & set(seen)
+    with torch.device("cpu"):  # a mode, too, but one that changes no layer
+        assert onednn.usable(x, next(layer.parameters()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build, shape", LAYERS)
+def test_wrong_shapes_are_told_as_by_torch(build, shape):
+    layer, x = build(), torch.randn(shape[0], shape[1] + 1, *shape[2:])
+    plain = copy.deepcopy(layer)
+    accelerate(layer)
+    with pytest.raises(RuntimeError) as wanted:
+        plain(x)
+    with pytest.raises(RuntimeError, match=re.escape(str(wanted.value))):
+        layer(x)
+
+
+@torch.no_grad()
+def test_settings_that_torch_takes():
+    """A number for a pair, a bias of one number, a size by keyword."""
+    torch.manual_seed(0)
+    linear, conv, upsample = nn.Linear(8, 8), nn.Conv2d(8, 8, 3), openaimodel.Upsample(8, True)
+    linear.bias, conv.padding, conv.stride = nn.Parameter(torch.ones(1)), 1, 2
+    for layer, x, options in (
+        (linear, torch.randn(2, 8), {}),
+        (conv, torch.randn(2, 8, 5, 5), {}),
+        (upsample, torch.randn(2, 8, 3, 3), {"size": (5, 6)}),
+    ):
+        wanted = layer(x, **options)
+        accelerate(layer)
+        torch.testing.assert_close(layer(x, **options), wanted, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_replaced_call_of_all_modules(monkeypatch):
+    layer, x, called, call = GEGLU(8, 8), torch.randn(2, 8), [], nn.Module.__call__
+    accelerate(layer)
+    layer(x)
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args: called.append(self) or call(self, *args))
+    layer(x)
+    assert called == [layer, layer.proj]
 
 
 @torch.no_grad()
