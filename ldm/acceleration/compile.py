@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ldm.attach import Handle, Override, Priority
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPEATED = (BasicTransformerBlock, ResBlock)
+METHODS = ("forward", "_forward", "attend")
 VERSIONS = 64  # of one kind of block: Stable Diffusion's networks have some 15 shapes, and each size has its own
 
 
@@ -44,6 +46,7 @@ def compile_network(model: LatentDiffusion, backend: str = "inductor") -> Handle
 
     # torch counts versions by class, and would silently leave off at the ninth shape that a network has of one block
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # or hooks on layers would have no effect from then on
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
     first_call = _FirstCall(model.model, blocks).attach()
@@ -56,18 +59,31 @@ def _uncompile(blocks: Sequence[nn.Module]) -> None:
 
 
 class _FirstCall(Override):
-    """Override of the network that reports what takes so long at its first call, and goes on if it does not work."""
+    """Override of the network that reports what takes so long at its first call, and goes on if it does not work.
+
+    It also has blocks compiled anew where a method has been replaced on a class, which torch does not notice.
+    """
 
     priority = Priority.COMPILE
     done = True  # in copies
+    kinds: Sequence[type] = ()
+    methods: Sequence[Any] = ()
 
     def __init__(self, network: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__(network)
         self.blocks = blocks
         self.done = False
+        self.kinds = list({type(part): None for block in blocks for part in block.modules()})
+        self.methods = self._methods()
+
+    def _methods(self) -> Sequence[Any]:
+        return [getattr(kind, name, None) for kind in self.kinds for name in METHODS]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network, and then only pass calls on."""
+        if (methods := self._methods()) != self.methods:
+            self.methods = methods
+            torch.compiler.reset()
         if self.done:
             return self.original(*args, **kwargs)
         from torch._dynamo.exc import TorchDynamoException

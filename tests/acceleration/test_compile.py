@@ -9,6 +9,7 @@ import torch
 
 from ldm.acceleration.compile import compile_network
 from ldm.models.diffusion.guidance import identity_self_attention
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from tests.golden import golden_configs, latent_diffusion, tensor
 
 
@@ -36,6 +37,30 @@ def test_numbers_and_names_stay(model, caplog):
     assert list(model.state_dict()) == names
     handle.remove()
     assert not any(part._compiled_call_impl for part in model.modules()) and "forward" not in vars(model.model)
+
+
+@torch.no_grad()
+def test_later_changes_take_effect(model, monkeypatch):
+    """Hooks on layers, and methods replaced on classes, after the first call."""
+    plain = model.apply_model(X, T, C)
+    block = next(part for part in model.modules() if isinstance(part, BasicTransformerBlock))
+
+    def double(module, args, output):
+        return output * 2
+
+    with compile_network(model, backend="eager"):
+        model.apply_model(X, T, C)
+        for part in (block.attn2.to_k, block.ff, block.attn1):
+            hook = part.register_forward_hook(double)
+            assert not torch.allclose(model.apply_model(X, T, C), plain)
+            hook.remove()
+            torch.testing.assert_close(model.apply_model(X, T, C), plain)
+        for kind, name in ((CrossAttention, "forward"), (BasicTransformerBlock, "_forward")):
+            method = getattr(kind, name)
+            with monkeypatch.context() as patch:
+                patch.setattr(kind, name, lambda *args, method=method, **kwargs: 2 * method(*args, **kwargs))
+                assert not torch.allclose(model.apply_model(X, T, C), plain)
+            torch.testing.assert_close(model.apply_model(X, T, C), plain)
 
 
 @torch.no_grad()
