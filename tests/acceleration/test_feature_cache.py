@@ -150,6 +150,21 @@ def test_any_unet(name):
     assert first.shape == second.shape and 0 < (first - second).abs().max() < first.abs().max()
 
 
+def test_a_forward_replaced_on_the_class_takes_effect(network, monkeypatch):
+    forward = UNetModel.forward
+    wanted = 2 * ask(network, 8)
+    with cache_features(network, 2):
+        ask(network, 9)
+        monkeypatch.setattr(UNetModel, "forward", lambda *args, **kwargs: 2 * forward(*args, **kwargs))
+        assert torch.equal(ask(network, 8), wanted)
+
+
+def test_an_empty_batch(network):
+    with cache_features(network, 2), torch.no_grad():
+        x, timesteps = torch.zeros(0, 4, 16, 16), torch.zeros(0, dtype=torch.long)
+        assert network(x, timesteps, context=CONTEXT[:0]).shape == x.shape
+
+
 def test_refusals(network):
     with pytest.raises(ValueError, match="for a UNetModel, not for Linear"), cache_features(torch.nn.Linear(1, 1), 2):
         pass
