@@ -165,6 +165,13 @@ def test_replaced_functions_are_called(model, monkeypatch, module, kind, name):
     assert len(calls) == {"noise_like": STEPS + (kind is PLMSSampler)}.get(name, 1)
 
 
+def test_a_replaced_noise_is_called_where_a_run_has_noise_of_its_own(model, monkeypatch):
+    monkeypatch.setattr(ddim, "noise_like", lambda shape, device, repeat: torch.zeros(shape))
+    start = torch.ones(2, *SHAPE)
+    found = [run(DDIMSampler(model), x_T=start, eta=1.0, noise=GeneratorNoise(seed)) for seed in (1, 2)]
+    assert torch.equal(*found)
+
+
 def test_a_replaced_extract_is_called(model, monkeypatch):
     calls, original = [], ddim.extract_into_tensor
     monkeypatch.setattr(ddim, "extract_into_tensor", lambda *a: calls.append(a) or original(*a))

@@ -19,6 +19,7 @@ from ldm.models.diffusion.noise import NoiseSource, global_noise
 from ldm.models.diffusion.sampler import Sampler, add_noise, batch_of, blend, progress_bar
 from ldm.models.diffusion.schedules import Schedule, ScheduleChoice, make_schedule
 from ldm.modules.diffusionmodules.schedule import alphas_cumprod_buffers, ddim_sigmas, sqrt, usable_timesteps
+from ldm.modules.diffusionmodules.util import noise_like as published_noise_like
 
 Level = float | Tensor
 
@@ -215,7 +216,7 @@ class PublicSampler(Sampler):
         noise_like: Callable[..., Tensor],
     ) -> Tensor:
         """What a step to x (B, ...) adds; sampled even where sigma is 0, as in the public code."""
-        if self._noise is global_noise:
+        if self._noise is global_noise or noise_like is not published_noise_like:
             noise = noise_like(x.shape, x.device, repeat_noise)
         else:
             noise = self._noise((1, *x.shape[1:]) if repeat_noise else x.shape, x.device).expand(x.shape)
