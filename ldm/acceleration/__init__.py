@@ -111,8 +111,8 @@ class AccelerationOptions:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        if self.cache_features < 1:
-            raise ValueError(f"cache_features must be at least 1 (every step), not {self.cache_features}")
+        if not isinstance(self.cache_features, int) or self.cache_features < 1:
+            raise ValueError(f"cache_features must be a whole number from 1 (every step), not {self.cache_features}")
         if not 0 <= self.merge_tokens <= MAX_RATIO:
             raise ValueError(f"merge_tokens must be from 0 to {MAX_RATIO}, not {self.merge_tokens}")
         if self.quantize not in (None, "int8"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,11 @@ class SeedOptions:
     fixed_code: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, _own(value))
+        check_whole("seed", self.seed if isinstance(self.seed, Sequence) else [self.seed])
+        check_whole("variation_seed", [self.variation_seed])
+        check_flag("fixed_code", self.fixed_code)
         choices = (("seed_mode", self.seed_mode, SEED_MODES), ("noise_device", self.noise_device, NOISE_DEVICES))
         for name, value, known in choices:
             if value not in known:
@@ -157,6 +162,13 @@ class SamplingOptions(SeedOptions):
     tiling: str | None = None
     acceleration: AccelerationOptions = AccelerationOptions()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "clip_skip", "height", "width"):
+            check_whole(name, [getattr(self, name)])
+        for name in ("cfg_pp", "emphasis", "long_prompt"):
+            check_flag(name, getattr(self, name))
+
     @classmethod
     def of(cls, options: SamplingOptions | None = None, **overrides: Any) -> SamplingOptions:
         """`options` with `overrides`, fields by name; None is no override.
@@ -229,6 +241,28 @@ def _guidance_fields(guidance: Any) -> dict[str, Any]:
     if not isinstance(guidance, Mapping) or not set(guidance) <= set(names):
         raise ValueError(f"guidance must be a Guidance or a mapping with some of {', '.join(names)}, not {guidance!r}")
     return {name: value for name, value in guidance.items() if value is not None}
+
+
+def _own(value: Any) -> Any:
+    """A copy of a value that could change later; arrays and tensors as Python's numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, list) else value
+
+
+def check_whole(name: str, values: Iterable[Any]) -> None:
+    """Raise ValueError unless all `values` are whole numbers or None."""
+    for value in values:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be a whole number, not {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is true or false."""
+    if value not in (True, False):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
 def changed(options: Any) -> dict[str, Any]:

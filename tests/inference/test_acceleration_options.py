@@ -70,6 +70,8 @@ def test_every_task_merges(models, task):  # noqa: F811
 def test_refusals():
     with pytest.raises(ValueError, match="not 0"):
         AccelerationOptions(cache_features=0)
+    with pytest.raises(ValueError, match="not 2.5"):
+        AccelerationOptions(cache_features=2.5)
     with pytest.raises(ValueError, match="not 0.9"):
         AccelerationOptions(merge_tokens=0.9)
     model = toy("nothing")

@@ -202,6 +202,31 @@ def test_guidance_as_an_object():
     assert SamplingOptions.of(guidance=guidance, scale=5.0).scale == 5.0
 
 
+def test_options_do_not_change_with_what_they_were_made_from():
+    given = {"seed": [1, 2], "scale": [7.0, 2.0], "schedule": [900, 100], "terms": {"pag": 1.0}, "interval": [1.0, 5.0]}
+    options = SamplingOptions(**given)
+    for value in given.values():
+        value.clear()
+    assert options.seed == [1, 2] and options.resolve().guidance == Guidance([7.0, 2.0], [1.0, 5.0], terms={"pag": 1.0})
+    assert options.schedule == [900, 100]
+
+
+def test_numbers_of_numpy_and_torch():
+    options = SamplingOptions(seed=np.int64(3), steps=np.int32(2), scale=np.float32(3), schedule=np.array([900, 100]))
+    assert options == SamplingOptions(seed=3, steps=2, scale=3.0, schedule=[900, 100])
+    assert SamplingOptions(seed=torch.tensor([1, 2])).seed == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seed": "12"}, {"seed": [1.5]}, {"steps": 2.5}, {"steps": True}, {"height": "64"}, {"cfg_pp": "no"}],
+    ids=str,
+)
+def test_wrong_types_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be (a whole number|True or False), not "):
+        SamplingOptions.of(**wrong)
+
+
 def test_options_by_name(models):
     base = SamplingOptions(steps=2, scale=3.0)
     assert SamplingOptions.of(base, steps=None, seed=4) == SamplingOptions(steps=2, scale=3.0, seed=4)
