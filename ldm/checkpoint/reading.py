@@ -72,7 +72,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = False) -> Ch
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no checkpoint at {path}: put the file there, or name yours with --ckpt path/to/it.ckpt"
+            f"there is no checkpoint at {path}: put the file there, or give the path of yours (most scripts: --ckpt)"
         )
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not a file"

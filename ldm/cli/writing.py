@@ -116,7 +116,8 @@ class SampleWriter:
         numbers = (int(name[:-4]) - i for i, name in enumerate(self._existing) if name and name[:-4].isdecimal())
         self._first = self._processes.broadcast(max(next(numbers, self._next_number()), 0))
         if count := sum(name is not None for name in self._existing):
-            logger.info("%s holds %d of %d images: generating the others", self.samples, count, len(wanted))
+            rest = "generating the others" if count < len(wanted) else "nothing is left to generate"
+            logger.info("%s holds %d of %d images: %s", self.samples, count, len(wanted), rest)
 
     def is_done(self, count: int) -> bool:
         """Whether the run's next `count` images are there already."""

@@ -115,6 +115,18 @@ def test_lora_in_kohyas_way(model):
     assert_close(answer(merged), changed)
 
 
+def test_text_layers_have_the_class_names_that_lora_code_looks_for(model):
+    """LoRA code for text encoders finds layers by the class names of transformers."""
+    clip = pytest.importorskip("transformers").CLIPTextModel
+    config = pytest.importorskip("transformers").CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1
+    )
+    theirs = {name.removeprefix("text_model."): type(part).__name__ for name, part in clip(config).named_modules()}
+    tower = model.cond_stage_model.transformer.text_model
+    for name in ("embeddings", "encoder", "encoder.layers.0", "encoder.layers.0.self_attn", "encoder.layers.0.mlp"):
+        assert type(tower.get_submodule(name)).__name__ == theirs[name], name
+
+
 def test_every_layer_is_reached(model):
     """A change of any one layer's forward counts."""
     network = model.model.diffusion_model

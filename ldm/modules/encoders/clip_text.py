@@ -66,7 +66,7 @@ class CLIPTextModel(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.config = config
-        self.text_model = _TextTransformer(config)
+        self.text_model = CLIPTextTransformer(config)
         self.register_load_state_dict_pre_hook(_accept_every_layout)
 
     def forward(
@@ -128,12 +128,14 @@ def _position_ids(config: CLIPTextConfig) -> Tensor:
     return torch.arange(places, device="cpu")[None]
 
 
-class _TextTransformer(nn.Module):
+class CLIPTextTransformer(nn.Module):
+    """Embeddings, layers and final norm. The classes are named as in transformers: LoRA is injected by these names."""
+
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.eos_token_id = config.eos_token_id
-        self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config)
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         _initialise(self, config)
 
@@ -145,7 +147,9 @@ class _TextTransformer(nn.Module):
         return CLIPTextOutput(last, pooled, states)
 
 
-class _Embeddings(nn.Module):
+class CLIPTextEmbeddings(nn.Module):
+    """Embeddings of tokens and of their places."""
+
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.token_embedding: Any = nn.Embedding(config.vocab_size, config.hidden_size)  # users replace it
@@ -168,10 +172,12 @@ class _Embeddings(nn.Module):
         return x + self.position_embedding.weight[:length]
 
 
-class _Encoder(nn.Module):
+class CLIPEncoder(nn.Module):
+    """The transformer's layers."""
+
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, inputs_embeds: Tensor) -> tuple[Tensor, ...]:
         """Return the input (B, L, D) and the output of every layer."""
@@ -181,14 +187,14 @@ class _Encoder(nn.Module):
         return tuple(states)
 
 
-class _Layer(nn.Module):
+class CLIPEncoderLayer(nn.Module):
     """Pre-norm transformer block."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.self_attn = _CausalAttention(config)
+        self.self_attn = CLIPAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = _MLP(config)
+        self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> same
@@ -196,7 +202,9 @@ class _Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class _CausalAttention(nn.Module):
+class CLIPAttention(nn.Module):
+    """Causal self-attention."""
+
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -216,7 +224,9 @@ class _CausalAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
-class _MLP(nn.Module):
+class CLIPMLP(nn.Module):
+    """Two linear layers around an activation."""
+
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -228,7 +238,7 @@ class _MLP(nn.Module):
 
 
 @torch.no_grad()
-def _initialise(model: _TextTransformer, config: CLIPTextConfig) -> None:
+def _initialise(model: CLIPTextTransformer, config: CLIPTextConfig) -> None:
     """Initialise as CLIP does: residual branches are scaled down with depth."""
     width = config.hidden_size
     residual = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5
