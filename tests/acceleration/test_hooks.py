@@ -30,8 +30,11 @@ STAGE = {"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_re
 STAGE |= {"resolution": 16, "z_channels": 4}
 
 
+FEW_BLOCKS = {"num_res_blocks": 1, "channel_mult": [1, 2], "attention_resolutions": [2]}  # of every kind
+
+
 def unet(name: str = "v1_tiny") -> UNetModel:
-    return filled(UNetModel(**golden_configs("unet_pub")[name]["config"]))
+    return filled(UNetModel(**golden_configs("unet_pub")[name]["config"] | FEW_BLOCKS))
 
 
 def run_unet(network: nn.Module) -> Tensor:
@@ -157,6 +160,12 @@ def kinds_of(network: nn.Module) -> dict[str, str]:
             place = ".".join(path.split(".")[-2:])
         found.setdefault(f"{type(parent).__name__}.{'' if isinstance(parent, nn.ModuleList) else place}", path)
     return found
+
+
+def test_few_blocks_have_all_kinds():
+    for name in ("v1_tiny", "uncond_tiny"):
+        published = UNetModel(**golden_configs("unet_pub")[name]["config"])
+        assert kinds_of(unet(name)).keys() == kinds_of(published).keys()
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
