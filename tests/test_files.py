@@ -50,6 +50,7 @@ def test_content_and_folder_are_synced(tmp_path, monkeypatch):
     assert order == [partial.name, "renamed", tmp_path.name]
 
 
+@pytest.mark.subprocess
 def test_killed_process_keeps_the_old_file(tmp_path):
     (tmp_path / "a.bin").write_text("old")
     code = (
@@ -142,6 +143,7 @@ print(won)
 """
 
 
+@pytest.mark.subprocess
 def test_two_processes_never_share_a_name(tmp_path):
     command = [sys.executable, "-c", HAMMER, str(tmp_path)]
     both = [subprocess.Popen([*command, who], cwd=ROOT, stdout=subprocess.PIPE, text=True) for who in "xy"]

@@ -249,6 +249,7 @@ MORE += ["configs/stable-diffusion/v2-midas-inference.yaml", "configs/latent-dif
 MORE += [f"models/ldm/{name}/config.yaml" for name in ("layout2img-openimages256", "bsr_sr", "semantic_synthesis256")]
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc and limits of memory")
 @pytest.mark.parametrize("path", [SOME[0], *(pytest.param(path, marks=pytest.mark.slow) for path in [SOME[1], *MORE])])
 def test_huge_numbers(path):

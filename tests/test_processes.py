@@ -61,6 +61,7 @@ def output_of(process: subprocess.Popen[str]) -> tuple[str, str]:
     return "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")), error
 
 
+@pytest.mark.subprocess
 def test_two_processes_write_what_one_writes(ckpt: Path) -> None:
     for outdir in ("one", "two"):  # numbers go on after what is there
         (ckpt.parent / outdir / "samples").mkdir(parents=True)
@@ -82,6 +83,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("mode", ["batch", "image"])
 def test_two_processes_resume_after_kills(ckpt: Path, mode: str) -> None:
     """Either of them at some moment; then with two again, with a launcher, and alone: as if nothing had happened."""
@@ -141,6 +143,7 @@ def test_descriptions_are_equal_across_processes(ckpt: Path) -> None:
     assert writer._wanted == one
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("mode", ["batch", "image"])
 def test_two_processes_write_what_one_writes_in_img2img(ckpt: Path, mode: str) -> None:
     Image.effect_noise((32, 32), 90).save(ckpt.parent / "init.png")
@@ -161,6 +164,7 @@ def test_two_processes_write_what_one_writes_in_img2img(ckpt: Path, mode: str) -
     assert pictures(ckpt.parent / "two") == expected
 
 
+@pytest.mark.subprocess
 def test_failing_process_ends_the_others(ckpt: Path) -> None:
     good = arguments(ckpt, "out")
     waiting, failing = start([good, [*good, "--C", "3"]])

@@ -88,6 +88,7 @@ def test_pictures_repeated_are_the_same_to_the_bit(model):
     assert [image.tobytes() for image in one] == [image.tobytes() for image in other]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_another_process_draws_the_same_to_the_bit(model, threads, count):
     torch.set_num_threads(count)

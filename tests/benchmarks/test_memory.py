@@ -63,6 +63,7 @@ def test_a_failed_job_raises_its_error():
         run_in_process("suites.processes:load_ours", config=None, ckpt="nowhere.ckpt", device="cpu", precision="full")
 
 
+@pytest.mark.subprocess
 def test_last_line_is_the_error_with_a_custom_excepthook():
     job = "import runpy; runpy.run_module('benchmarks.measure', run_name='__main__')"
     program = f"import sys; sys.excepthook = lambda *error: print('pretty', file=sys.stderr); {job}"

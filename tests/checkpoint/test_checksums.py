@@ -173,6 +173,7 @@ def filled(path: Path) -> nn.Module:
     return model
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_truncating_a_mapped_file_is_detected(tmp_path, suffix):
     """The process must be another one: without the check it would be killed."""

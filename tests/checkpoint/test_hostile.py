@@ -40,6 +40,7 @@ def outcome(tmp_path_factory) -> dict[str, str]:
     return {key: lines.get(f"{number:03}", "was not reached") for number, key in enumerate(CORPUS)}
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc and limits of memory")
 @pytest.mark.parametrize("key", CORPUS)
 def test_hostile_file(outcome, key):

@@ -90,6 +90,7 @@ def test_lightning1_extras_are_ignored(tmp_path, state, numpy, zipped):
     assert set(torch.serialization.get_safe_globals()) == before  # admitted for this file only
 
 
+@pytest.mark.subprocess
 def test_reading_imports_neither_lightning_nor_numpy_internals(tmp_path, state):
     path = save_lightning1(tmp_path / "model.ckpt", state)
     code = (

@@ -68,6 +68,7 @@ def pickled() -> Iterator[tuple[str, bytes, str]]:
     yield "a text", archive(START + text("x" * (MAX_PICKLE - 100)) + b"."), "holds a str"
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("make, reader", [(headers, "weights"), (pickled, "weights"), (pickled, "states")])
 def test_files_at_the_limits(tmp_path, make, reader):
     expected = {}

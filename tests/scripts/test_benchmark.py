@@ -127,6 +127,7 @@ def test_a_plain_step_trains_the_same_parameters(narrow):
     assert len(moved & trained) > 0.9 * len(trained) and moved >= averages
 
 
+@pytest.mark.subprocess
 def test_checkouts_are_compared(run, tmp_path, capsys):
     """A second checkout, here a link to this one, takes turns with it."""
     other = tmp_path / "other"

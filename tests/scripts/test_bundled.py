@@ -26,6 +26,7 @@ def samples(folder: Path) -> list[Path]:
     return sorted((folder / "samples").iterdir())
 
 
+@pytest.mark.subprocess
 def test_a_file_of_seven_prompts_in_batches_of_three(tmp_path):
     prompts = [f"a large {colour} circle" for colour in ("red", "green", "blue", "yellow", "cyan", "white", "black")]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
@@ -41,6 +42,7 @@ def test_a_file_of_seven_prompts_in_batches_of_three(tmp_path):
     assert prompts[0] in Image.open(paths[0]).text["parameters"]
 
 
+@pytest.mark.subprocess
 def test_image_to_image_at_three_strengths(tmp_path):
     scene = Scene("white", (Item("square", "red", "large", 32.0, 32.0, 14.0),))
     Image.fromarray(render(scene)).resize((256, 256)).save(tmp_path / "init.png")

@@ -120,6 +120,7 @@ for i in range(int(sys.argv[3])):
 """
 
 
+@pytest.mark.subprocess
 def test_two_processes_at_one_folder_never_overwrite(tmp_path):
     count = 100
     argv = [[sys.executable, "-c", HAMMER, str(tmp_path), str(who), str(count)] for who in (1, 2)]
@@ -206,6 +207,7 @@ def test_messages_where_the_terminal_has_no_letters_for_them():
     assert stream.text == "caf\\xe9 caf\\udce9 \\u732b\n"
 
 
+@pytest.mark.subprocess
 def test_a_process_without_utf_8_that_listens_nowhere(ckpt, tmp_path):
     """A folder whose name is no UTF-8, a locale that knows ASCII alone; with a watch on what sockets are bound."""
     program = (
@@ -228,6 +230,7 @@ def test_a_process_without_utf_8_that_listens_nowhere(ckpt, tmp_path):
 # ---- impatience, and numbers that are none ----
 
 
+@pytest.mark.subprocess
 def test_ctrl_c_many_times(ckpt, tmp_path):
     argv = [str(ROOT / "scripts/txt2img.py"), *command(ckpt, "--n_iter", "2000", "--outdir", str(tmp_path / "out"))]
     process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -261,6 +264,7 @@ def test_pictures_that_are_not_finite_end_the_run_and_cost_no_other(ckpt, tmp_pa
 # ---- long runs ----
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("prompts", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_long_run_needs_no_more_as_it_goes_on(tmp_path, prompts):
     """With the bundled model, in batches of four: memory within 8 MiB after the start, and the same files open."""

@@ -185,10 +185,12 @@ def killed(place: Path, folder: Path, kills: int, seed: int, *more: str) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.subprocess
 def test_five_kills(place, tmp_path):
     assert killed(place, tmp_path, 5, 0)["kills"] == 5
 
 
+@pytest.mark.subprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["batch", "image"])
 def test_a_hundred_kills(place, tmp_path, mode):

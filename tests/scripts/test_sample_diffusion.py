@@ -317,6 +317,7 @@ def test_the_grid_has_an_end(tmp_path):
     assert Image.open(writer.folder / "grid-0000.png").size == (10 * 6 + 2, 10 * 6 + 2)
 
 
+@pytest.mark.subprocess
 def test_help_is_instant():
     code = "import sys; from scripts.sample_diffusion import parser; parser(); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -237,6 +237,7 @@ def test_failure_keeps_what_is_done(script, inference, capsys):
     assert len(names(Path("out/samples"))) == 3
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("name", ["txt2img", "img2img", "evaluate"])
 def test_help_imports_nothing_heavy_and_runs_anywhere(name, tmp_path):
     program = (

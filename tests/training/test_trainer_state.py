@@ -132,6 +132,7 @@ class Colour(enum.IntEnum):
     RED = 1
 
 
+@pytest.mark.subprocess
 def test_unreadable_objects_are_named_once(tmp_path, caplog):
     files = AtomicCheckpointIO()
     files.save_checkpoint(trained(), tmp_path / "a.ckpt")

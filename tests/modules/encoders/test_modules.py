@@ -146,6 +146,7 @@ def test_truncated_prompts_are_reported(caplog):
     assert len(caplog.records) == 1 and "'a'" in caplog.text
 
 
+@pytest.mark.subprocess
 def test_nothing_but_torch_is_imported_and_no_connection_is_made():
     code = """
 import socket, sys
