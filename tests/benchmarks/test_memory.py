@@ -48,6 +48,7 @@ def test_memory_is_none_without_proc(monkeypatch, tmp_path):
     assert (peak.total, peak.extra) == (None, None)
 
 
+@pytest.mark.subprocess
 def test_a_job_runs_in_another_process(tmp_path):
     path = tmp_path / "new.ckpt"
     config = write_tiny(tmp_path).with_name("config.yaml")
@@ -58,6 +59,7 @@ def test_a_job_runs_in_another_process(tmp_path):
     assert found["seconds"] > 0
 
 
+@pytest.mark.subprocess
 def test_a_failed_job_raises_its_error():
     with pytest.raises(RuntimeError, match="FileNotFoundError.*nowhere.ckpt"):
         run_in_process("suites.processes:load_ours", config=None, ckpt="nowhere.ckpt", device="cpu", precision="full")

@@ -132,6 +132,7 @@ def test_two_processes_at_one_folder_never_overwrite(tmp_path):
     assert contents(tmp_path) == [f"{i:05}.png" for i in range(2 * count)]
 
 
+@pytest.mark.subprocess
 def test_a_process_that_is_killed_takes_the_other_along_but_no_picture(ckpt, tmp_path):
     argv = command(ckpt, "--n_iter", "60", "--outdir", str(tmp_path / "out"))
     one, other = start([argv, argv])
